@@ -1,0 +1,64 @@
+"""Give every quantizer its first thresholds from a few images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fat.errors import FatError
+from fat.student import Student
+
+__all__ = ["calibrate"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def calibrate(student: Student, images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+    """Run the images through the float student and set every threshold; trained factors restart.
+
+    Weights take their thresholds from themselves. Nothing is kept of the images but running
+    statistics, so memory does not grow with their number; a short last batch is welcome.
+
+    Args:
+        student: From :func:`fat.prepare`.
+        images: One batch [N, 3, H, W], or any iterable of batches, labelled or not. About 100
+            images are enough.
+
+    Raises:
+        FatError: If there is no image, or a layer's values are not finite. The student then keeps
+            the thresholds it had.
+    """
+    batches = [images] if isinstance(images, Tensor) else images
+    quantizers = student.activation_quantizers()
+    layers = student.layers()
+    weights_on = [layer.weight_quantizer.enabled for layer in layers]
+    seen = 0
+    done = False
+    for quantizer in quantizers:
+        quantizer.start_observing()
+    for layer in layers:
+        layer.weight_quantizer.enabled = False
+    try:
+        for batch in batches:
+            batch = batch if isinstance(batch, Tensor) else batch[0]
+            student.network(batch)
+            seen += len(batch)
+        if not seen:
+            raise FatError("No images came to calibrate on; give at least one batch [N, 3, H, W].")
+        done = True
+    finally:
+        for layer, on in zip(layers, weights_on, strict=True):
+            layer.weight_quantizer.enabled = on
+        for quantizer in quantizers:
+            quantizer.stop_observing(keep=done)
+    widened = {layer.layer: count for layer in layers if (count := layer.calibrate())}
+    if widened:
+        logger.info(
+            "%d filter(s) with vanishing weights got wider thresholds so that their bias fits "
+            "int32: %s", sum(widened.values()), ", ".join(widened),
+        )  # fmt: skip
+    student.is_calibrated.fill_(True)

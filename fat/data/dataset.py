@@ -1,0 +1,211 @@
+"""A split: which images of a source, cut how, and which of them could not be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fat.data.images import UnreadableImage
+from fat.data.sources import ImageSource
+from fat.data.transforms import Transform, generator
+from fat.errors import FatError
+
+__all__ = [
+    "Batch",
+    "EpochSampler",
+    "ImageDataset",
+    "ImageLoader",
+    "SkippedImages",
+    "collate",
+]
+
+log = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor]  # images float32 [N, 3, H, W], labels int64 [N]
+Item = tuple[Tensor, int] | UnreadableImage
+Key = int | tuple[int, int]
+
+MAX_UNREADABLE = 0.05  # share of a split above which going on would judge by other images
+
+
+class SkippedImages:
+    """Which images of a split could not be read. Kept by the main process only.
+
+    Args:
+        split: What the split is called.
+        total: Number of images in it.
+    """
+
+    def __init__(self, split: str, total: int) -> None:
+        self.split = split
+        self.total = total
+        self.reasons: dict[str, str] = {}  # by name, in the order of discovery
+        self._told = 0
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, skipped: Sequence[tuple[str, str]]) -> None:
+        """Note names and reasons; an image that is met again in a later epoch counts once.
+
+        Raises:
+            FatError: As soon as more than 5 % of the split are unreadable.
+        """
+        self.reasons.update(skipped)
+        if len(self) > MAX_UNREADABLE * self.total:
+            raise FatError(
+                f"At least {len(self)} of the {self.total} {self.split} images cannot be read, "
+                f"more than {MAX_UNREADABLE:.0%}: {self.first()}. Repair or remove them, or type "
+                "data.root=DIR with another folder."
+            )
+
+    def tell(self) -> None:
+        """Warn of the images that were skipped, if there are any the last warning had not."""
+        if len(self) > self._told:
+            self._told = len(self)
+            log.warning(
+                "Skipped %d of the %d %s images, which cannot be read: %s.",
+                len(self),
+                self.total,
+                self.split,
+                self.first(),
+            )
+
+    def first(self, count: int = 5) -> str:
+        """Return the first names with their reasons, for people."""
+        named = [f"{name} ({reason})" for name, reason in list(self.reasons.items())[:count]]
+        more = f" and {len(self) - count} more" if len(self) > count else ""
+        return ", ".join(named) + more
+
+
+class ImageDataset(Dataset[Item]):
+    """Some images of a source, transformed with draws that depend on (seed, epoch, index) alone.
+
+    A key is a position 0…len-1, or a pair (epoch, position): the pair lets a sampler tell workers
+    that live through several epochs which one it is.
+
+    Args:
+        source: Where the images come from.
+        indices: Which of them, by index in the source; all of them by default.
+        transform: Image and random generator to float32 [3, H, W].
+        split: What the split is called in messages.
+        seed: First part of the key of the draws.
+
+    Raises:
+        FatError: If there is no image, or the seed is negative.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        *,
+        indices: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]] | None = None,
+        split: str = "given",
+        seed: int = 0,
+    ) -> None:
+        chosen = np.arange(len(source)) if indices is None else indices
+        self.source = source
+        self.transform = transform
+        self.indices = np.asarray(chosen, dtype=np.int64)
+        self.split = split
+        self.seed = seed
+        self.epoch = 0
+        if len(self.indices) == 0:
+            raise FatError(f"The {split} split has no image; give more images to choose from.")
+        if seed < 0:
+            raise FatError(f"The seed is {seed}; it must not be negative.")
+        self.skipped = SkippedImages(split, len(self.indices))
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of keys that are plain positions. Workers already running do not see it."""
+        self.epoch = epoch
+
+    def __getitem__(self, key: Key) -> Item:
+        """Return tensor and label, or the error as a value: raised, it would end the worker."""
+        epoch, position = key if isinstance(key, tuple) else (self.epoch, key)
+        index = int(self.indices[position])
+        try:
+            image = self.source.load(index)
+        except UnreadableImage as unreadable:
+            return unreadable
+        pixels = self.transform(image, generator(self.seed, epoch, index))
+        return pixels, self.source.label(index)
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Every position once, in an order that depends on (seed, epoch) alone.
+
+    Lightning's loop calls `set_epoch`; so must any other loop over epochs.
+
+    Args:
+        length: Number of positions.
+        seed: First part of the order's key.
+    """
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length = length
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order, and the crops, of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yield (epoch, position)."""
+        epoch = self.epoch
+        for position in generator(self.seed, epoch).permutation(self.length):
+            yield epoch, int(position)
+
+
+def collate(items: Sequence[Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """Stack the readable items; list the names and reasons of the others.
+
+    Returns:
+        Images float32 [N, 3, H, W], labels int64 [N] and the unreadable; N may be 0.
+    """
+    # The exceptions go on as text: pinning memory walks through a batch's containers.
+    skipped = [(item.name, item.reason) for item in items if isinstance(item, UnreadableImage)]
+    good = [item for item in items if not isinstance(item, UnreadableImage)]
+    images = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0, 3, 0, 0)
+    return (
+        images,
+        torch.tensor([label for _, label in good], dtype=torch.int64),
+        skipped,
+    )
+
+
+class ImageLoader(DataLoader[Any]):
+    """A DataLoader over an ImageDataset that yields ``(images, labels)`` and counts the rest.
+
+    A batch in which nothing could be read is left out. To be built with ``collate_fn=collate``.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        """Yield the batches.
+
+        Raises:
+            FatError: As soon as more than 5 % of the split's images are unreadable.
+        """
+        dataset = self.dataset
+        assert isinstance(dataset, ImageDataset)
+        batches = len(self)
+        for number, (images, labels, skipped) in enumerate(super().__iter__(), start=1):
+            dataset.skipped.add(skipped)
+            if number == batches:  # now, as a caller that counts batches never asks for the end
+                dataset.skipped.tell()
+            if len(labels):
+                yield images, labels

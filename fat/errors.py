@@ -1,0 +1,53 @@
+"""The errors that a user of FAT may see, and how their text is put together.
+
+Every message answers three questions: what came, what is allowed, what to type.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["FatError", "nearest", "unknown_name"]
+
+
+class FatError(Exception):
+    """A mistake that the user can mend. The entry points print its text without a traceback."""
+
+
+def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to ``count`` of the allowed names that look most like the given one.
+
+    Args:
+        given: What the user wrote.
+        allowed: All names that would have been accepted.
+        count: How many suggestions to return at most.
+
+    Examples:
+        >>> nearest("mobilnet_v2", ["mobilenet_v2", "mobilenet_v1", "resnet18"])
+        ['mobilenet_v2', 'mobilenet_v1']
+    """
+    return difflib.get_close_matches(given, list(allowed), n=count, cutoff=0.5)
+
+
+def unknown_name(kind: str, given: object, allowed: Iterable[str], hint: str = "") -> FatError:
+    """Build the error for a name that is not among the allowed ones, nearest names first.
+
+    Args:
+        kind: What the name was meant to be, such as ``"init strategy"``.
+        given: What the user wrote.
+        allowed: All names that would have been accepted.
+        hint: One more sentence that says what to type.
+
+    Examples:
+        >>> print(unknown_name("init strategy", "minmix", ["minmax", "percentile"]))
+        Unknown init strategy 'minmix'. Did you mean 'minmax'? Allowed: minmax, percentile.
+    """
+    names = list(allowed)
+    close = nearest(str(given), names)
+    text = f"Unknown {kind} {given!r}."
+    if close:
+        text += " Did you mean " + " or ".join(repr(name) for name in close) + "?"
+    if len(names) <= 30:
+        text += " Allowed: " + ", ".join(names) + "."
+    return FatError(text + (" " + hint if hint else ""))

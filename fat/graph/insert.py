@@ -1,0 +1,196 @@
+"""Put quantizers where integer runtimes have theirs.
+
+* on the network's input;
+* on every convolution's and linear layer's weight and bias;
+* on the result of every computing operation. A layer and the clipping activation (ReLU, ReLU6) that
+  alone reads it count as one operation, with the quantizer after the activation; other activations
+  (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them.
+
+Operations that move values without computing keep their input's grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fat.errors import FatError
+from fat.graph.patterns import (
+    is_compute,
+    is_fused_activation,
+    is_value_preserving,
+    module_of,
+    non_negative,
+    only_user,
+    source,
+)
+from fat.graph.trace import layer_name, mark_data
+from fat.quant.placement import activation_grid, weight_grid
+from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
+from fat.spec import Grid, QuantSpec
+
+__all__ = ["QUANTIZERS", "InsertReport", "find_quantized", "insert_quantizers", "link_inputs"]
+
+QUANTIZERS = "activation_quantizers"
+"""The submodule that holds all activation quantizers."""
+
+
+@dataclass(frozen=True)
+class InsertReport:
+    """Names of what got a quantizer, and of what computes in float because none exists for it."""
+
+    activations: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
+    """Nodes whose result goes onto a grid, in the order of the graph (see the module's text)."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "output" or not node.meta.get("data", False):
+            continue
+        if node.op == "get_attr" or (node.op != "placeholder" and is_value_preserving(module, node)):
+            continue
+        reader = only_user(node)
+        if reader is not None and is_fused_activation(module, reader):
+            continue
+        found.append(node)
+    return found
+
+
+def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) -> InsertReport:
+    """Insert quantizers in place.
+
+    Args:
+        module: Folded canonical graph.
+        spec: What is asked of the network.
+        example: One batch, to tell tensors of data from sizes.
+
+    Raises:
+        FatError: If the graph holds no convolution or linear layer, or one of a kind without an
+            integer form.
+    """
+    mark_data(module, example)
+    compute = [node for node in module.graph.nodes if is_compute(module, node)]
+    if not compute:
+        raise FatError("The network holds no convolution or linear layer: nothing to quantize.")
+    first, last = compute[0], compute[-1]
+    quantized = find_quantized(module)
+    feeding = {_feeding(module, first): "first", _feeding(module, last): "last"}
+
+    layers = []
+    for node in compute:
+        if not node.meta.get("data", False):
+            continue
+        name = str(node.target)
+        if isinstance(module.get_submodule(name), QuantLayer):
+            raise FatError(f"'{name}' is used more than once: give each use a layer of its own.")
+        grid = weight_grid(spec, first=node is first, last=node is last)
+        module.set_submodule(name, quant_layer(name, module.get_submodule(name), spec, grid))
+        layers.append(name)
+
+    module.add_submodule(QUANTIZERS, nn.Module())
+    names = []
+    for node in quantized:
+        name = layer_name(node)
+        role = feeding.get(node)
+        grid = activation_grid(
+            spec,
+            non_negative=_float_non_negative(module, node),
+            feeds_first=role == "first",
+            feeds_last=role == "last",
+        )
+        key = _key(name, names)
+        names.append(key)
+        module.get_submodule(QUANTIZERS).add_module(key, ActivationQuantizer(name, spec, grid))
+        with module.graph.inserting_after(node):
+            quantizer = module.graph.call_module(f"{QUANTIZERS}.{key}")
+        node.replace_all_uses_with(quantizer)
+        quantizer.args = (node,)
+    module.graph.lint()
+    module.recompile()
+    link_inputs(module)
+    return InsertReport(tuple(names), tuple(layers))
+
+
+def link_inputs(module: fx.GraphModule) -> None:
+    """Tell every quantized layer which quantizer its input passed: its bias' grid needs the step."""
+    for node in module.graph.nodes:
+        layer = module_of(module, node)
+        if not isinstance(layer, QuantLayer):
+            continue
+        before = source(node)
+        while before is not None and not isinstance(
+            module_of(module, before), ActivationQuantizer
+        ):
+            before = source(before)
+        if before is None:
+            raise FatError(f"The input of '{node.target}' passes no quantizer.")
+        quantizer = module_of(module, before)
+        assert isinstance(quantizer, ActivationQuantizer)
+        layer.reads_from(quantizer)
+
+
+def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> QuantLayer:
+    """The quantized form of a convolution or linear layer.
+
+    Raises:
+        FatError: For a subclass that computes something of its own, and padding other than zeros.
+    """
+    if isinstance(layer, nn.Linear):
+        return QuantLinear(name, layer.weight, layer.bias, spec, grid)
+    assert isinstance(layer, nn.Conv2d)
+    if layer.padding_mode != "zeros":
+        raise FatError(
+            f"'{name}' pads with '{layer.padding_mode}'; integer convolutions pad with zeros."
+        )
+    padding: Any = layer.padding
+    if type(layer) is not nn.Conv2d:
+        # timm's Conv2dSame pads as TensorFlow does, from the size of its input.
+        if type(layer).__name__ != "Conv2dSame":
+            raise FatError(f"'{name}' is a {type(layer).__name__}, which has no integer form here.")
+        padding = "dynamic_same"
+    return QuantConv2d(
+        name,
+        layer.weight,
+        layer.bias,
+        spec,
+        grid,
+        stride=_pair(layer.stride),
+        padding=padding,
+        dilation=_pair(layer.dilation),
+        groups=layer.groups,
+    )
+
+
+def _pair(value: tuple[int, ...]) -> tuple[int, int]:
+    return value[0], value[1]
+
+
+def _feeding(module: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
+    """The node whose grid the layer's input lives on."""
+    before = source(layer)
+    while before is not None and before.op != "placeholder" and is_value_preserving(module, before):
+        before = source(before)
+    return before
+
+
+def _float_non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op != "placeholder" and non_negative(module, node)
+
+
+def _key(name: str, taken: list[str]) -> str:
+    """A submodule name for a layer name, which may hold dots, free among those taken."""
+    wanted = key = name.replace(".", "_")
+    count = 1
+    while key in taken:
+        key, count = f"{wanted}_{count}", count + 1
+    return key
+
+
+def quantizer_table(module: fx.GraphModule) -> Mapping[str, ActivationQuantizer]:
+    """Activation quantizers by key, in the order of the graph."""
+    return dict(module.get_submodule(QUANTIZERS).named_children())  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""Predicates on the nodes of a canonical graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+__all__ = [
+    "FUSED_ACTIVATIONS",
+    "activation_cap",
+    "is_compute",
+    "is_fused_activation",
+    "is_value_preserving",
+    "module_of",
+    "non_negative",
+    "only_user",
+    "source",
+]
+
+FUSED_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+"""Activations that only clip: integer runtimes do them in the convolution's own rescaling."""
+
+PRESERVING_MODULES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.MaxPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.ZeroPad2d,
+    nn.PixelShuffle,
+    nn.ChannelShuffle,
+)
+PRESERVING_FUNCTIONS: frozenset[Any] = frozenset(
+    {
+        torch.flatten,
+        torch.reshape,
+        torch.permute,
+        torch.transpose,
+        torch.squeeze,
+        torch.unsqueeze,
+        torch.chunk,
+        torch.split,
+        operator.getitem,
+        F.max_pool2d,
+        F.adaptive_max_pool2d,
+    }
+)
+PRESERVING_METHODS = frozenset(
+    {
+        "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk",
+        "split", "contiguous", "expand",
+    }
+)  # fmt: skip
+POSITIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax)
+MEAN_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+def module_of(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    """The module that a node calls, or ``None``."""
+    return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def source(node: fx.Node) -> fx.Node | None:
+    """The node's first input."""
+    first = node.args[0] if node.args else None
+    if isinstance(first, (list, tuple)):
+        first = first[0] if first else None
+    return first if isinstance(first, fx.Node) else None
+
+
+def only_user(node: fx.Node) -> fx.Node | None:
+    """The one node that reads this one, or ``None`` when there are several or none."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def is_compute(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a convolution or linear layer."""
+    return isinstance(module_of(module, node), (nn.Conv2d, nn.Linear))
+
+
+def is_fused_activation(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node only clips and follows, as its only reader, a computing operation."""
+    before = source(node)
+    return (
+        isinstance(module_of(module, node), FUSED_ACTIVATIONS)
+        and before is not None
+        and only_user(before) is node
+        and before.op != "placeholder"
+        and not is_value_preserving(module, before)
+    )
+
+
+def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether every value of the result is one of the input's values, or zero."""
+    if node.op == "call_module":
+        target = module_of(module, node)
+        return isinstance(target, PRESERVING_MODULES) or (
+            isinstance(target, nn.ConstantPad2d) and target.value == 0
+        )
+    if node.op == "call_function":
+        if node.target is F.pad:
+            mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
+            return mode == "constant" and not value
+        return node.target in PRESERVING_FUNCTIONS
+    return node.op == "call_method" and node.target in PRESERVING_METHODS
+
+
+def activation_cap(activation: nn.Module | None) -> float | None:
+    """Where an activation clips from above: 6 for ReLU6, ``None`` for no bound.
+
+    Examples:
+        >>> activation_cap(nn.ReLU6()), activation_cap(nn.ReLU())
+        (6.0, None)
+    """
+    return float(activation.max_val) if isinstance(activation, nn.Hardtanh) else None
+
+
+def non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether, by the structure of the graph, no value of the node's result is below 0."""
+    target = module_of(module, node)
+    if isinstance(target, nn.Hardtanh):
+        return target.min_val >= 0
+    if isinstance(target, POSITIVE_MODULES):
+        return True
+    averages = isinstance(target, MEAN_MODULES) or node.target in (
+        torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d, "mean", operator.add, operator.mul, torch.cat,
+    )  # fmt: skip
+    if not (averages or is_value_preserving(module, node)):
+        return False
+    return all(
+        non_negative(module, value) if isinstance(value, fx.Node) else float(value) >= 0
+        for value in _operands(node)
+    )
+
+
+def _operands(node: fx.Node) -> Iterator[fx.Node | float]:
+    """The tensors and numbers that decide the sign of a result."""
+    first = node.args[0]
+    if isinstance(first, (list, tuple)):
+        yield from cast(list[fx.Node], first)
+        return
+    yield cast(fx.Node, first)
+    if node.target in (operator.add, operator.mul):
+        yield cast(fx.Node, node.args[1])

@@ -1,0 +1,226 @@
+"""Any eval-mode network → a graph of readable names in one canonical spelling.
+
+After :func:`trace` every activation is a module, however the network spelled it; additions are
+``operator.add``; batch norms with a built-in activation are two modules; what does nothing at
+inference (dropout, identity) is gone. The passes then match one spelling only.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.layers import BatchNormAct2d, get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from fat.errors import FatError
+
+__all__ = ["layer_name", "mark_data", "trace"]
+
+ACTIVATIONS: dict[Callable[..., Any] | str, Callable[..., nn.Module]] = {
+    F.relu: lambda inplace=False: nn.ReLU(),
+    torch.relu: nn.ReLU,
+    torch.relu_: nn.ReLU,
+    "relu": nn.ReLU,
+    "relu_": nn.ReLU,
+    F.relu6: lambda inplace=False: nn.ReLU6(),
+    F.hardtanh: lambda min_val=-1.0, max_val=1.0, inplace=False: nn.Hardtanh(min_val, max_val),
+    F.hardtanh_: lambda min_val=-1.0, max_val=1.0: nn.Hardtanh(min_val, max_val),
+    F.silu: lambda inplace=False: nn.SiLU(),
+    F.hardswish: lambda inplace=False: nn.Hardswish(),
+    F.hardsigmoid: lambda inplace=False: nn.Hardsigmoid(),
+    F.gelu: lambda approximate="none": nn.GELU(approximate),
+    F.leaky_relu: lambda negative_slope=0.01, inplace=False: nn.LeakyReLU(negative_slope),
+    F.sigmoid: nn.Sigmoid,
+    F.tanh: nn.Tanh,
+    torch.sigmoid: nn.Sigmoid,
+    torch.tanh: nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "sigmoid_": nn.Sigmoid,
+    "tanh": nn.Tanh,
+    "tanh_": nn.Tanh,
+}
+"""Functions and tensor methods → the module that does the same to their first argument."""
+
+CLAMPS: tuple[Callable[..., Any] | str, ...] = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
+
+ARITHMETIC: dict[Callable[..., Any] | str, Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    torch.add: operator.add,
+    "add": operator.add,
+    "add_": operator.add,
+    operator.imul: operator.mul,
+    torch.mul: operator.mul,
+    "mul": operator.mul,
+    "mul_": operator.mul,
+}
+
+
+class _Tracer(fx.Tracer):
+    """Keeps as leaves what cannot be traced or what the passes want whole, and knows where it is."""
+
+    def __init__(self) -> None:
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._notrace = tuple(get_notrace_modules())
+        self.path: list[str] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        whole = (nn.Conv2d, nn.Linear, _BatchNorm, *self._notrace)
+        return isinstance(m, whole) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self.path.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.path.pop()  # not reached on failure: the path then names the culprit
+        return result
+
+
+def trace(network: nn.Module) -> fx.GraphModule:
+    """Return a canonical graph of a copy of the network.
+
+    Args:
+        network: Module in eval mode whose forward takes one image batch.
+
+    Returns:
+        A graph that computes the same; its modules keep the network's own names.
+
+    Raises:
+        FatError: If the network is in training mode, or cannot be traced; the module is named.
+    """
+    if network.training:
+        raise FatError("The network is in training mode; call network.eval() first.")
+    tracer = _Tracer()
+    root = copy.deepcopy(network)
+    try:
+        graph = tracer.trace(root)
+    except Exception as error:
+        where = next((path for path in reversed(tracer.path) if path), "the network's own forward")
+        kind = type(root.get_submodule(where)).__name__ if tracer.path and where else ""
+        raise FatError(
+            f"'{where}' {f'({kind}) ' if kind else ''}cannot be traced: {error} "
+            "Its forward decides on the values or sizes of its input. Rewrite that line, or keep "
+            "the module whole with timm.layers.register_notrace_module(its class)."
+        ) from error
+    module = fx.GraphModule(tracer.root, graph, type(network).__name__)
+    _canonicalize(module)
+    return module
+
+
+def layer_name(node: fx.Node) -> str:
+    """The readable name of an operation: its module's, or its owner's with the function's name."""
+    if node.op == "call_module":
+        return str(node.target)
+    if node.op == "placeholder":
+        return "input"
+    stack = node.meta.get("nn_module_stack") or {}
+    owner = next(reversed([path for path in stack if path]), "") if stack else ""
+    function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
+    return f"{owner}.{function}" if owner else str(function)
+
+
+def mark_data(module: fx.GraphModule, example: Tensor) -> None:
+    """Run the graph once and note in ``node.meta["data"]`` which results are real-valued tensors."""
+
+    class Marker(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            n.meta["data"] = isinstance(result, Tensor) and result.is_floating_point()
+            n.meta["shape"] = tuple(result.shape) if isinstance(result, Tensor) else None
+            return result
+
+    with torch.no_grad():
+        Marker(module).run(example)
+
+
+def _canonicalize(module: fx.GraphModule) -> None:
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":
+            _canonical_module(module, node)
+        elif node.op in ("call_function", "call_method"):
+            _canonical_function(module, node)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+
+
+def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
+    target = module.get_submodule(str(node.target))
+    if isinstance(target, (nn.Identity, _DropoutNd)):
+        _bypass(node)
+    elif isinstance(target, BatchNormAct2d):
+        _split_norm_and_activation(module, node, target)
+    elif hasattr(target, "inplace"):
+        target.inplace = False  # the passes re-order and share tensors
+
+
+def _split_norm_and_activation(
+    module: fx.GraphModule, node: fx.Node, target: BatchNormAct2d
+) -> None:
+    norm = nn.BatchNorm2d(target.num_features, eps=target.eps, affine=target.affine)
+    norm.load_state_dict(target.state_dict(), strict=False)
+    name = str(node.target)
+    module.set_submodule(name, norm.eval())
+    last = node
+    for part in ("drop", "act"):
+        child = getattr(target, part, None)
+        if child is None or isinstance(child, (nn.Identity, _DropoutNd)):
+            continue
+        if hasattr(child, "inplace"):
+            child.inplace = False
+        child_name = f"{name}_{part}"
+        module.add_submodule(child_name, child)
+        with module.graph.inserting_after(last):
+            following = module.graph.call_module(child_name)
+        following.meta = dict(node.meta)
+        last.replace_all_uses_with(following)
+        following.args = (last,)
+        last = following
+
+
+def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
+    if node.target in ARITHMETIC and len(node.args) == 2 and not node.kwargs:
+        node.op, node.target = "call_function", ARITHMETIC[node.target]
+        return
+    if node.target in (F.dropout, F.dropout2d):
+        _bypass(node)
+        return
+    replacement: nn.Module | None = None
+    if node.target in ACTIVATIONS:
+        replacement = ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)
+    elif node.target in CLAMPS:
+        bounds = {"min": None, "max": None, **node.kwargs}
+        bounds.update(zip(("min", "max"), node.args[1:], strict=False))
+        low, high = bounds["min"], bounds["max"]
+        if low == 0 and high is None:
+            replacement = nn.ReLU()
+        elif isinstance(low, (int, float)) and isinstance(high, (int, float)):
+            replacement = nn.Hardtanh(float(low), float(high))
+    if replacement is None:
+        return
+    name = _free_name(module, layer_name(node))
+    module.add_submodule(name, replacement.eval())
+    node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
+def _bypass(node: fx.Node) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    node.replace_all_uses_with(source)
+    node.graph.erase_node(node)
+
+
+def _free_name(module: nn.Module, wanted: str) -> str:
+    taken = {name for name, _ in module.named_modules()}
+    name, count = wanted, 1
+    while name in taken:
+        name, count = f"{wanted}_{count}", count + 1
+    return name

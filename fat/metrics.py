@@ -1,0 +1,131 @@
+"""How far two sets of logits are apart: pure functions, and the same gathered over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import multiclass_accuracy
+
+__all__ = ["Comparison", "agreement", "logits_sqnr_db", "rmse"]
+
+MAX_DB = 200.0
+"""What equal logits report in place of infinity, which JSON cannot hold."""
+
+
+def logits_sqnr_db(reference: Tensor, logits: Tensor) -> float:
+    """Signal to quantization noise ratio: 10·log10(Σ z_T² / Σ (z_T − z_A)²), in dB, at most 200.
+
+    Args:
+        reference: Float network's logits z_T, any shape.
+        logits: Quantized network's logits z_A, the same shape.
+
+    Examples:
+        >>> logits_sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
+        20.0
+    """
+    signal = reference.double().square().sum()
+    return _db(float(signal), float((reference.double() - logits.double()).square().sum()))
+
+
+def agreement(reference: Tensor, logits: Tensor) -> float:
+    """Share of images, in percent, on which both have the same largest logit.
+
+    Args:
+        reference: [N, classes].
+        logits: [N, classes].
+    """
+    return 100.0 * float((reference.argmax(1) == logits.argmax(1)).double().mean())
+
+
+def rmse(reference: Tensor, logits: Tensor) -> Tensor:
+    """√(mean (z_T − z_A)²) over all images and classes: the paper's distillation loss.
+
+    The gradient at equal logits is 0, not NaN.
+
+    Args:
+        reference: Teacher's logits z_T [N, classes].
+        logits: Student's logits z_A [N, classes].
+
+    Returns:
+        0-dim tensor, in units of a logit.
+    """
+    error = (reference - logits).square().mean()
+    return torch.sqrt(error.clamp_min(torch.finfo(error.dtype).tiny))
+
+
+def _db(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return MAX_DB
+    if signal == 0.0:
+        return -MAX_DB
+    return max(-MAX_DB, min(MAX_DB, 10.0 * math.log10(signal / noise)))
+
+
+class Comparison(Metric):
+    """Agreement, logits' SQNR and RMSE against the float network, and accuracy where labels are.
+
+    Sums only, so that results over several devices are those of one.
+
+    Args:
+        with_reference: Whether reference logits will come; the float network itself has none.
+    """
+
+    full_state_update = False
+    images: Tensor
+    labelled: Tensor
+    top1: Tensor
+    top5: Tensor
+    same: Tensor
+    signal: Tensor
+    noise: Tensor
+    elements: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("images", "labelled", "top1", "top5", "same", "elements"):
+            self.add_state(name, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("signal", "noise"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
+        """Take in one batch.
+
+        Args:
+            logits: [N, classes] of the network that is judged.
+            reference: [N, classes] of the float network.
+            labels: int64 [N], −1 where unknown.
+        """
+        self.images += len(logits)
+        self.same += (logits.argmax(1) == reference.argmax(1)).sum()
+        self.signal += reference.double().square().sum()
+        self.noise += (reference.double() - logits.double()).square().sum()
+        self.elements += logits.numel()
+        known = labels >= 0
+        count = int(known.sum())
+        if count:
+            self.labelled += count
+            for name, k in (("top1", 1), ("top5", min(5, logits.shape[1]))):
+                share = multiclass_accuracy(
+                    logits[known], labels[known], logits.shape[1], average="micro", top_k=k
+                )
+                setattr(self, name, getattr(self, name) + torch.round(share * count).long())
+
+    def compute(self) -> Mapping[str, float | None]:
+        """``top1``, ``top5`` and ``agreement`` in percent, ``sqnr_db`` in dB, ``rmse`` in logits.
+
+        ``top1`` and ``top5`` are ``None`` where no image has a label, all are where none came.
+        """
+        if not int(self.images):
+            return dict.fromkeys(("top1", "top5", "agreement", "sqnr_db", "rmse"))
+        labelled = int(self.labelled)
+        return {
+            "top1": 100.0 * int(self.top1) / labelled if labelled else None,
+            "top5": 100.0 * int(self.top5) / labelled if labelled else None,
+            "agreement": 100.0 * int(self.same) / int(self.images),
+            "sqnr_db": _db(float(self.signal), float(self.noise)),
+            "rmse": math.sqrt(float(self.noise) / int(self.elements)),
+        }

@@ -1,0 +1,102 @@
+"""From a float network to a student ready to be calibrated: the visible list of passes."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from fat.errors import FatError
+from fat.graph.equalize import EqualizeReport, equalize_depthwise
+from fat.graph.fold import fold_batch_norms
+from fat.graph.insert import insert_quantizers
+from fat.graph.trace import trace
+from fat.metrics import logits_sqnr_db
+from fat.spec import QuantSpec
+from fat.student import PrepareReport, Student
+
+__all__ = ["as_batches", "prepare"]
+
+logger = logging.getLogger(__name__)
+
+FOLD_SQNR_DB = 80.0
+"""A folded network is the same function to float rounding; below this something is wrong."""
+
+
+@torch.no_grad()
+def prepare(
+    network: nn.Module, example_images: Tensor | Iterable[Tensor], spec: QuantSpec | None = None
+) -> Student:
+    """Fold, equalize and insert quantizers into a copy of the network.
+
+    Args:
+        network: Any traceable network in eval mode, [N, 3, H, W] → logits [N, classes]. Unchanged.
+        example_images: One batch, or several, of real images: folding is checked on them and
+            equalization takes the channels' ranges from them.
+        spec: What is asked for; 8 bits, one threshold per filter, by default.
+
+    Returns:
+        The student, not yet calibrated. ``student.report`` says what each pass did, layer by layer.
+
+    Raises:
+        FatError: If a layer cannot be traced, folded or quantized (it is named), weights are not
+            finite, or a pass changed what the network computes.
+    """
+    spec = spec or QuantSpec()
+    images = as_batches(example_images)
+    check_finite(network)
+
+    teacher = trace(network)
+    fold = fold_batch_norms(teacher)
+    fold_sqnr = _shift(network, teacher, images)
+    if not fold_sqnr > FOLD_SQNR_DB:
+        raise FatError(
+            f"Folding batch norms moved the logits to {fold_sqnr:.1f} dB of the original's "
+            f"(expected over {FOLD_SQNR_DB:g} dB): the network does not compute the same in its "
+            "graph. Please report it with the network's name."
+        )
+
+    quantized = copy.deepcopy(teacher)
+    equalize: EqualizeReport | None = None
+    equalize_sqnr: float | None = None
+    if spec.equalize.method == "depthwise":
+        equalize = equalize_depthwise(quantized, images, spec.equalize)
+        equalize_sqnr = _shift(teacher, quantized, images)
+
+    insert = insert_quantizers(quantized, spec, images[0][:1])
+    report = PrepareReport(fold, fold_sqnr, equalize, equalize_sqnr, insert)
+    return Student(quantized, teacher, spec, report)
+
+
+def as_batches(images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> list[Tensor]:
+    """Batches of images from one batch or several, with or without labels beside them.
+
+    Raises:
+        FatError: If there is none, or one is not [N, 3, H, W] or the like.
+    """
+    if isinstance(images, Tensor):
+        images = [images]
+    batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in images]
+    if not batches:
+        raise FatError("No images came; at least one batch [N, 3, H, W] is needed.")
+    for batch in batches:
+        if batch.dim() != 4 or not len(batch):
+            raise FatError(f"A batch of images has shape {list(batch.shape)}; wanted [N, 3, H, W].")
+    return batches
+
+
+def check_finite(network: nn.Module) -> None:
+    """Raise a FatError that names the tensors of the network which hold NaN or infinity."""
+    bad = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
+    if bad:
+        raise FatError(
+            f"{len(bad)} tensor(s) of the network hold NaN or infinity: {', '.join(bad[:5])}."
+        )
+
+
+def _shift(reference: nn.Module, network: nn.Module, images: list[Tensor]) -> float:
+    before = torch.cat([reference(batch) for batch in images])
+    return logits_sqnr_db(before, torch.cat([network(batch) for batch in images]))

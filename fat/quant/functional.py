@@ -1,0 +1,221 @@
+"""The integer grid, rounding and clipping, with their gradients, as pure functions.
+
+Everything here works on real values that lie exactly on an integer grid ("fake quantization"), the
+form in which a network is trained; :func:`quantize` gives the integers themselves.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+__all__ = [
+    "INT32_MAX",
+    "clip_inclusive",
+    "dequantize",
+    "fake_quantize",
+    "fake_quantize_bias",
+    "quantize",
+    "round_ste",
+]
+
+INT32_MAX = 2**31 - 1
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Return the integers of ``x``: clip(round(x / scale) + zero_point, qmin, qmax).
+
+    Rounding is half to even, as in ONNX's QuantizeLinear.
+
+    Args:
+        x: Real values, any shape.
+        scale: Step d > 0, broadcastable to ``x``.
+        zero_point: The integer that stands for 0.0, as a float tensor, broadcastable to ``x``.
+        qmin: Smallest integer of the grid.
+        qmax: Largest integer of the grid.
+
+    Returns:
+        int32 tensor of the shape of ``x``.
+
+    Examples:
+        >>> one = torch.ones(())
+        >>> quantize(torch.tensor([0.5, 1.5, 2.5, 300.0]), one, 0 * one, 0, 255).tolist()
+        [0, 2, 2, 255]
+    """
+    return torch.div(x, scale).round_().add_(zero_point).clamp_(qmin, qmax).to(torch.int32)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Return the real values of integers: (q − zero_point) · scale, float32."""
+    return (q.to(torch.float32) - zero_point) * scale
+
+
+class _ClipInclusive(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (low, high)  # type: ignore[attr-defined]
+        return x.clamp(low, high)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        low, high = ctx.bounds  # type: ignore[attr-defined]
+        return grad * ((x >= low) & (x <= high)), None, None
+
+
+def clip_inclusive(x: Tensor, low: float, high: float) -> Tensor:
+    """Clip to [low, high]; the gradient is 1 inside **and at both ends**, 0 outside.
+
+    ``torch.clamp`` passes no gradient at its bounds, and α starts exactly at one.
+
+    Examples:
+        >>> x = torch.tensor([0.4, 0.5, 1.0, 1.1], requires_grad=True)
+        >>> clip_inclusive(x, 0.5, 1.0).sum().backward()
+        >>> x.grad.tolist()
+        [0.0, 1.0, 1.0, 0.0]
+    """
+    result: Tensor = _ClipInclusive.apply(x, low, high)
+    return result
+
+
+class _RoundSTE(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Round half to even with the straight-through gradient 1."""
+    result: Tensor = _RoundSTE.apply(x)
+    return result
+
+
+def _dot_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sum of a·b over the dimensions in which ``like`` is 1 or missing, in the shape of ``like``.
+
+    One threshold for a whole tensor takes a dot product in memory order: no product is stored.
+    """
+    if not like.dim():
+        for layout in ((a, b), (a.movedim(1, -1), b.movedim(1, -1)) if a.dim() > 2 else (a, b)):
+            if all(tensor.is_contiguous() for tensor in layout):
+                return torch.dot(layout[0].flatten(), layout[1].flatten())
+    return (a * b).sum_to_size(like.shape)
+
+
+class _FakeQuantize(Function):
+    """One autograd node per quantizer, so that no intermediate of the arithmetic is kept.
+
+    Saved are the input and the output only: the output is kept by the next convolution anyway and
+    the input by the activation before, so both are free. torch's own learnable fake-quantize
+    kernels compute the same, but convert each element to int64 and back; on a CPU that is ten times
+    slower than these in-place passes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        # The zero point moves the bounds instead of the data: one pass less, the same integers.
+        out = torch.div(x, scale).round_()
+        if zero_point.dim():
+            out = torch.clamp(out, qmin - zero_point, qmax - zero_point, out=out)
+        else:
+            shift = float(zero_point)
+            out.clamp_(qmin - shift, qmax - shift)
+        out.mul_(scale)
+        ctx.save_for_backward(x, out, scale, zero_point)
+        ctx.bounds = (qmin, qmax)  # type: ignore[attr-defined]
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, out, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        qmin, qmax = ctx.bounds  # type: ignore[attr-defined]
+        needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
+        q = torch.div(x, scale).round_()
+        if zero_point.dim():
+            q.add_(zero_point)
+            shift = 0.0
+        else:
+            shift = float(zero_point)
+        # hardtanh's backward keeps what lies strictly between two bounds, in one pass. The rounded
+        # values are integers, so bounds half a step outside the grid keep exactly the grid.
+        low, high = qmin - shift - 0.5, qmax - shift + 0.5
+        inside = torch.ops.aten.hardtanh_backward
+        grad_x = grad_scale = grad_zero_point = None
+        if needs_x or needs_zero_point:
+            grad_x = inside(grad, q, low, high)
+        if needs_scale:
+            # ∂out/∂d = q − x/d inside, the clipped integer outside: (out − x·inside) / d
+            error = inside(x, q, low, high)
+            grad_scale = _dot_like(torch.sub(out, error, out=error), grad, scale).div_(scale)
+        if needs_zero_point:
+            # ∂out/∂z = −d outside, 0 inside
+            assert grad_x is not None
+            outside = (grad - grad_x).sum_to_size(zero_point.shape)
+            grad_zero_point = outside.mul_(-scale)
+        return grad_x if needs_x else None, grad_scale, grad_zero_point, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Move ``x`` onto its integer grid: scale · (clip(round(x/scale) + z, qmin, qmax) − z).
+
+    Gradients, with the straight-through estimator for the rounding and a clip that passes 1 on
+    every integer of the grid, its ends included:
+
+    * ∂out/∂x = 1 inside, 0 outside;
+    * ∂out/∂scale = round(x/scale) − x/scale inside, qmin − z below, qmax − z above;
+    * ∂out/∂z = 0 inside, −scale outside.
+
+    Args:
+        x: Real values, any shape and memory format.
+        scale: Step, 0-dim, or one per output filter with the dimensions of ``x``, such as
+            [C, 1, 1, 1].
+        zero_point: Integer-valued float tensor of the shape of ``scale``.
+        qmin: Smallest integer of the grid.
+        qmax: Largest integer of the grid.
+
+    Source: Esser et al. 2019 (arXiv 1902.08153), eq. 3, and Jain et al. 2019 (arXiv 1903.08066), eq. 6.
+
+    Examples:
+        >>> step, zero = torch.tensor(0.5), torch.tensor(0.0)
+        >>> fake_quantize(torch.tensor([-9.0, 0.2, 0.3, 9.0]), step, zero, -7, 7).tolist()
+        [-3.5, 0.0, 0.5, 3.5]
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+    return result
+
+
+class _FakeQuantizeBias(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, bias: Tensor, scale: Tensor) -> Tensor:
+        step = scale.double()
+        q = torch.div(bias.double(), step).round_().clamp_(-INT32_MAX, INT32_MAX)
+        return q.mul_(step).to(bias.dtype)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def fake_quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Move a bias onto the int32 grid of step ``scale`` = s_w · s_x.
+
+    The integers are found in float64, since float32 cannot hold 31 bits. The gradient passes to the
+    bias straight through; the step gets none: it is so fine that its part is below rounding.
+
+    Args:
+        bias: float32 [C].
+        scale: float tensor [C] or 0-dim, positive.
+    """
+    result: Tensor = _FakeQuantizeBias.apply(bias, scale)
+    return result

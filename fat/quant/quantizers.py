@@ -1,0 +1,260 @@
+"""Quantizers for activations, and convolution and linear layers with their weight's and bias' ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fat.errors import FatError
+from fat.quant.functional import INT32_MAX, fake_quantize, fake_quantize_bias
+from fat.quant.init import HISTOGRAM_STRATEGIES, initial_thresholds
+from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics
+from fat.quant.thresholds import Thresholds, make_thresholds
+from fat.spec import Grid, InitSpec, QuantSpec
+
+__all__ = ["ActivationQuantizer", "QuantConv2d", "QuantLinear", "QuantLayer", "WeightQuantizer"]
+
+
+class ActivationQuantizer(nn.Module):
+    """Puts an activation, one threshold for the whole tensor, on its grid.
+
+    Args:
+        layer: Name of the operation whose output this is, for messages and tables.
+        spec: What is asked of the network.
+        grid: The integers of this tensor.
+
+    Attributes:
+        enabled: When false the tensor passes unchanged.
+    """
+
+    def __init__(self, layer: str, spec: QuantSpec, grid: Grid) -> None:
+        super().__init__()
+        self.layer = layer
+        self.grid = grid
+        self.init: InitSpec = spec.activation_init
+        self.thresholds: Thresholds = make_thresholds(spec, grid, None)
+        self.enabled = True
+        self._statistics: RangeStatistics | None = None
+
+    def start_observing(self) -> None:
+        """Pass tensors unchanged from now on and gather their statistics."""
+        wants_histogram = self.init.name in HISTOGRAM_STRATEGIES
+        self._statistics = HistogramStatistics() if wants_histogram else RangeStatistics()
+
+    def stop_observing(self, *, keep: bool) -> None:
+        """Turn what was seen into thresholds (``keep``), or forget it.
+
+        Raises:
+            FatError: If nothing was seen, or what was seen is not finite.
+        """
+        statistics, self._statistics = self._statistics, None
+        if not keep or statistics is None:
+            return
+        if not statistics.seen:
+            raise FatError(f"No image reached '{self.layer}' during calibration: the set is empty.")
+        low, high = statistics.minimum(), statistics.maximum()
+        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise FatError(
+                f"The output of '{self.layer}' ranges from {low.item()} to {high.item()} on the "
+                "calibration images: check the weights and the images' normalisation."
+            )
+        low, high = initial_thresholds(statistics, self.grid, self.init)
+        self.thresholds.calibrated(low, high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize ``x``, or observe it while calibrating."""
+        if self._statistics is not None:
+            self._statistics.update(x)
+            return x
+        if not self.enabled:
+            return x
+        scale, zero_point = self.thresholds()
+        return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax)
+
+    def extra_repr(self) -> str:
+        """Layer, bits and kind of grid."""
+        return f"{self.layer}, bits={self.grid.bits}, grid={self.grid.kind}"
+
+
+class WeightQuantizer(nn.Module):
+    """Puts a weight on its symmetric signed grid.
+
+    Args:
+        spec: What is asked of the network; ``vector`` has one threshold per output filter.
+        grid: The integers of this weight.
+        shape: Shape of the weight, output filters first.
+    """
+
+    def __init__(self, spec: QuantSpec, grid: Grid, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.init: InitSpec = spec.weight_init
+        rows = shape[0] if spec.granularity == "vector" else None
+        self.thresholds: Thresholds = make_thresholds(spec, grid, rows)
+        self._broadcast = (-1, *[1] * (len(shape) - 1)) if rows else ()
+        self.enabled = True
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor) -> None:
+        """Set the thresholds from the weight itself."""
+        rows = weight.flatten(1) if self._broadcast else weight.reshape(1, -1)
+        self.thresholds.calibrated(
+            *initial_thresholds(SampleStatistics(rows), self.grid, self.init)
+        )
+
+    @torch.no_grad()
+    def widen(self, minimum: Tensor) -> int:
+        """Raise thresholds that are below ``minimum``; return how many were."""
+        high = self.thresholds.high
+        minimum = minimum.to(high) if self._broadcast else minimum.max().to(high)
+        raised = torch.maximum(high, minimum)
+        changed = int((raised > high).sum())
+        if changed:
+            self.thresholds.calibrated(-raised, raised)
+        return changed
+
+    def scale(self) -> Tensor:
+        """Step per output filter, [C], or 0-dim."""
+        return cast(Tensor, self.thresholds()[0])
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Fake-quantize the weight."""
+        if not self.enabled:
+            return weight
+        scale, zero_point = (t.reshape(self._broadcast) for t in self.thresholds())
+        return fake_quantize(weight, scale, zero_point, self.grid.qmin, self.grid.qmax)
+
+    def extra_repr(self) -> str:
+        """Bits and number of thresholds."""
+        return f"bits={self.grid.bits}, thresholds={self.thresholds.high.numel()}"
+
+
+class QuantLayer(nn.Module):
+    """What quantized convolution and linear layers share: a frozen weight, a frozen bias, quantizers.
+
+    Weight and bias are buffers: the parameters of a quantized network are exactly what is trained.
+
+    Args:
+        layer: Name of the layer in the network.
+        weight: float32, output filters first.
+        bias: float32 [C] or ``None``.
+        spec: What is asked of the network.
+        grid: The integers of the weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, layer: str, weight: Tensor, bias: Tensor | None, spec: QuantSpec, grid: Grid
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.weight_quantizer = WeightQuantizer(spec, grid, weight.shape)
+        # Not a submodule: the input's quantizer belongs to the layer before and is only read here.
+        self._input: list[ActivationQuantizer] = []
+
+    @property
+    def input_quantizer(self) -> ActivationQuantizer:
+        """The quantizer that the layer's input passed last."""
+        return self._input[0]
+
+    def reads_from(self, quantizer: ActivationQuantizer) -> None:
+        """Say which quantizer that is."""
+        self._input = [quantizer]
+
+    def calibrate(self) -> int:
+        """Set the weight's thresholds; return how many were widened so that the bias fits int32.
+
+        A filter whose weights have all but vanished has so small a step that its bias, on the grid
+        s_w·s_x, would pass 31 bits and saturate. Its threshold is raised to where the bias fits with
+        room for the factors' range; its weights stay below half a step of any use.
+        """
+        self.weight_quantizer.calibrate(self.weight)
+        if self.bias is None:
+            return 0
+        input_scale = self.input_quantizer.thresholds()[0]
+        room = INT32_MAX / 8  # two factors of at least 0.5 each, and one bit to spare
+        smallest_step = self.bias.abs() / (room * input_scale)
+        return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
+
+    def quantized(self) -> tuple[Tensor, Tensor | None]:
+        """Weight on its grid and bias on the int32 grid s_w·s_x."""
+        weight = self.weight_quantizer(self.weight)
+        if self.bias is None or not (self.weight_quantizer.enabled and self.input_quantizer.enabled):
+            return weight, self.bias
+        scale = self.weight_quantizer.scale() * self.input_quantizer.thresholds()[0]
+        return weight, fake_quantize_bias(self.bias, scale)
+
+    def extra_repr(self) -> str:
+        """Layer and shape."""
+        return f"{self.layer}, weight={list(self.weight.shape)}, bias={self.bias is not None}"
+
+
+class QuantLinear(QuantLayer):
+    """A linear layer in integers: y = x·W^T + b."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to [..., in_features]."""
+        return F.linear(x, *self.quantized())
+
+
+class QuantConv2d(QuantLayer):
+    """A two-dimensional convolution in integers.
+
+    Args:
+        layer: See :class:`QuantLayer`.
+        weight: See :class:`QuantLayer`.
+        bias: See :class:`QuantLayer`.
+        spec: See :class:`QuantLayer`.
+        grid: See :class:`QuantLayer`.
+        stride: As in torch.
+        padding: As in torch, or ``"dynamic_same"``: TensorFlow's, computed from the input's size,
+            with the odd pixel at the bottom and right.
+        dilation: As in torch.
+        groups: As in torch.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        grid: Grid,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__(layer, weight, bias, spec, grid)
+        self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
+        self.padding: Any = padding if isinstance(padding, str) else tuple(padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to [N, C, H, W]."""
+        weight, bias = self.quantized()
+        padding = self.padding
+        if padding == "dynamic_same":
+            x, padding = self._pad_same(x), (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _pad_same(self, x: Tensor) -> Tensor:
+        sides: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            (x.shape[-1], x.shape[-2]),
+            (self.weight.shape[-1], self.weight.shape[-2]),
+            reversed(self.stride),
+            reversed(self.dilation),
+            strict=True,
+        ):
+            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+            sides += [total // 2, total - total // 2]
+        return F.pad(x, sides) if any(sides) else x

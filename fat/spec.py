@@ -1,0 +1,209 @@
+"""What is asked of a quantized network, as frozen values that are checked when they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from fat.errors import FatError, unknown_name
+
+__all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec"]
+
+Granularity = Literal["scalar", "vector"]
+Scheme = Literal["symmetric", "asymmetric"]
+Thresholds = Literal["fat", "frozen"]
+GridKind = Literal["signed", "unsigned", "asymmetric"]
+InitName = Literal["minmax", "percentile"]
+
+BITS = range(2, 9)
+
+
+def _one_of(what: str, given: object, allowed: tuple[str, ...]) -> None:
+    if given not in allowed:
+        raise unknown_name(what, given, allowed)
+
+
+def _bits(what: str, given: object) -> None:
+    if not isinstance(given, int) or isinstance(given, bool) or given not in BITS:
+        raise FatError(f"{what} is {given!r}; allowed are whole numbers from 2 to 8, as in {what}=8.")
+
+
+def _range(what: str, given: tuple[float, float], *, inside: float) -> None:
+    if len(given) != 2 or not given[0] <= inside <= given[1]:
+        raise FatError(
+            f"{what} is {list(given)}; it must be two numbers, the lower first, with {inside:g} "
+            f"(where training starts) between them, as in {what}=[0.5,1.0]."
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers that one tensor may take.
+
+    * ``signed``: −q…q with q = 2^(n−1)−1, zero point 0 (the narrow range, so that T maps to q).
+    * ``unsigned``: 0…2^n−1, zero point 0, for tensors that are never negative.
+    * ``asymmetric``: 0…2^n−1 with an integer zero point.
+
+    Examples:
+        >>> Grid(8, "signed").qmin, Grid(8, "signed").qmax, Grid(4, "unsigned").qmax
+        (-127, 127, 15)
+    """
+
+    bits: int
+    kind: GridKind
+
+    def __post_init__(self) -> None:
+        _bits("bits", self.bits)
+        _one_of("grid", self.kind, get_args(GridKind))
+
+    @property
+    def qmin(self) -> int:
+        """The smallest integer of the grid."""
+        return -self.qmax if self.kind == "signed" else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest integer of the grid."""
+        return 2 ** (self.bits - 1) - 1 if self.kind == "signed" else 2**self.bits - 1
+
+
+@dataclass(frozen=True)
+class InitSpec:
+    """How the statistics of a tensor become its first thresholds.
+
+    Attributes:
+        name: The strategy: a function of :mod:`fat.quant.init`.
+        percentile: For ``percentile``: the share of values, in percent, inside the thresholds.
+    """
+
+    name: InitName = "minmax"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        _one_of("init strategy", self.name, get_args(InitName))
+        if not 50.0 < self.percentile <= 100.0:
+            raise FatError(
+                f"init percentile is {self.percentile!r}; allowed is more than 50 and at most 100, "
+                "in percent, as in init.activation.percentile=99.99."
+            )
+
+
+@dataclass(frozen=True)
+class EqualizeSpec:
+    """How filter ranges are balanced before quantization.
+
+    Attributes:
+        method: ``none``, or ``depthwise``: the paper's rescaling of depthwise → convolution pairs.
+        locked_from: A channel whose maximum before ReLU6 reaches this value keeps its scale.
+        cap: The largest value that a rescaled channel may take before ReLU6 on the images seen;
+            below 6 it leaves a margin for images not seen.
+    """
+
+    method: Literal["none", "depthwise"] = "none"
+    locked_from: float = 5.9
+    cap: float = 6.0
+
+    def __post_init__(self) -> None:
+        _one_of("equalization", self.method, ("none", "depthwise"))
+        if not 0.0 < self.locked_from <= 6.0 or not 0.0 < self.cap <= 6.0:
+            raise FatError(
+                f"equalize.locked_from={self.locked_from!r} and equalize.cap={self.cap!r} must lie "
+                "above 0 and not above 6, the value at which ReLU6 clips."
+            )
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """Everything that decides which integers a network runs in.
+
+    Attributes:
+        bits: Bit-width of weights and activations, 2 to 8, where the next two say nothing else.
+        weight_bits: Bit-width of weights; ``None`` takes ``bits``.
+        activation_bits: Bit-width of activations; ``None`` takes ``bits``.
+        first_bits: Bit-width of the first layer's weight and input; ``None`` treats it as any other.
+        last_bits: Bit-width of the last layer's weight and input; ``None`` treats it as any other.
+        granularity: ``vector``, one threshold per output filter of a weight, or ``scalar``, one per
+            tensor. Activations have one per tensor in both.
+        scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
+        thresholds: ``fat`` trains a factor per threshold, ``frozen`` keeps what calibration gave.
+        alpha_range: Where α of symmetric thresholds and α_R of asymmetric ranges may move.
+        shift_range: Where α_T, the shift of an asymmetric lower threshold in units of its range R,
+            may move.
+        weight_init: Statistics → threshold for weights.
+        activation_init: Statistics → threshold for activations.
+        equalize: How filter ranges are balanced beforehand.
+
+    Raises:
+        FatError: If any value is outside what is allowed; the text says what is.
+
+    Examples:
+        >>> QuantSpec(bits=4, activation_bits=8).for_weights
+        4
+        >>> QuantSpec(bits=9)
+        Traceback (most recent call last):
+        fat.errors.FatError: bits is 9; allowed are whole numbers from 2 to 8, as in bits=8.
+    """
+
+    bits: int = 8
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    first_bits: int | None = None
+    last_bits: int | None = None
+    granularity: Granularity = "vector"
+    scheme: Scheme = "symmetric"
+    thresholds: Thresholds = "fat"
+    alpha_range: tuple[float, float] = (0.5, 1.0)
+    shift_range: tuple[float, float] = (-0.2, 0.4)
+    weight_init: InitSpec = field(default_factory=InitSpec)
+    activation_init: InitSpec = field(default_factory=InitSpec)
+    equalize: EqualizeSpec = field(default_factory=EqualizeSpec)
+
+    def __post_init__(self) -> None:
+        _bits("bits", self.bits)
+        for name in ("weight_bits", "activation_bits", "first_bits", "last_bits"):
+            if getattr(self, name) is not None:
+                _bits(name, getattr(self, name))
+        _one_of("granularity", self.granularity, get_args(Granularity))
+        _one_of("scheme", self.scheme, get_args(Scheme))
+        _one_of("thresholds", self.thresholds, get_args(Thresholds))
+        _range("alpha_range", self.alpha_range, inside=1.0)
+        _range("shift_range", self.shift_range, inside=0.0)
+        if self.alpha_range[0] <= 0.0:
+            raise FatError(
+                f"alpha_range is {list(self.alpha_range)}; its lower end must be above 0, since a "
+                "threshold of 0 has no grid."
+            )
+
+    @property
+    def for_weights(self) -> int:
+        """Bit-width of weights that no other rule touches."""
+        return self.bits if self.weight_bits is None else self.weight_bits
+
+    @property
+    def for_activations(self) -> int:
+        """Bit-width of activations that no other rule touches."""
+        return self.bits if self.activation_bits is None else self.activation_bits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain containers that JSON can hold; :meth:`from_dict` takes them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantSpec:
+        """Build a spec from what :meth:`to_dict` gave, checking it again."""
+        fields = dict(values)
+        for name, kind in (
+            ("weight_init", InitSpec),
+            ("activation_init", InitSpec),
+            ("equalize", EqualizeSpec),
+        ):
+            if name in fields:
+                fields[name] = kind(**fields[name])
+        for name in ("alpha_range", "shift_range"):
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise unknown_name("quantization option", unknown[0], cls.__dataclass_fields__)
+        return cls(**fields)

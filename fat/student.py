@@ -1,0 +1,113 @@
+"""The quantized network with the float network it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fat.errors import FatError
+from fat.graph.equalize import EqualizeReport
+from fat.graph.fold import FoldReport
+from fat.graph.insert import QUANTIZERS, InsertReport
+from fat.quant.quantizers import ActivationQuantizer, QuantLayer, WeightQuantizer
+from fat.quant.thresholds import Thresholds
+from fat.spec import QuantSpec
+
+__all__ = ["PrepareReport", "Student", "freeze"]
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What the passes did, and how far each moved the float function (logits' SQNR in dB)."""
+
+    fold: FoldReport
+    fold_sqnr_db: float
+    equalize: EqualizeReport | None
+    equalize_sqnr_db: float | None
+    insert: InsertReport
+
+
+class Student(nn.Module):
+    """A network that computes on integer grids, beside its float teacher.
+
+    Its parameters are exactly what may be trained. The teacher's tensors are not in ``state_dict``.
+
+    Args:
+        network: Graph with quantizers inserted.
+        teacher: The folded float network, frozen.
+        spec: What was asked for.
+        report: What the passes did; ``None`` for a student that was loaded.
+
+    Attributes:
+        origin: Plain values about where the float network came from (name, weights, preprocessing).
+    """
+
+    is_calibrated: Tensor
+
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        teacher: fx.GraphModule,
+        spec: QuantSpec,
+        report: PrepareReport | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.teacher = freeze(teacher)
+        self.spec = spec
+        self.report = report
+        self.origin: dict[str, Any] = {}
+        self.register_buffer("is_calibrated", torch.tensor(False))
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, 3, H, W], float32 values on the output's grid.
+
+        Raises:
+            FatError: If the thresholds were never calibrated.
+        """
+        if not self.is_calibrated:
+            raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+        logits: Tensor = self.network(images)
+        return logits
+
+    def activation_quantizers(self) -> list[ActivationQuantizer]:
+        """All activation quantizers in the order of the graph."""
+        return list(self.network.get_submodule(QUANTIZERS).children())  # type: ignore[arg-type]
+
+    def layers(self) -> list[QuantLayer]:
+        """All quantized convolution and linear layers in the order of the graph."""
+        names = [str(node.target) for node in self.network.graph.nodes if node.op == "call_module"]
+        modules = (self.network.get_submodule(name) for name in names)
+        return [module for module in modules if isinstance(module, QuantLayer)]
+
+    def quantizers(self) -> Iterator[tuple[str, str, ActivationQuantizer | WeightQuantizer]]:
+        """(layer, ``"weight"`` or ``"activation"``, quantizer) of every quantizer."""
+        for quantizer in self.activation_quantizers():
+            yield quantizer.layer, "activation", quantizer
+        for layer in self.layers():
+            yield layer.layer, "weight", layer.weight_quantizer
+
+    def thresholds(self) -> Iterator[Thresholds]:
+        """The thresholds of every quantizer."""
+        for _, _, quantizer in self.quantizers():
+            yield quantizer.thresholds
+
+    def project(self) -> None:
+        """Bring every trained factor back into its range; to be called after an optimizer's step."""
+        for thresholds in self.thresholds():
+            thresholds.project()
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """Turn every parameter and buffer into a buffer that ``state_dict`` leaves out, in place."""
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach(), persistent=False)
+        module._non_persistent_buffers_set.update(dict(module.named_buffers(recurse=False)))
+    return network.eval()

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm.data
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from fat.data.transforms import EvalTransform, RandomCropTransform, crop_box, generator
+from fat.errors import FatError
+from fat.models import Preprocessing
+
+PREPROCESSING = Preprocessing(
+    size=(64, 64),
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bicubic",
+    crop_pct=0.875,
+    crop_mode="center",
+)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("shape", [(200, 90), (75, 150), (64, 64), (30, 40), (301, 299)])
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"size": (64, 48)},
+        {"interpolation": "bilinear", "crop_pct": 0.904},
+        {"crop_pct": 1.0, "mean": (0.5,) * 3, "std": (0.5,) * 3},
+    ],
+)
+def test_eval_is_bit_equal_to_timm(
+    shape: tuple[int, int], mode: str, change: dict[str, object]
+) -> None:
+    p = replace(PREPROCESSING, crop_mode=mode, **change)  # type: ignore[arg-type]
+    theirs = timm.data.create_transform(
+        input_size=(3, *p.size),
+        interpolation=p.interpolation,
+        mean=p.mean,
+        std=p.std,
+        crop_pct=p.crop_pct,
+        crop_mode=p.crop_mode,
+    )
+    image = picture(*shape)
+    ours = EvalTransform(p)(image)
+    assert ours.shape == (3, *p.size)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, theirs(image))
+
+
+def test_unknown_options() -> None:
+    with pytest.raises(FatError, match=r"Unknown interpolation 'bicubik'. Did you mean 'bicubic'"):
+        EvalTransform(replace(PREPROCESSING, interpolation="bicubik"))
+    with pytest.raises(FatError, match=r"Unknown crop mode 'centre'. Did you mean 'center'"):
+        EvalTransform(replace(PREPROCESSING, crop_mode="centre"))
+    for scale in ((0.0, 1.0), (0.9, 0.3), (0.5, 1.5)):
+        with pytest.raises(FatError, match=r"crop's scale is .*allowed"):
+            RandomCropTransform(PREPROCESSING, scale)
+    with pytest.raises(FatError, match=r"crop's ratio is .*allowed"):
+        RandomCropTransform(PREPROCESSING, ratio=(2.0, 1.0))
+    with pytest.raises(FatError, match=r"mirroring is 2"):
+        RandomCropTransform(PREPROCESSING, flip=2)
+
+
+def test_random_crop_depends_on_the_key_alone() -> None:
+    transform, image = RandomCropTransform(PREPROCESSING), picture(100, 80)
+    one = transform(image, generator(0, 3, 5))
+    torch.manual_seed(1)
+    np.random.seed(1)
+    assert torch.equal(one, transform(image, generator(0, 3, 5)))
+    for key in ((1, 3, 5), (0, 4, 5), (0, 3, 6)):
+        assert not torch.equal(one, transform(image, generator(*key)))
+
+
+def test_mirroring() -> None:
+    image = picture(64, 64)
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    plain = RandomCropTransform(PREPROCESSING, flip=0, **whole)(image, generator(0))  # type: ignore[arg-type]
+    mirrored = RandomCropTransform(PREPROCESSING, flip=1, **whole)(image, generator(0))  # type: ignore[arg-type]
+    assert torch.equal(plain, EvalTransform(replace(PREPROCESSING, crop_pct=1.0))(image))
+    assert torch.equal(mirrored, plain.flip(-1))
+
+
+@given(
+    width=st.integers(1, 400),
+    height=st.integers(1, 400),
+    seed=st.integers(0, 1000),
+    least=st.floats(0.05, 1.0),
+)
+def test_crop_box_lies_inside(width: int, height: int, seed: int, least: float) -> None:
+    left, top, w, h = crop_box(width, height, generator(seed), (least, 1.0), (3 / 4, 4 / 3))
+    assert 0 <= left <= left + w <= width
+    assert 0 <= top <= top + h <= height
+    assert w > 0
+    assert h > 0
+
+
+def test_crop_box_statistics() -> None:
+    """Area uniform in the range (mean 0.3), log ratio symmetric, every place as likely."""
+    boxes = np.array(
+        [crop_box(1000, 1000, generator(i), (0.1, 0.5), (3 / 4, 4 / 3)) for i in range(3000)]
+    )
+    left, top, w, h = boxes.T
+    area = w * h / 1e6
+    assert 0.0995 <= area.min() <= area.max() <= 0.5005
+    assert abs(area.mean() - 0.3) < 0.01
+    assert abs(np.log(w / h).mean()) < 0.01
+    assert np.abs(np.log(w / h)).max() <= np.log(4 / 3) + 0.01
+    assert abs((left / (1000 - w)).mean() - 0.5) < 0.02
+    assert abs((top / (1000 - h)).mean() - 0.5) < 0.02
+
+
+def test_crop_box_of_a_strip_falls_back_to_the_middle() -> None:
+    assert crop_box(1000, 30, generator(0), (0.9, 1.0), (3 / 4, 4 / 3)) == (480, 0, 40, 30)
+    assert crop_box(30, 1000, generator(0), (0.9, 1.0), (3 / 4, 4 / 3)) == (0, 480, 30, 40)
+
+
+def test_generator_refuses_negative_keys() -> None:
+    with pytest.raises(FatError, match=r"must not be negative"):
+        generator(-1, 0)
