@@ -1,8 +1,26 @@
 """FAT: a pretrained network in integers, without labels, in minutes."""
 
 from fat.calibrate import calibrate
+from fat.checkpoint import load, save
 from fat.errors import FatError
+from fat.evaluate import evaluate
+from fat.fit import FitResult, fit
 from fat.pipeline import prepare
-from fat.spec import EqualizeSpec, InitSpec, QuantSpec
+from fat.spec import EqualizeSpec, InitSpec, QuantSpec, TrainSpec
+from fat.student import Student
 
-__all__ = ["EqualizeSpec", "FatError", "InitSpec", "QuantSpec", "calibrate", "prepare"]
+__all__ = [
+    "EqualizeSpec",
+    "FatError",
+    "FitResult",
+    "InitSpec",
+    "QuantSpec",
+    "Student",
+    "TrainSpec",
+    "calibrate",
+    "evaluate",
+    "fit",
+    "load",
+    "prepare",
+    "save",
+]

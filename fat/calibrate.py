@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
+from fat.batches import Images, as_batches, split
 from fat.errors import FatError
 from fat.student import Student
 
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
-def calibrate(student: Student, images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> None:
+def calibrate(student: Student, images: Images) -> None:
     """Run the images through the float student and set every threshold; trained factors restart.
 
     Weights take their thresholds from themselves. Nothing is kept of the images but running
@@ -32,7 +31,6 @@ def calibrate(student: Student, images: Tensor | Iterable[Tensor | tuple[Tensor,
         FatError: If there is no image, or a layer's values are not finite. The student then keeps
             the thresholds it had.
     """
-    batches = [images] if isinstance(images, Tensor) else images
     quantizers = student.activation_quantizers()
     layers = student.layers()
     weights_on = [layer.weight_quantizer.enabled for layer in layers]
@@ -43,10 +41,10 @@ def calibrate(student: Student, images: Tensor | Iterable[Tensor | tuple[Tensor,
     for layer in layers:
         layer.weight_quantizer.enabled = False
     try:
-        for batch in batches:
-            batch = batch if isinstance(batch, Tensor) else batch[0]
-            student.network(batch)
-            seen += len(batch)
+        for batch in as_batches(images):
+            pixels = split(batch)[0]
+            student.network(pixels.contiguous(memory_format=torch.channels_last))
+            seen += len(pixels)
         if not seen:
             raise FatError("No images came to calibrate on; give at least one batch [N, 3, H, W].")
         done = True

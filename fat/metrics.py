@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_accuracy
 
-__all__ = ["Comparison", "agreement", "logits_sqnr_db", "rmse"]
+__all__ = ["Comparison", "agreement", "logits_sqnr_db", "sqnr_db"]
 
 MAX_DB = 200.0
 """What equal logits report in place of infinity, which JSON cannot hold."""
@@ -28,7 +28,7 @@ def logits_sqnr_db(reference: Tensor, logits: Tensor) -> float:
         20.0
     """
     signal = reference.double().square().sum()
-    return _db(float(signal), float((reference.double() - logits.double()).square().sum()))
+    return sqnr_db(float(signal), float((reference.double() - logits.double()).square().sum()))
 
 
 def agreement(reference: Tensor, logits: Tensor) -> float:
@@ -41,23 +41,17 @@ def agreement(reference: Tensor, logits: Tensor) -> float:
     return 100.0 * float((reference.argmax(1) == logits.argmax(1)).double().mean())
 
 
-def rmse(reference: Tensor, logits: Tensor) -> Tensor:
-    """√(mean (z_T − z_A)²) over all images and classes: the paper's distillation loss.
-
-    The gradient at equal logits is 0, not NaN.
+def sqnr_db(signal: float, noise: float) -> float:
+    """10·log10(signal / noise), kept inside ±200 dB so that JSON can hold it.
 
     Args:
-        reference: Teacher's logits z_T [N, classes].
-        logits: Student's logits z_A [N, classes].
+        signal: Sum of squares of the reference.
+        noise: Sum of squares of the difference.
 
-    Returns:
-        0-dim tensor, in units of a logit.
+    Examples:
+        >>> sqnr_db(100.0, 1.0), sqnr_db(1.0, 0.0)
+        (20.0, 200.0)
     """
-    error = (reference - logits).square().mean()
-    return torch.sqrt(error.clamp_min(torch.finfo(error.dtype).tiny))
-
-
-def _db(signal: float, noise: float) -> float:
     if noise == 0.0:
         return MAX_DB
     if signal == 0.0:
@@ -69,9 +63,6 @@ class Comparison(Metric):
     """Agreement, logits' SQNR and RMSE against the float network, and accuracy where labels are.
 
     Sums only, so that results over several devices are those of one.
-
-    Args:
-        with_reference: Whether reference logits will come; the float network itself has none.
     """
 
     full_state_update = False
@@ -126,6 +117,6 @@ class Comparison(Metric):
             "top1": 100.0 * int(self.top1) / labelled if labelled else None,
             "top5": 100.0 * int(self.top5) / labelled if labelled else None,
             "agreement": 100.0 * int(self.same) / int(self.images),
-            "sqnr_db": _db(float(self.signal), float(self.noise)),
+            "sqnr_db": sqnr_db(float(self.signal), float(self.noise)),
             "rmse": math.sqrt(float(self.noise) / int(self.elements)),
         }

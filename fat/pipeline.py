@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from fat.batches import Images, as_batches, split
 from fat.errors import FatError
 from fat.graph.equalize import EqualizeReport, equalize_depthwise
 from fat.graph.fold import fold_batch_norms
@@ -18,9 +17,7 @@ from fat.metrics import logits_sqnr_db
 from fat.spec import QuantSpec
 from fat.student import PrepareReport, Student
 
-__all__ = ["as_batches", "prepare"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["prepare"]
 
 FOLD_SQNR_DB = 80.0
 """A folded network is the same function to float rounding; below this something is wrong."""
@@ -28,7 +25,7 @@ FOLD_SQNR_DB = 80.0
 
 @torch.no_grad()
 def prepare(
-    network: nn.Module, example_images: Tensor | Iterable[Tensor], spec: QuantSpec | None = None
+    network: nn.Module, example_images: Images, spec: QuantSpec | None = None
 ) -> Student:
     """Fold, equalize and insert quantizers into a copy of the network.
 
@@ -46,7 +43,9 @@ def prepare(
             finite, or a pass changed what the network computes.
     """
     spec = spec or QuantSpec()
-    images = as_batches(example_images)
+    images = [split(batch)[0] for batch in as_batches(example_images)]
+    if not images:
+        raise FatError("No example images came; give at least one batch [N, 3, H, W].")
     check_finite(network)
 
     teacher = trace(network)
@@ -69,23 +68,6 @@ def prepare(
     insert = insert_quantizers(quantized, spec, images[0][:1])
     report = PrepareReport(fold, fold_sqnr, equalize, equalize_sqnr, insert)
     return Student(quantized, teacher, spec, report)
-
-
-def as_batches(images: Tensor | Iterable[Tensor | tuple[Tensor, ...]]) -> list[Tensor]:
-    """Batches of images from one batch or several, with or without labels beside them.
-
-    Raises:
-        FatError: If there is none, or one is not [N, 3, H, W] or the like.
-    """
-    if isinstance(images, Tensor):
-        images = [images]
-    batches = [batch if isinstance(batch, Tensor) else batch[0] for batch in images]
-    if not batches:
-        raise FatError("No images came; at least one batch [N, 3, H, W] is needed.")
-    for batch in batches:
-        if batch.dim() != 4 or not len(batch):
-            raise FatError(f"A batch of images has shape {list(batch.shape)}; wanted [N, 3, H, W].")
-    return batches
 
 
 def check_finite(network: nn.Module) -> None:

@@ -8,13 +8,16 @@ from typing import Any, Literal, get_args
 
 from fat.errors import FatError, unknown_name
 
-__all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec"]
+__all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec", "TrainSpec"]
 
 Granularity = Literal["scalar", "vector"]
 Scheme = Literal["symmetric", "asymmetric"]
 Thresholds = Literal["fat", "frozen"]
+Bias = Literal["trained", "frozen"]
 GridKind = Literal["signed", "unsigned", "asymmetric"]
 InitName = Literal["minmax", "percentile"]
+LossName = Literal["rmse", "authors_code"]
+ScheduleName = Literal["cosine", "authors_code", "constant"]
 
 BITS = range(2, 9)
 
@@ -127,6 +130,8 @@ class QuantSpec:
             tensor. Activations have one per tensor in both.
         scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
         thresholds: ``fat`` trains a factor per threshold, ``frozen`` keeps what calibration gave.
+        bias: ``trained`` trains the biases, which live on the int32 grid, with the thresholds;
+            ``frozen`` leaves them as they are (the paper).
         alpha_range: Where α of symmetric thresholds and α_R of asymmetric ranges may move.
         shift_range: Where α_T, the shift of an asymmetric lower threshold in units of its range R,
             may move.
@@ -153,6 +158,7 @@ class QuantSpec:
     granularity: Granularity = "vector"
     scheme: Scheme = "symmetric"
     thresholds: Thresholds = "fat"
+    bias: Bias = "trained"
     alpha_range: tuple[float, float] = (0.5, 1.0)
     shift_range: tuple[float, float] = (-0.2, 0.4)
     weight_init: InitSpec = field(default_factory=InitSpec)
@@ -167,6 +173,7 @@ class QuantSpec:
         _one_of("granularity", self.granularity, get_args(Granularity))
         _one_of("scheme", self.scheme, get_args(Scheme))
         _one_of("thresholds", self.thresholds, get_args(Thresholds))
+        _one_of("bias", self.bias, get_args(Bias))
         _range("alpha_range", self.alpha_range, inside=1.0)
         _range("shift_range", self.shift_range, inside=0.0)
         if self.alpha_range[0] <= 0.0:
@@ -207,3 +214,51 @@ class QuantSpec:
         if unknown:
             raise unknown_name("quantization option", unknown[0], cls.__dataclass_fields__)
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How the thresholds are trained.
+
+    Attributes:
+        epochs: Passes over the training images.
+        lr: Adam's learning rate for the thresholds' factors at the start of every cycle.
+        bias_lr: The same for biases, in units of the layer's output, where they are trained.
+        bias_correction: Whether to start from biases corrected in closed form
+            (:func:`fat.correct.correct_biases`), if that is better on the validation images.
+        loss: ``rmse`` (the paper's) or ``authors_code``, see :mod:`fat.losses`.
+        schedule: ``cosine`` (the paper's annealing), ``authors_code`` or ``constant``, see
+            :mod:`fat.schedule`.
+        period: Steps per cycle of the schedule; ``None`` makes the whole training one cycle.
+        reset_optimizer: Whether Adam forgets its moments at the start of every cycle.
+        gradient_clip: Largest norm of the gradient over all parameters; ``None`` does not clip.
+        validations: How often in an epoch the network is judged on the validation images.
+        nan_patience: After so many steps in a row that gave NaN or infinity, training stops.
+
+    Raises:
+        FatError: If a value is outside what is allowed.
+    """
+
+    epochs: int = 3
+    lr: float = 5e-3
+    bias_lr: float = 1e-3
+    bias_correction: bool = True
+    loss: LossName = "rmse"
+    schedule: ScheduleName = "cosine"
+    period: int | None = None
+    reset_optimizer: bool = True
+    gradient_clip: float | None = None
+    validations: int = 1
+    nan_patience: int = 10
+
+    def __post_init__(self) -> None:
+        _one_of("loss", self.loss, get_args(LossName))
+        _one_of("schedule", self.schedule, get_args(ScheduleName))
+        for name, least in (("epochs", 0), ("period", 1), ("validations", 1), ("nan_patience", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise FatError(f"optim.{name} is {value}; it must be at least {least}.")
+        for name in ("lr", "bias_lr", "gradient_clip"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise FatError(f"optim.{name} is {value}; it must be above 0.")

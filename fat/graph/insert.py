@@ -28,6 +28,7 @@ from fat.graph.patterns import (
     source,
 )
 from fat.graph.trace import layer_name, mark_data
+from fat.layers import SameConv2d
 from fat.quant.placement import activation_grid, weight_grid
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
 from fat.spec import Grid, QuantSpec
@@ -138,7 +139,7 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
     """The quantized form of a convolution or linear layer.
 
     Raises:
-        FatError: For a subclass that computes something of its own, and padding other than zeros.
+        FatError: For padding other than zeros.
     """
     if isinstance(layer, nn.Linear):
         return QuantLinear(name, layer.weight, layer.bias, spec, grid)
@@ -147,12 +148,7 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
         raise FatError(
             f"'{name}' pads with '{layer.padding_mode}'; integer convolutions pad with zeros."
         )
-    padding: Any = layer.padding
-    if type(layer) is not nn.Conv2d:
-        # timm's Conv2dSame pads as TensorFlow does, from the size of its input.
-        if type(layer).__name__ != "Conv2dSame":
-            raise FatError(f"'{name}' is a {type(layer).__name__}, which has no integer form here.")
-        padding = "dynamic_same"
+    padding: Any = "dynamic_same" if isinstance(layer, SameConv2d) else layer.padding
     return QuantConv2d(
         name,
         layer.weight,

@@ -13,13 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.layers import BatchNormAct2d, get_notrace_functions, get_notrace_modules
+from timm.layers import BatchNormAct2d, Conv2dSame, get_notrace_functions, get_notrace_modules
+from timm.layers import Linear as TimmLinear
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
+from fat.layers import SameConv2d
 
 __all__ = ["layer_name", "mark_data", "trace"]
 
@@ -156,10 +158,33 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
     target = module.get_submodule(str(node.target))
     if isinstance(target, (nn.Identity, _DropoutNd)):
         _bypass(node)
+    elif isinstance(target, (nn.Conv2d, nn.Linear)):
+        module.set_submodule(str(node.target), _plain_layer(str(node.target), target))
     elif isinstance(target, BatchNormAct2d):
         _split_norm_and_activation(module, node, target)
     elif hasattr(target, "inplace"):
         target.inplace = False  # the passes re-order and share tensors
+
+
+def _plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Module:
+    """The same layer as one of the classes that the passes know.
+
+    Raises:
+        FatError: For a subclass that computes its weight or its result in a way of its own.
+    """
+    if type(layer) in (nn.Conv2d, nn.Linear, SameConv2d):
+        return layer
+    if type(layer) is Conv2dSame:
+        return SameConv2d(layer)
+    if type(layer) is TimmLinear:  # torch's, with a cast under automatic mixed precision
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        plain.load_state_dict(layer.state_dict())
+        return plain
+    raise FatError(
+        f"'{name}' is a {type(layer).__name__}, whose arithmetic FAT does not know. Replace it by "
+        f"the {'linear layer' if isinstance(layer, nn.Linear) else 'convolution'} it amounts to at "
+        "inference."
+    )
 
 
 def _split_norm_and_activation(

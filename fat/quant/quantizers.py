@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat.errors import FatError
+from fat.layers import pad_same
 from fat.quant.functional import INT32_MAX, fake_quantize, fake_quantize_bias
 from fat.quant.init import HISTOGRAM_STRATEGIES, initial_thresholds
 from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics
@@ -134,9 +135,9 @@ class WeightQuantizer(nn.Module):
 
 
 class QuantLayer(nn.Module):
-    """What quantized convolution and linear layers share: a frozen weight, a frozen bias, quantizers.
+    """What quantized convolution and linear layers share: a frozen weight, a bias, a quantizer.
 
-    Weight and bias are buffers: the parameters of a quantized network are exactly what is trained.
+    What is frozen is a buffer: the parameters of a quantized network are exactly what is trained.
 
     Args:
         layer: Name of the layer in the network.
@@ -155,7 +156,11 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.layer = layer
         self.register_buffer("weight", weight.detach().clone())
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        own_bias = None if bias is None else bias.detach().clone()
+        if own_bias is not None and spec.bias == "trained":
+            self.bias = nn.Parameter(own_bias)
+        else:
+            self.register_buffer("bias", own_bias)
         self.weight_quantizer = WeightQuantizer(spec, grid, weight.shape)
         # Not a submodule: the input's quantizer belongs to the layer before and is only read here.
         self._input: list[ActivationQuantizer] = []
@@ -181,7 +186,7 @@ class QuantLayer(nn.Module):
             return 0
         input_scale = self.input_quantizer.thresholds()[0]
         room = INT32_MAX / 8  # two factors of at least 0.5 each, and one bit to spare
-        smallest_step = self.bias.abs() / (room * input_scale)
+        smallest_step = self.bias.detach().abs() / (room * input_scale)
         return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
 
     def quantized(self) -> tuple[Tensor, Tensor | None]:
@@ -215,8 +220,7 @@ class QuantConv2d(QuantLayer):
         spec: See :class:`QuantLayer`.
         grid: See :class:`QuantLayer`.
         stride: As in torch.
-        padding: As in torch, or ``"dynamic_same"``: TensorFlow's, computed from the input's size,
-            with the odd pixel at the bottom and right.
+        padding: As in torch, or ``"dynamic_same"``, see :func:`fat.layers.pad_same`.
         dilation: As in torch.
         groups: As in torch.
     """
@@ -243,18 +247,6 @@ class QuantConv2d(QuantLayer):
         weight, bias = self.quantized()
         padding = self.padding
         if padding == "dynamic_same":
-            x, padding = self._pad_same(x), (0, 0)
+            kernel = (self.weight.shape[2], self.weight.shape[3])
+            x, padding = pad_same(x, kernel, self.stride, self.dilation), (0, 0)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
-
-    def _pad_same(self, x: Tensor) -> Tensor:
-        sides: list[int] = []
-        for size, kernel, stride, dilation in zip(
-            (x.shape[-1], x.shape[-2]),
-            (self.weight.shape[-1], self.weight.shape[-2]),
-            reversed(self.stride),
-            reversed(self.dilation),
-            strict=True,
-        ):
-            total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-            sides += [total // 2, total - total // 2]
-        return F.pad(x, sides) if any(sides) else x

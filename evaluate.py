@@ -1,0 +1,24 @@
+"""Judge a finished run again, from its directory alone: python evaluate.py run=DIR."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from fat import cli
+from fat.config import EvaluateConfig, parse
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+def main(composed: DictConfig) -> dict[str, Any]:
+    """Print and return the figures."""
+    config = parse(EvaluateConfig, composed)
+    from fat.experiment import evaluate_run  # slow imports wait until the config is known to be good
+
+    return evaluate_run(config)
+
+
+if __name__ == "__main__":
+    cli.guarded(main, EvaluateConfig)

@@ -1,0 +1,46 @@
+"""Batches as they come from users: images alone, or images with labels beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fat.errors import FatError
+
+__all__ = ["AnyBatch", "Images", "as_batches", "split"]
+
+AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
+Images = Tensor | Iterable[AnyBatch]
+"""One batch [N, 3, H, W], or any iterable of batches, each labelled or not."""
+
+
+def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch; labels are −1 where the batch has none.
+
+    Returns:
+        images [N, 3, H, W] and labels int64 [N].
+
+    Raises:
+        FatError: If the batch is neither a tensor nor (images, labels).
+
+    Examples:
+        >>> split(torch.zeros(2, 3, 8, 8))[1].tolist()
+        [-1, -1]
+    """
+    images = batch if isinstance(batch, Tensor) else batch[0] if len(batch) else None
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise FatError(
+            f"A batch of images is {came}; wanted a tensor [N, 3, H, W], or (images, labels)."
+        )
+    labels = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
+    if labels is None:
+        labels = torch.full((len(images),), -1)
+    return images, labels.to(images.device)
+
+
+def as_batches(images: Images) -> Iterable[AnyBatch]:
+    """An iterable of batches, also where one batch came."""
+    return [images] if isinstance(images, Tensor) else images

@@ -1,0 +1,340 @@
+"""A student as one safetensors file that holds data only: no code runs when it is loaded.
+
+The graph is stored as JSON in the file's metadata: nodes with names of operations, modules with
+their constructor's arguments. Both are looked up in the short lists of this file; anything else is
+refused. The teacher's tensors are stored too, so that a student can be judged from the file alone;
+those that equal the student's are stored once.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import operator
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fat.errors import FatError
+from fat.files import write_atomic
+from fat.graph.insert import QUANTIZERS, link_inputs
+from fat.graph.patterns import PRESERVING_METHODS
+from fat.layers import SameConv2d
+from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
+from fat.spec import Grid, QuantSpec
+from fat.student import Student, freeze
+
+__all__ = ["check_saveable", "load", "save"]
+
+FORMAT = "fat-student"
+VERSION = "1"
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"{module}.{function.__name__}": function
+    for module, functions in (
+        ("operator", (operator.add, operator.sub, operator.mul, operator.truediv,
+                      operator.floordiv, operator.getitem, operator.neg)),
+        ("torch", (torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.stack, torch.mean,
+                   torch.sum, torch.flatten, torch.reshape, torch.permute, torch.transpose,
+                   torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.matmul)),
+        ("functional", (F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d, F.pad, F.interpolate,
+                        F.softmax)),
+        ("builtins", (getattr,)),
+    )
+    for function in functions
+}  # fmt: skip
+METHODS = PRESERVING_METHODS | {"mean", "sum", "size", "div", "sub", "softmax", "dim"}
+ATTRIBUTES = frozenset({"shape", "ndim"})
+"""What ``getattr`` may be asked for."""
+MODULES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.Tanh,
+        nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus, nn.Softmax, nn.Identity, nn.Flatten,
+        nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
+        nn.ConstantPad2d, nn.PixelShuffle, nn.ChannelShuffle, nn.Upsample, nn.Conv2d, nn.Linear,
+        SameConv2d,
+    )
+}  # fmt: skip
+GEOMETRY = ("stride", "padding", "dilation", "groups")
+LAYERS: dict[str, type[QuantLayer]] = {"QuantConv2d": QuantConv2d, "QuantLinear": QuantLinear}
+
+
+def save(student: Student, path: str | os.PathLike[str]) -> None:
+    """Write the student, its thresholds and its float teacher to one safetensors file, atomically.
+
+    Args:
+        student: Calibrated or not.
+        path: The file; by custom ``student.safetensors``.
+
+    Raises:
+        FatError: If the network holds an operation that cannot be stored as data (it is named), or
+            the place cannot be written.
+    """
+    tensors, aliases = _tensors(student)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": json.dumps(student.spec.to_dict()),
+        "origin": json.dumps(student.origin),
+        "student": json.dumps(_describe(student.network, student.spec)),
+        "teacher": json.dumps(_describe(student.teacher, student.spec)),
+        "aliases": json.dumps(aliases),
+    }
+    write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def check_saveable(student: Student) -> None:
+    """Raise the FatError that :func:`save` would, before time is spent on training."""
+    _describe(student.network, student.spec)
+    _describe(student.teacher, student.spec)
+
+
+def load(path: str | os.PathLike[str]) -> Student:
+    """Read a student back, ready to run, to be judged, and to be trained on.
+
+    Args:
+        path: A file that :func:`save` wrote.
+
+    Raises:
+        FatError: If the file is missing, truncated, of another kind or version, or does not fit
+            together; the text says which.
+    """
+    metadata, tensors = _read(path)
+    try:
+        spec = QuantSpec.from_dict(json.loads(metadata["spec"]))
+        for name, stored in json.loads(metadata["aliases"]).items():
+            tensors[name] = tensors[stored]
+        network = _rebuild(json.loads(metadata["student"]), spec)
+        teacher = _rebuild(json.loads(metadata["teacher"]), spec)
+        link_inputs(network)
+        _fill_teacher(teacher, _part(tensors, "teacher."))
+        student = Student(network, teacher, spec)
+        student.load_state_dict(_part(tensors, "student."))
+        student.origin = json.loads(metadata["origin"])
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise FatError(f"{path} does not fit together: {_first_line(error)}") from error
+    return student
+
+
+def _tensors(student: Student) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by name, and names that stand for a tensor stored under another name."""
+    tensors = {f"student.{k}": v.detach().contiguous() for k, v in student.state_dict().items()}
+    aliases: dict[str, str] = {}
+    for name, value in student.teacher.named_buffers():
+        twin = f"student.network.{name}"
+        if twin in tensors and torch.equal(tensors[twin], value):
+            aliases[f"teacher.{name}"] = twin
+        else:
+            tensors[f"teacher.{name}"] = value.contiguous()
+    return tensors, aliases
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not os.path.isfile(path):
+        raise FatError(f"There is no student at {path}; give a file that fat.save wrote.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as stored:
+            metadata = dict(stored.metadata() or {})
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FatError(
+            f"{path} cannot be read as safetensors: {_first_line(error)} It is truncated, damaged, "
+            "or another kind of file."
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise FatError(
+            f"{path} is a safetensors file, but not a student; give a file that fat.save wrote. "
+            "Weights of a float network go to model.weights=PATH."
+        )
+    if metadata.get("version") != VERSION:
+        raise FatError(
+            f"{path} has version {metadata.get('version')} of the format; this FAT reads {VERSION}."
+        )
+    return metadata, tensors
+
+
+def _describe(network: nn.Module, spec: QuantSpec) -> dict[str, Any]:
+    assert isinstance(network, fx.GraphModule)
+    nodes = [
+        {
+            "name": node.name,
+            "op": node.op,
+            "target": _describe_target(node),
+            "args": _encode(node.args),
+            "kwargs": _encode(node.kwargs),
+        }
+        for node in network.graph.nodes
+    ]
+    used = {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
+    modules = {name: _describe_module(name, network.get_submodule(name)) for name in sorted(used)}
+    return {"nodes": nodes, "modules": modules}
+
+
+def _describe_target(node: fx.Node) -> str:
+    if node.op == "call_function":
+        for name, function in FUNCTIONS.items():
+            if function is node.target and (
+                function is not getattr or node.args[1] in ATTRIBUTES
+            ):
+                return name
+        raise _unsaveable(f"the function {getattr(node.target, '__name__', node.target)}", node.name)
+    if node.op == "call_method" and node.target not in METHODS:
+        raise _unsaveable(f"the tensor method {node.target}", node.name)
+    if node.op == "get_attr":
+        raise _unsaveable("a tensor of the network used by itself", str(node.target))
+    return str(node.target)
+
+
+def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
+    kind = type(module).__name__
+    if isinstance(module, ActivationQuantizer):
+        return {"type": kind, "layer": module.layer, "bits": module.grid.bits, "grid": module.grid.kind}
+    if isinstance(module, QuantLayer):
+        description = {
+            "type": kind,
+            "layer": module.layer,
+            "bits": module.weight_quantizer.grid.bits,
+            "weight": list(module.weight.shape),
+            "bias": module.bias is not None,
+        }
+        if isinstance(module, QuantConv2d):
+            description["options"] = _encode(
+                {key: getattr(module, key) for key in GEOMETRY}
+            )
+        return description
+    if MODULES.get(kind) is not type(module):
+        raise _unsaveable(f"a {kind}", name)
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        # The float teacher's layers; the same arithmetic as the student's with quantizers off.
+        return {
+            "type": kind,
+            "weight": list(module.weight.shape),
+            "bias": module.bias is not None,
+            "options": _encode(
+                {key: getattr(module, key) for key in GEOMETRY}
+                if isinstance(module, nn.Conv2d)
+                else {}
+            ),
+        }
+    names = inspect.signature(type(module).__init__).parameters
+    arguments = {key: getattr(module, key) for key in names if hasattr(module, key)}
+    return {"type": kind, "options": _encode(arguments)}
+
+
+def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
+    root = nn.Module()
+    for name, stored in description["modules"].items():
+        parent: nn.Module = root
+        *path, last = name.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        parent.add_module(last, _rebuild_module(stored, spec))
+    if not hasattr(root, QUANTIZERS):
+        root.add_module(QUANTIZERS, nn.Module())
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+    for stored in description["nodes"]:
+        op, target = stored["op"], stored["target"]
+        args, kwargs = _decode(stored["args"], nodes), _decode(stored["kwargs"], nodes)
+        if op == "call_function":
+            target = FUNCTIONS[target]
+            if target is getattr and args[1] not in ATTRIBUTES:
+                raise ValueError(f"getattr asks for {args[1]!r}")
+        elif op == "call_method" and target not in METHODS:
+            raise ValueError(f"unknown tensor method {target!r}")
+        elif op not in ("placeholder", "call_module", "call_method", "output"):
+            raise ValueError(f"unknown kind of node {op!r}")
+        nodes[stored["name"]] = graph.create_node(op, target, args, kwargs, stored["name"])
+    graph.lint()
+    return fx.GraphModule(root, graph, "Network")
+
+
+def _rebuild_module(stored: Mapping[str, Any], spec: QuantSpec) -> nn.Module:
+    kind = stored["type"]
+    if kind == "ActivationQuantizer":
+        return ActivationQuantizer(stored["layer"], spec, Grid(stored["bits"], stored["grid"]))
+    options = _decode(stored.get("options", {"map": {}}), {})
+    if kind in LAYERS:
+        weight = torch.zeros(stored["weight"])
+        bias = torch.zeros(stored["weight"][0]) if stored["bias"] else None
+        grid = Grid(stored["bits"], "signed")
+        return LAYERS[kind](stored["layer"], weight, bias, spec, grid, **options)
+    if kind == "Linear":
+        outputs, inputs = stored["weight"]
+        return nn.Linear(inputs, outputs, bias=stored["bias"])
+    if kind in ("Conv2d", "SameConv2d"):
+        outputs, inputs, *kernel = stored["weight"]
+        channels = (inputs * options["groups"], outputs, tuple(kernel))
+        layer = nn.Conv2d(*channels, bias=stored["bias"], **options)
+        return layer if kind == "Conv2d" else SameConv2d(layer)
+    return MODULES[kind](**options)
+
+
+def _fill_teacher(teacher: fx.GraphModule, tensors: dict[str, Tensor]) -> None:
+    freeze(teacher)
+    buffers = dict(teacher.named_buffers())
+    if buffers.keys() != tensors.keys():
+        raise ValueError(f"the teacher lacks {sorted(buffers.keys() ^ tensors.keys())[:3]}")
+    for name, buffer in buffers.items():
+        if buffer.shape != tensors[name].shape:
+            raise ValueError(f"the teacher's {name} has shape {list(tensors[name].shape)}")
+        buffer.copy_(tensors[name])
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _encode(value: Any) -> Any:
+    """Arguments of nodes and modules as JSON, tuples and references kept apart from lists."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, slice):
+        return {"slice": [_encode(part) for part in (value.start, value.stop, value.step)]}
+    if isinstance(value, (torch.Size, tuple)):
+        return {"tuple": [_encode(part) for part in value]}
+    if isinstance(value, list):
+        return [_encode(part) for part in value]
+    if isinstance(value, Mapping):
+        return {"map": {key: _encode(part) for key, part in value.items()}}
+    if value is Ellipsis:
+        return {"ellipsis": True}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise FatError(f"A {type(value).__name__} among an operation's arguments cannot be stored.")
+
+
+def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decode(part, nodes) for part in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "node":
+        return nodes[content]
+    if kind == "map":
+        return {key: _decode(part, nodes) for key, part in content.items()}
+    if kind == "ellipsis":
+        return Ellipsis
+    parts = [_decode(part, nodes) for part in content]
+    return slice(*parts) if kind == "slice" else tuple(parts)
+
+
+def _unsaveable(what: str, where: str) -> FatError:
+    return FatError(
+        f"'{where}' is {what}, which a student file cannot hold as data. Please report it with the "
+        "network's name."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,238 @@
+"""The shape of conf/: what Hydra composes, checked and turned into plain dataclasses."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fat.errors import FatError, nearest
+from fat.spec import EqualizeSpec, InitSpec, QuantSpec, TrainSpec
+
+__all__ = [
+    "DataConfig",
+    "EvaluateConfig",
+    "LoggerConfig",
+    "ModelConfig",
+    "RunConfig",
+    "parse",
+    "suggest_key",
+]
+
+T = TypeVar("T")
+
+
+@dataclass
+class ModelConfig:
+    """conf/model: the float network, see :func:`fat.models.load_float_network`."""
+
+    name: str
+    weights: str | None = None
+    wheel: str | None = None
+    num_classes: int | None = None
+
+
+@dataclass
+class DataConfig:
+    """conf/data: the images, see :class:`fat.data.datamodule.FatDataModule`."""
+
+    source: str
+    root: str | None = None
+    test_root: str | None = None
+    batch_size: int = 25
+    workers: int | None = None
+    train_images: int | None = None
+    calibration_images: int = 100
+    validation_images: int | None = None
+    test_images: int | None = None
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.2
+    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+
+
+@dataclass
+class BitsConfig:
+    """Bit-width of one kind of tensor; null takes ``quant.bits``."""
+
+    bits: int | None = None
+
+
+@dataclass
+class EqualizeConfig:
+    """conf/quant: equalize, see :class:`fat.EqualizeSpec`."""
+
+    method: str = "none"
+    locked_from: float = 5.9
+    cap: float = 6.0
+
+
+@dataclass
+class QuantConfig:
+    """conf/quant, see :class:`fat.QuantSpec`."""
+
+    bits: int = 8
+    weight: BitsConfig = field(default_factory=BitsConfig)
+    activation: BitsConfig = field(default_factory=BitsConfig)
+    first: BitsConfig = field(default_factory=BitsConfig)
+    last: BitsConfig = field(default_factory=BitsConfig)
+    granularity: str = "vector"
+    scheme: str = "symmetric"
+    thresholds: str = "fat"
+    bias: str = "trained"
+    alpha_range: list[float] = field(default_factory=lambda: [0.5, 1.0])
+    shift_range: list[float] = field(default_factory=lambda: [-0.2, 0.4])
+    equalize: EqualizeConfig = field(default_factory=EqualizeConfig)
+
+
+@dataclass
+class StrategyConfig:
+    """One init strategy and its options, see :class:`fat.InitSpec`."""
+
+    name: str = "minmax"
+    percentile: float = 99.99
+
+
+@dataclass
+class InitConfig:
+    """conf/init: strategies for weights and activations."""
+
+    weight: StrategyConfig = field(default_factory=StrategyConfig)
+    activation: StrategyConfig = field(default_factory=StrategyConfig)
+
+
+@dataclass
+class OptimConfig:
+    """conf/optim, see :class:`fat.TrainSpec`."""
+
+    epochs: int = 3
+    lr: float = 5e-3
+    bias_lr: float = 1e-3
+    bias_correction: bool = True
+    loss: str = "rmse"
+    schedule: str = "cosine"
+    period: int | None = None
+    reset_optimizer: bool = True
+    gradient_clip: float | None = None
+    validations: int = 1
+    nan_patience: int = 10
+
+
+@dataclass
+class TrainerConfig:
+    """conf/trainer: where training runs."""
+
+    accelerator: str = "cpu"
+    devices: int = 1
+    precision: str = "32-true"
+    threads: int | None = None
+    progress: bool = True
+
+
+@dataclass
+class LoggerConfig:
+    """conf/logger: where figures go while training."""
+
+    name: str = "none"
+    project: str = "fat"
+    group: str | None = None
+    entity: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunConfig:
+    """conf/train.yaml as a whole."""
+
+    model: ModelConfig
+    data: DataConfig
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    init: InitConfig = field(default_factory=InitConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    seed: int = 0
+    name: str | None = None
+
+    def quant_spec(self) -> QuantSpec:
+        """The frozen, checked form of ``quant`` and ``init``."""
+        quant = self.quant
+        return QuantSpec(
+            bits=quant.bits,
+            weight_bits=quant.weight.bits,
+            activation_bits=quant.activation.bits,
+            first_bits=quant.first.bits,
+            last_bits=quant.last.bits,
+            granularity=cast(Any, quant.granularity),
+            scheme=cast(Any, quant.scheme),
+            thresholds=cast(Any, quant.thresholds),
+            bias=cast(Any, quant.bias),
+            alpha_range=cast(Any, tuple(quant.alpha_range)),
+            shift_range=cast(Any, tuple(quant.shift_range)),
+            weight_init=InitSpec(**vars(self.init.weight)),
+            activation_init=InitSpec(**vars(self.init.activation)),
+            equalize=EqualizeSpec(**vars(quant.equalize)),
+        )
+
+    def train_spec(self) -> TrainSpec:
+        """The frozen, checked form of ``optim``."""
+        return TrainSpec(**vars(self.optim))
+
+
+@dataclass
+class EvaluateConfig:
+    """conf/evaluate.yaml as a whole."""
+
+    data: DataConfig
+    run: str | None = None
+    checkpoint: str | None = None
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int | None = None
+
+
+def parse(schema: type[T], composed: DictConfig) -> T:
+    """Check a composed config against its schema and return plain dataclasses.
+
+    Args:
+        schema: :class:`RunConfig` or :class:`EvaluateConfig`.
+        composed: What Hydra gave.
+
+    Raises:
+        FatError: For an unknown key (with the nearest ones) or a value of another type.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
+        return cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
+        reason = str(getattr(error, "msg", error) or error).splitlines()[0]
+        if "not in" in reason:
+            raise FatError(suggest_key(key, schema)) from error
+        raise FatError(f"{key}: {reason}. Type it as in conf/, for example {key}=VALUE.") from error
+
+
+def suggest_key(given: str, schema: type) -> str:
+    """What to say about a key that the schema does not have.
+
+    Examples:
+        >>> print(suggest_key("quant.bitz", RunConfig))
+        Unknown key 'quant.bitz'. Did you mean 'quant.bits'? See python train.py --cfg job for all.
+    """
+    known = [*_keys(schema)]
+    leaf = given.rpartition(".")[2]
+    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
+    close = same_leaf[:3] or nearest(given, known)
+    hint = " Did you mean " + " or ".join(repr(key) for key in close) + "?" if close else ""
+    return f"Unknown key '{given}'.{hint} See python train.py --cfg job for all."
+
+
+def _keys(schema: type, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for entry in fields(schema):
+        keys.append(prefix + entry.name)
+        kind = globals().get(re.sub(r"\W.*", "", str(entry.type)))
+        if is_dataclass(kind) and isinstance(kind, type):
+            keys += _keys(kind, f"{prefix}{entry.name}.")
+    return keys

@@ -1,0 +1,467 @@
+"""One run as a flat list: everything is built from a config, and everything is left in a directory."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+
+from fat.analysis import float_shift_db, layer_errors
+from fat.calibrate import calibrate
+from fat.callbacks import AlphaHistory
+from fat.checkpoint import check_saveable, load, save
+from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig
+from fat.data.datamodule import FatDataModule
+from fat.errors import FatError, unknown_name
+from fat.evaluate import accuracy_drop, evaluate
+from fat.files import check_writable, write_text
+from fat.fit import FitResult, fit
+from fat.loggers import make_logger, sync_command
+from fat.memory import keep_freed_memory
+from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
+from fat.pipeline import prepare
+from fat.report.run import advice, format_figures, versions, write_metrics, write_thresholds
+from fat.spec import QuantSpec
+from fat.student import Student
+
+__all__ = ["evaluate_run", "run"]
+
+logger = logging.getLogger(__name__)
+
+STUDENT, METRICS, CONFIG, THRESHOLDS = (
+    "student.safetensors",
+    "metrics.json",
+    "config.yaml",
+    "thresholds.csv",
+)
+
+
+def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
+    """Quantize one network, train its thresholds, judge it, and leave the run directory.
+
+    Args:
+        config: What conf/ composed.
+        directory: The run directory.
+        group: Name that the runs of one sweep share in the logger.
+
+    Returns:
+        What a sweeper should make small: points of top-1 lost against the float network, or
+        100 − agreement where there are no labels.
+
+    Raises:
+        FatError: For anything the user can mend.
+        KeyboardInterrupt: After Ctrl-C, when the best student so far has been saved.
+    """
+    spec, recipe = config.quant_spec(), config.train_spec()
+    check_writable(directory)
+    write_text(directory / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
+    _set_up(config.trainer, config.seed)
+    device = _device(config.trainer)
+    clock = _Clock()
+
+    with clock("load"):
+        source = load_float_network(**asdict(config.model), seed=config.seed)
+        data = make_data(config.data, source.preprocessing, source.num_classes, config.seed)
+        data.setup()
+
+    with clock("prepare"):
+        examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
+        student = prepare(source.network, examples or data.example_batch()[0], spec)
+        student.origin = _origin(source)
+        check_saveable(student)
+        _say_prepared(student)
+    student = student.to(device)
+
+    with clock("calibrate"):
+        calibrate(student, _on(device, data.calibration_dataloader()))
+        shift = None
+        if spec.equalize.method != "none":
+            shift = float_shift_db(student, _on(device, data.val_dataloader()))
+            logger.info("Equalization moved the float logits to %.1f dB on unseen images.", shift)
+
+    with clock("evaluate"):
+        before = evaluate(
+            student, _on(device, data.test_dataloader()), progress=_bar(config, "calibrated")
+        )
+    metrics: dict[str, Any] = {
+        "model": source.name,
+        "weights": source.weights,
+        "data": {"source": config.data.source, "root": config.data.root, **data.summary()},
+        "bits": {"weight": spec.for_weights, "activation": spec.for_activations},
+        "granularity": spec.granularity,
+        "scheme": spec.scheme,
+        "init": {"weight": spec.weight_init.name, "activation": spec.activation_init.name},
+        "seed": config.seed,
+        "versions": versions(),
+        "float": before["float"],
+        "calibrated": before["quantized"],
+        "accuracy_drop": before["accuracy_drop"],
+        "equalization": _equalization(student, shift),
+        "seconds": clock.seconds,
+    }
+    # Written now, so that whatever happens while training costs no finished result.
+    write_metrics(directory / METRICS, metrics)
+    save(student, directory / STUDENT)
+    rows = {"float": before["float"], "calibrated": before["quantized"]}
+    logger.info("Before training, on %d test images:\n%s", before["images"], format_figures(rows))
+
+    result: FitResult | None = None
+    after = before
+    log = None
+    if recipe.epochs:
+        log = make_logger(
+            run_name=config.name or _run_name(source.name, spec),
+            folder=directory,
+            config=asdict(config),
+            **{**asdict(config.logger), "group": config.logger.group or group},
+        )
+        with clock("train"):
+            result = fit(
+                student,
+                data.train_dataloader(),
+                validation=data.val_dataloader(),
+                spec=recipe,
+                callbacks=_callbacks(directory, logging_on=log is not None),
+                progress=config.trainer.progress,
+                seed=config.seed,
+                trainer_options={
+                    "accelerator": config.trainer.accelerator,
+                    "devices": config.trainer.devices,
+                    "precision": config.trainer.precision,
+                    "logger": log or False,
+                    "enable_checkpointing": True,
+                },
+            )
+            student = student.to(device)
+            save(student, directory / STUDENT)
+            write_thresholds(directory / THRESHOLDS, student)
+        if result.interrupted:
+            logger.warning(
+                "Interrupted after %d steps. The best student so far (step %d) is in %s; judge it "
+                "with: python evaluate.py run=%s",
+                result.steps, result.best_step, directory / STUDENT, directory,
+            )  # fmt: skip
+            raise KeyboardInterrupt
+        with clock("evaluate"):
+            after = evaluate(
+                student, _on(device, data.test_dataloader()), progress=_bar(config, "trained")
+            )
+        rows["trained"] = after["quantized"]
+        metrics["trained"] = after["quantized"]
+        metrics["training"] = asdict(result)
+    else:
+        write_thresholds(directory / THRESHOLDS, student)
+
+    metrics["accuracy_drop"] = after["accuracy_drop"]
+    metrics["data"] |= data.summary()
+    metrics["seconds"] = clock.seconds
+    write_metrics(directory / METRICS, metrics)
+    if log is not None:
+        log.log_metrics(flatten(metrics), step=result.steps if result else 0)
+    _summarise(directory, spec, rows, metrics, result, student, data, device, sync_command(log))
+    if log is not None:
+        log.finalize("success")
+    return _objective(after)
+
+
+def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge a finished run again, from its directory alone.
+
+    Args:
+        config: What conf/evaluate.yaml composed.
+
+    Returns:
+        What :func:`fat.evaluate` gives.
+
+    Raises:
+        FatError: If the directory, its student or a given checkpoint is not what it should be.
+    """
+    if not config.run:
+        raise FatError("Which run? Type python evaluate.py run=DIR with a directory of train.py.")
+    directory = Path(config.run).expanduser()
+    if not (directory / STUDENT).is_file():
+        raise FatError(
+            f"{directory} holds no {STUDENT}: it is not the directory of a run. train.py prints "
+            "the directory at the end; by default it lies under outputs/ or multirun/."
+        )
+    stored = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
+    seed = stored["seed"] if config.seed is None else config.seed
+    _set_up(config.trainer, seed)
+    student = load(directory / STUDENT)
+    if config.checkpoint:
+        load_checkpoint(student, Path(config.checkpoint).expanduser())
+    data_config = config.data
+    if data_config.source == "of_run":
+        data_config = DataConfig(**stored["data"])
+        data_config.batch_size, data_config.workers = config.data.batch_size, config.data.workers
+    data = make_data(
+        data_config,
+        Preprocessing.from_dict(student.origin["preprocessing"]),
+        student.origin["num_classes"],
+        seed,
+    )
+    device = _device(config.trainer)
+    bar = "evaluate" if config.trainer.progress else None
+    figures = evaluate(student.to(device), _on(device, data.test_dataloader()), progress=bar)
+    rows = {"float": figures["float"], "quantized": figures["quantized"]}
+    logger.info(
+        "%s, %d test images of %s:\n%s",
+        directory, figures["images"], data_config.root or data_config.source, format_figures(rows),
+    )  # fmt: skip
+    return figures
+
+
+def make_data(
+    config: DataConfig, preprocessing: Preprocessing, num_classes: int, seed: int
+) -> FatDataModule:
+    """The four splits that a config asks for."""
+    common: dict[str, Any] = {
+        "calibration_images": config.calibration_images,
+        "batch_size": config.batch_size,
+        "workers": config.workers,
+        "seed": seed,
+        "scale": (config.crop_scale[0], config.crop_scale[1]),
+    }
+    for name in ("train_images", "validation_images", "test_images"):
+        value = getattr(config, name)
+        if value is not None:
+            common[name] = value
+    if config.source == "photos":
+        return FatDataModule.photos(preprocessing, **common)
+    if config.source == "folder":
+        if not config.root:
+            raise FatError("data=folder needs a folder: type data.root=DIR.")
+        return FatDataModule.folder(
+            config.root,
+            preprocessing,
+            test_root=config.test_root,
+            classes=class_names(num_classes),
+            num_classes=num_classes,
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+            **common,
+        )
+    raise unknown_name("data source", config.source, ("photos", "folder"))
+
+
+def load_checkpoint(student: Student, path: Path) -> None:
+    """Put what a Lightning checkpoint of the same run holds into the student.
+
+    Raises:
+        FatError: If the file is missing, damaged, or of another network or bit-width.
+    """
+    if not path.is_file():
+        raise FatError(f"There is no checkpoint {path}; a run keeps its own under checkpoints/.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        stored, state = content["fat"], content["state_dict"]
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise FatError(
+            f"{path} is no checkpoint of a FAT run, or it is damaged: "
+            f"{(str(error) or type(error).__name__).splitlines()[0][:200]}"
+        ) from error
+    for what, theirs, ours in (
+        ("network", stored["origin"].get("name"), student.origin.get("name")),
+        ("quantization", stored["spec"], student.spec.to_dict()),
+    ):
+        if theirs != ours:
+            raise FatError(
+                f"{path} is of another {what} than the run: {_difference(theirs, ours)}. Give a "
+                "checkpoint from the run's own checkpoints/."
+            )
+    prefix = "student."
+    student.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    )
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a nested mapping by dotted name, for loggers.
+
+    Examples:
+        >>> flatten({"trained": {"top1": 90.0, "top5": None}, "model": "x"})
+        {'trained.top1': 90.0}
+    """
+    flat: dict[str, float] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class _Clock:
+    """Seconds spent under each name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
+
+
+def _set_up(trainer: TrainerConfig, seed: int) -> None:
+    if trainer.accelerator == "cpu":
+        keep_freed_memory()
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    pl.seed_everything(seed, verbose=False)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
+def _device(trainer: TrainerConfig) -> torch.device:
+    if trainer.accelerator == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise FatError(
+            f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here. "
+            "Type trainer=cpu."
+        )
+    return torch.device("cuda")
+
+
+class _Moved:
+    """Batches of a loader on another device."""
+
+    def __init__(self, device: torch.device, batches: Any) -> None:
+        self._device, self._batches = device, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        for batch in self._batches:
+            yield tuple(part.to(self._device, non_blocking=True) for part in batch)
+
+
+def _on(device: torch.device, batches: Any) -> Any:
+    return batches if device.type == "cpu" else _Moved(device, batches)
+
+
+def _bar(config: RunConfig, name: str) -> str | None:
+    return f"Evaluate {name}" if config.trainer.progress else None
+
+
+def _origin(source: FloatNetwork) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "weights": source.weights,
+        "num_classes": source.num_classes,
+        "preprocessing": source.preprocessing.to_dict(),
+    }
+
+
+def _run_name(model: str, spec: QuantSpec) -> str:
+    return f"{model}-w{spec.for_weights}a{spec.for_activations}-{spec.granularity}"
+
+
+def _callbacks(directory: Path, *, logging_on: bool) -> list[Callback]:
+    checkpoint = ModelCheckpoint(
+        dirpath=directory / "checkpoints",
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        monitor="val/loss",
+        save_top_k=1,
+        save_last=True,
+    )
+    return [checkpoint, *([AlphaHistory()] if logging_on else [])]
+
+
+def _say_prepared(student: Student) -> None:
+    report = student.report
+    assert report is not None
+    logger.info(
+        "Folded %d batch norms (logits equal to %.0f dB); %d layers and %d activations quantized.",
+        len(report.fold.pairs), report.fold_sqnr_db, len(report.insert.layers),
+        len(report.insert.activations),
+    )  # fmt: skip
+    logger.debug("Folded: %s", "; ".join(f"{norm} -> {layer}" for norm, layer in report.fold.pairs))
+    logger.debug("Quantized activations: %s", ", ".join(report.insert.activations))
+    if report.equalize is not None:
+        logger.info(
+            "Equalized %d depthwise pairs, %.0f %% of the channels locked: %s",
+            len(report.equalize.pairs), 100 * report.equalize.locked_share,
+            "; ".join(
+                f"{pair.depthwise} spread {pair.spread_before:.0f} -> {pair.spread_after:.0f}"
+                for pair in report.equalize.pairs
+            ),
+        )  # fmt: skip
+
+
+def _equalization(student: Student, shift: float | None) -> dict[str, Any] | None:
+    report = student.report
+    if report is None or report.equalize is None:
+        return None
+    return {
+        "method": student.spec.equalize.method,
+        "pairs": len(report.equalize.pairs),
+        "locked_share": report.equalize.locked_share,
+        "float_shift_db": shift,
+    }
+
+
+def _summarise(
+    directory: Path,
+    spec: QuantSpec,
+    rows: Mapping[str, Mapping[str, float | None]],
+    metrics: Mapping[str, Any],
+    result: FitResult | None,
+    student: Student,
+    data: FatDataModule,
+    device: torch.device,
+    sync: str | None,
+) -> None:
+    lines = [
+        f"{metrics['model']} ({metrics['weights']}), W{spec.for_weights}A{spec.for_activations} "
+        f"{spec.granularity} {spec.scheme}:",
+        format_figures(rows),
+    ]
+    if metrics["accuracy_drop"] is not None:
+        lines.append(f"Accuracy drop: {metrics['accuracy_drop']:.2f} points of top-1.")
+    if result is not None:
+        lines.append(
+            f"{result.steps} steps; kept the student of step {result.best_step}: validation loss "
+            f"{result.calibrated_loss:.4f} -> {result.best_loss:.4f}; bias correction "
+            f"{result.bias_correction}."
+        )
+    collapsed = advice(spec, rows["calibrated"], result, [])
+    if collapsed is not None:
+        batch = next(iter(_on(device, data.val_dataloader())))
+        lines.append(advice(spec, rows["calibrated"], result, layer_errors(student, [batch])) or "")
+    seconds = metrics["seconds"]
+    lines.append(
+        "Seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
+    )
+    lines.append(f"Run directory: {directory}")
+    if sync:
+        lines.append(f"Logged offline; upload with: {sync}")
+    logger.info("\n%s", "\n".join(lines))
+
+
+def _objective(figures: Mapping[str, Any]) -> float:
+    drop = accuracy_drop(figures["float"]["top1"], figures["quantized"]["top1"])
+    return float(drop if drop is not None else 100.0 - figures["quantized"]["agreement"])
+
+
+def _difference(theirs: Any, ours: Any) -> str:
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        for key in ours:
+            if theirs.get(key) != ours[key]:
+                return f"{key} is {theirs.get(key)}, the run's is {ours[key]}"
+    return f"{theirs}, the run's is {ours}"

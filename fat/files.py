@@ -1,0 +1,65 @@
+"""Writing files so that a reader sees the old content or the new, never half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fat.errors import FatError
+
+__all__ = ["check_writable", "write_atomic", "write_json", "write_text"]
+
+
+def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in its place.
+
+    Args:
+        path: Where the file shall be; its folder is made.
+        write: Called with the temporary path.
+
+    Raises:
+        FatError: If the place cannot be written; nothing is left behind.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(descriptor)
+    except OSError as error:
+        raise FatError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        # A temporary file is private; the result has the rights of any other new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(target)
+    except OSError as error:
+        raise FatError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write UTF-8 text atomically."""
+    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> Path:
+    """Write strict JSON (no NaN or infinity) atomically, indented."""
+    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raise a FatError now if files could not be written into the folder later."""
+    probe = Path(folder) / ".write-probe"
+    write_text(probe, "")
+    probe.unlink()

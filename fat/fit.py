@@ -1,0 +1,220 @@
+"""Train a student's thresholds, as a library call."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from fat.batches import AnyBatch, Images, as_batches
+from fat.callbacks import KeepBest, NanGuard, Progress
+from fat.correct import correct_biases
+from fat.errors import FatError
+from fat.module import DistillModule
+from fat.spec import TrainSpec
+from fat.student import Student
+
+__all__ = ["FitResult", "fit"]
+
+logger = logging.getLogger(__name__)
+
+EVERY = 10
+"""Without validation images every tenth batch is set aside to choose the best student by."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a training did.
+
+    Attributes:
+        steps: Optimizer steps.
+        calibrated_loss: Validation loss before training.
+        best_loss: Validation loss of the student that was kept.
+        best_step: Steps after which that student was seen; 0: training did not help.
+        bias_correction: ``kept``, ``undone`` (it made things worse on the validation images), or
+            ``off``.
+        restored: How often a step that gave NaN was undone.
+        interrupted: Whether the user stopped it.
+    """
+
+    steps: int
+    calibrated_loss: float
+    best_loss: float
+    best_step: int
+    bias_correction: str
+    restored: int
+    interrupted: bool
+
+
+class _Part:
+    """Every n-th batch of an iterable, or all the others, with a length.
+
+    Args:
+        batches: Iterable anew for each epoch.
+        count: How many batches it gives.
+        every: n.
+        chosen: Whether this part is the n-th ones or the others.
+    """
+
+    def __init__(
+        self, batches: Iterable[AnyBatch], count: int, every: int, *, chosen: bool
+    ) -> None:
+        self._batches, self._every, self._chosen = batches, every, chosen
+        held = count // every
+        self._length = held if chosen else count - held
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[AnyBatch]:
+        for index, batch in enumerate(self._batches):
+            if (index % self._every == self._every - 1) == self._chosen:
+                yield batch
+
+
+def fit(
+    student: Student,
+    images: Images,
+    *,
+    validation: Images | None = None,
+    spec: TrainSpec | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
+    seed: int = 0,
+    trainer_options: dict[str, Any] | None = None,
+    resume: str | None = None,
+    **overrides: Any,
+) -> FitResult:
+    """Distil the float network into the student, in place; the best student seen is what remains.
+
+    Args:
+        student: Calibrated student.
+        images: Training batches, labelled or not; a list, a DataLoader or anything that can be
+            iterated once per epoch. Labels are not used.
+        validation: Batches to choose the best student by. Without them every tenth training batch
+            is set aside (the training batches themselves when there is but one).
+        spec: The recipe.
+        callbacks: More Lightning callbacks.
+        progress: Whether to show a progress bar.
+        seed: Seeds whatever draws from global random state in the user's own data.
+        trainer_options: More arguments of :class:`pytorch_lightning.Trainer`, such as ``logger``.
+        resume: Lightning checkpoint to go on from.
+        **overrides: Fields of :class:`fat.TrainSpec` to replace, such as ``epochs=3``.
+
+    Returns:
+        What was done. The student is in eval mode and never worse on the validation images than it
+        came.
+
+    Raises:
+        FatError: If the student is not calibrated, nothing in it can be trained, the images cannot
+            be iterated twice, or training keeps giving NaN.
+
+    Examples:
+        >>> import torch, fat
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        >>> batches = [torch.randn(4, 3, 8, 8) for _ in range(4)]
+        >>> student = fat.prepare(net.eval(), batches)
+        >>> fat.calibrate(student, batches)
+        >>> result = fat.fit(student, batches, epochs=2, progress=False)
+        >>> result.steps, result.best_loss <= result.calibrated_loss
+        (6, True)
+    """
+    spec = replace(spec or TrainSpec(), **overrides)
+    if not bool(student.is_calibrated):
+        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+    train, validation = _split(images, validation)
+    keep, guard = KeepBest(), NanGuard(spec.nan_patience)
+    options: dict[str, Any] = {
+        "max_epochs": spec.epochs,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "val_check_interval": 1.0 / spec.validations if spec.validations > 1 else None,
+        "gradient_clip_val": spec.gradient_clip,
+        "enable_progress_bar": progress,
+        **(trainer_options or {}),
+    }
+    watchers = [keep, guard, *callbacks, *([Progress()] if options["enable_progress_bar"] else [])]
+    pl.seed_everything(seed, verbose=False)
+    module = DistillModule(student, spec)
+    trainer = pl.Trainer(callbacks=watchers, **options)
+    correction = "off"
+    student.eval()
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as intended
+    if resume is None:
+        trainer.validate(module, validation, verbose=False)
+        if spec.bias_correction:
+            correction = _correct(student, train, validation, module, trainer, keep)
+    interrupted = False
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        if spec.epochs:
+            trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        interrupted = True
+    finally:
+        signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C switched off
+        keep.restore(module)
+        student.eval()
+    assert keep.calibrated_loss is not None
+    return FitResult(
+        steps=trainer.global_step,
+        calibrated_loss=keep.calibrated_loss,
+        best_loss=keep.best_loss,
+        best_step=keep.best_step,
+        bias_correction=correction,
+        restored=guard.restored,
+        interrupted=interrupted or trainer.interrupted,
+    )
+
+
+def _correct(
+    student: Student,
+    images: Iterable[AnyBatch],
+    validation: Iterable[AnyBatch],
+    module: DistillModule,
+    trainer: pl.Trainer,
+    keep: KeepBest,
+) -> str:
+    """Correct the biases in closed form and keep that only if the validation loss fell."""
+    before = keep.best_loss
+    correct_biases(student, images)
+    trainer.validate(module, validation, verbose=False)
+    if keep.best_loss < before:
+        logger.info("Bias correction: validation loss %.4g -> %.4g.", before, keep.best_loss)
+        return "kept"
+    keep.restore(module)
+    logger.info("Bias correction did not lower the validation loss (%.4g) and was undone.", before)
+    return "undone"
+
+
+def _split(
+    images: Images, validation: Images | None
+) -> tuple[Iterable[AnyBatch], Iterable[AnyBatch]]:
+    batches = as_batches(images)
+    if isinstance(batches, Iterator):
+        raise FatError(
+            "The training images come from an iterator, which is empty after one epoch; give a "
+            "list of batches, a DataLoader, or an object whose __iter__ starts anew."
+        )
+    # The schedule needs the number of steps; what cannot tell its length is counted once.
+    count = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+    if not count:
+        raise FatError("No training images came; give at least one batch [N, 3, H, W].")
+    if validation is not None:
+        return _Part(batches, count, count + 1, chosen=False), as_batches(validation)
+    if count == 1:
+        return batches, batches
+    every = min(EVERY, count)
+    return tuple(_Part(batches, count, every, chosen=c) for c in (False, True))  # type: ignore[return-value]

@@ -1,0 +1,63 @@
+"""The one layer that networks use and torch lacks: TensorFlow's "same" convolution."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["SameConv2d", "pad_same"]
+
+
+def pad_same(
+    x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> Tensor:
+    """Pad [N, C, H, W] with zeros so that a convolution gives ⌈H/stride⌉ × ⌈W/stride⌉.
+
+    An odd pixel goes to the bottom and to the right, as in TensorFlow.
+
+    Args:
+        x: Images or activations.
+        kernel: Height and width of the kernel.
+        stride: Vertical and horizontal stride.
+        dilation: Vertical and horizontal dilation.
+
+    Examples:
+        >>> pad_same(torch.zeros(1, 1, 4, 5), (3, 3), (2, 2), (1, 1)).shape
+        torch.Size([1, 1, 5, 7])
+    """
+    sides: list[int] = []
+    for axis in (1, 0):
+        size = x.shape[2 + axis]
+        covered = (-(-size // stride[axis]) - 1) * stride[axis]
+        total = max(covered + (kernel[axis] - 1) * dilation[axis] + 1 - size, 0)
+        sides += [total // 2, total - total // 2]
+    return F.pad(x, sides) if any(sides) else x
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution whose padding follows from the size of its input, see :func:`pad_same`.
+
+    Args:
+        layer: The convolution whose weights and geometry to take over.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,  # type: ignore[arg-type]
+            layer.stride,  # type: ignore[arg-type]
+            dilation=layer.dilation,  # type: ignore[arg-type]
+            groups=layer.groups,
+            bias=layer.bias is not None,
+        )
+        self.load_state_dict(layer.state_dict())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Pad, then convolve [N, C, H, W]."""
+        kernel, stride, dilation = (
+            (pair[0], pair[1]) for pair in (self.kernel_size, self.stride, self.dilation)
+        )
+        padded = pad_same(input, kernel, stride, dilation)
+        return torch.conv2d(padded, self.weight, self.bias, stride, 0, dilation, self.groups)

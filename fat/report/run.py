@@ -1,0 +1,165 @@
+"""What a run leaves for people and programs: metrics.json, the threshold table, the summary."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fat.analysis import LayerError
+from fat.files import write_json, write_text
+from fat.fit import FitResult
+from fat.spec import QuantSpec
+from fat.student import Student
+
+__all__ = ["advice", "format_figures", "versions", "write_metrics", "write_thresholds"]
+
+COLLAPSE = 80.0
+"""Agreement with the float network, in percent, below which plain calibration has collapsed."""
+
+METRICS_KEYS = (
+    "model", "weights", "data", "bits", "granularity", "scheme", "init", "seed", "versions",
+    "float", "calibrated", "trained", "accuracy_drop", "seconds", "equalization", "training",
+)  # fmt: skip
+"""Keys of metrics.json in their order; docs/metrics.md says what each holds."""
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Write metrics.json atomically, all keys of the schema present."""
+    unknown = set(metrics) - set(METRICS_KEYS)
+    assert not unknown, unknown
+    write_json(path, {key: metrics.get(key) for key in METRICS_KEYS})
+
+
+def write_thresholds(path: Path, student: Student) -> None:
+    """Write one row per quantizer as CSV; of several thresholds the range is given.
+
+    Columns: layer, kind, bits, grid, thresholds (how many), T_low, T_max (the calibrated range),
+    alpha, alpha_min, alpha_max, shift (the trained factors, mean and range), scale (largest),
+    zero_point.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        ("layer", "kind", "bits", "grid", "thresholds", "T_low", "T_max", "alpha", "alpha_min",
+         "alpha_max", "shift", "scale", "zero_point")
+    )  # fmt: skip
+    for layer, kind, quantizer in student.quantizers():
+        thresholds = quantizer.thresholds
+        scale, zero_point = (t.detach() for t in thresholds())
+        factors = thresholds.factors()
+        alpha, shift = factors.get("alpha"), factors.get("shift")
+        writer.writerow(
+            (
+                layer,
+                kind,
+                quantizer.grid.bits,
+                quantizer.grid.kind,
+                thresholds.high.numel(),
+                f"{float(thresholds.low.min()):.6g}",
+                f"{float(thresholds.high.max()):.6g}",
+                "" if alpha is None else f"{float(alpha.mean()):.6g}",
+                "" if alpha is None else f"{float(alpha.min()):.6g}",
+                "" if alpha is None else f"{float(alpha.max()):.6g}",
+                "" if shift is None else f"{float(shift.mean()):.6g}",
+                f"{float(scale.max()):.6g}",
+                int(zero_point.max()),
+            )
+        )
+    write_text(path, text.getvalue())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on, by package name."""
+    packages = ("fat-quant", "torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def format_figures(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """A table for people: one row per network, columns without any value left out.
+
+    Examples:
+        >>> print(format_figures({"float": {"top1": 90.0}, "int8": {"top1": 89.5, "rmse": None}}))
+                  top-1
+        float     90.00
+        int8      89.50
+    """
+    titles = {
+        "top1": "top-1",
+        "top5": "top-5",
+        "agreement": "agreement",
+        "sqnr_db": "SQNR dB",
+        "rmse": "RMSE",
+    }
+    columns = [key for key in titles if any(row.get(key) is not None for row in rows.values())]
+    width = max(len(name) for name in rows) + 2 if rows else 0
+    width = max(width, 10)
+    lines = [" " * width + " ".join(f"{titles[key]:>{_wide(key)}}" for key in columns)]
+    for name, row in rows.items():
+        cells = []
+        for key in columns:
+            value = row.get(key)
+            decimals = 4 if key == "rmse" else 2
+            text = "-" if value is None else f"{value:.{decimals}f}"
+            cells.append(f"{text:>{_wide(key)}}")
+        lines.append(f"{name:<{width}}" + " ".join(cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _wide(key: str) -> int:
+    return {"agreement": 10}.get(key, 8 if key in ("sqnr_db", "rmse") else 5)
+
+
+def advice(
+    spec: QuantSpec,
+    calibrated: Mapping[str, float | None],
+    training: FitResult | None,
+    errors: Sequence[LayerError],
+) -> str | None:
+    """Say that calibration collapsed or training did not help, where, and what would; or nothing.
+
+    Args:
+        spec: What was asked for.
+        calibrated: Figures after calibration.
+        training: What training did, ``None`` when there was none.
+        errors: Each tensor's own error, worst first.
+    """
+    agreement = calibrated["agreement"]
+    lines = []
+    if agreement is not None and agreement < COLLAPSE:
+        lines.append(
+            f"COLLAPSE: plain calibration agrees with the float network on {agreement:.1f} % only."
+        )
+    if training is not None and training.steps and training.best_step == 0:
+        lines.append("Training did not help: the best student is the one before the first step.")
+    if not lines:
+        return None
+    worst = ", ".join(f"{e.layer} {e.kind} {e.sqnr_db:.1f} dB" for e in errors[:5])
+    lines.append(f"Worst tensors, each quantized alone: {worst}.")
+    lines.append("What would help: " + _remedy(spec, errors))
+    return "\n".join(lines)
+
+
+def _remedy(spec: QuantSpec, errors: Sequence[LayerError]) -> str:
+    weights = sum(error.kind == "weight" for error in errors[:5])
+    if weights >= 3 and spec.granularity == "scalar":
+        return "quant.granularity=vector gives each filter a threshold of its own."
+    if spec.for_weights < 8 and weights >= 3:
+        return f"quant.weight.bits={spec.for_weights + 1} or more."
+    if spec.for_activations < 8 and weights < 3:
+        return f"quant.activation.bits={spec.for_activations + 1} or more."
+    if spec.scheme == "symmetric":
+        return "quant.scheme=asymmetric uses the grid fully where activations are not symmetric."
+    if spec.activation_init.name == "minmax":
+        return "init=percentile keeps outliers from setting the thresholds."
+    return "optim.lr at a third, or more training images (data.train_images, optim.epochs)."
