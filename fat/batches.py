@@ -29,15 +29,21 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
         >>> split(torch.zeros(2, 3, 8, 8))[1].tolist()
         [-1, -1]
     """
-    images = batch if isinstance(batch, Tensor) else batch[0] if len(batch) else None
+    parts = batch if isinstance(batch, tuple | list) and batch else (batch,)
+    images = parts[0]
     if not isinstance(images, Tensor) or images.dim() != 4:
         came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise FatError(
             f"A batch of images is {came}; wanted a tensor [N, 3, H, W], or (images, labels)."
         )
-    labels = None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
+    labels = parts[1] if len(parts) > 1 else None
     if labels is None:
         labels = torch.full((len(images),), -1)
+    if not isinstance(labels, Tensor):
+        raise FatError(
+            f"The labels of a batch are {type(labels).__name__}; wanted an int64 tensor [N] beside "
+            "the images, or nothing."
+        )
     return images, labels.to(images.device)
 
 

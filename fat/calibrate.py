@@ -34,6 +34,10 @@ def calibrate(student: Student, images: Images) -> None:
     quantizers = student.activation_quantizers()
     layers = student.layers()
     weights_on = [layer.weight_quantizer.enabled for layer in layers]
+    before = [
+        {name: value.clone() for name, value in thresholds.state_dict().items()}
+        for thresholds in student.thresholds()
+    ]
     seen = 0
     done = False
     for quantizer in quantizers:
@@ -47,16 +51,24 @@ def calibrate(student: Student, images: Images) -> None:
             seen += len(pixels)
         if not seen:
             raise FatError("No images came to calibrate on; give at least one batch [N, 3, H, W].")
+        for quantizer in quantizers:
+            quantizer.stop_observing(keep=True)
         done = True
     finally:
         for layer, on in zip(layers, weights_on, strict=True):
             layer.weight_quantizer.enabled = on
         for quantizer in quantizers:
-            quantizer.stop_observing(keep=done)
+            quantizer.stop_observing(keep=False)
+        if not done:
+            for thresholds, state in zip(student.thresholds(), before, strict=True):
+                thresholds.load_state_dict(state)
     widened = {layer.layer: count for layer in layers if (count := layer.calibrate())}
     if widened:
         logger.info(
-            "%d filter(s) with vanishing weights got wider thresholds so that their bias fits "
-            "int32: %s", sum(widened.values()), ", ".join(widened),
-        )  # fmt: skip
+            "%d filter(s) with vanishing weights in %d layers got wider thresholds, so that their "
+            "bias fits int32.",
+            sum(widened.values()),
+            len(widened),
+        )
+        logger.debug("Widened: %s", widened)
     student.is_calibrated.fill_(True)

@@ -77,13 +77,15 @@ class NanGuard(pl.Callback):
 
     Args:
         patience: So many such steps in a row end the training with an error.
+        every: Good states are copied every so many steps; a copy of all that Adam keeps costs time.
 
     Attributes:
         restored: How often a state was restored.
     """
 
-    def __init__(self, patience: int = 10) -> None:
+    def __init__(self, patience: int = 10, every: int = 10) -> None:
         self.patience = patience
+        self.every = every
         self.restored = 0
         self._in_a_row = 0
         self._good: tuple[dict[str, Tensor], list[dict[str, Any]]] | None = None
@@ -91,7 +93,7 @@ class NanGuard(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take a copy before the first step; it is a few thousand numbers."""
+        """Take a copy before the first step."""
         if self._good is None:
             self._remember(trainer, pl_module)
 
@@ -106,7 +108,8 @@ class NanGuard(pl.Callback):
         """Keep what is finite, undo what is not."""
         if all(bool(p.isfinite().all()) for p in pl_module.parameters()):
             self._in_a_row = 0
-            self._remember(trainer, pl_module)
+            if trainer.global_step % self.every == 0:
+                self._remember(trainer, pl_module)
             return
         assert self._good is not None
         state, optimizers = self._good
@@ -117,13 +120,13 @@ class NanGuard(pl.Callback):
         self._in_a_row += 1
         if self._in_a_row == 1:
             logger.warning(
-                "Step %d gave NaN or infinity; the thresholds before it are restored.",
+                "Step %d gave NaN or infinity; the last good state is restored.",
                 trainer.global_step,
             )
         if self._in_a_row >= self.patience:
             raise FatError(
-                f"{self._in_a_row} steps in a row gave NaN or infinity. The thresholds before them "
-                "are kept. Check the images for extreme values, or try a smaller optim.lr or "
+                f"{self._in_a_row} steps in a row gave NaN or infinity. The last good state is "
+                "kept. Check the images for extreme values, or try a smaller optim.lr or "
                 "optim.gradient_clip=1.0."
             )
 

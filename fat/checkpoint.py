@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import keyword
 import operator
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +35,7 @@ from fat.student import Student, freeze
 __all__ = ["check_saveable", "load", "save"]
 
 FORMAT = "fat-student"
-VERSION = "1"
+VERSION = 1
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module}.{function.__name__}": function
@@ -62,6 +64,7 @@ MODULES: dict[str, type[nn.Module]] = {
         SameConv2d,
     )
 }  # fmt: skip
+MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 LAYERS: dict[str, type[QuantLayer]] = {"QuantConv2d": QuantConv2d, "QuantLinear": QuantLinear}
 
@@ -78,15 +81,16 @@ def save(student: Student, path: str | os.PathLike[str]) -> None:
             the place cannot be written.
     """
     tensors, aliases = _tensors(student)
-    metadata = {
-        "format": FORMAT,
+    content = {
         "version": VERSION,
-        "spec": json.dumps(student.spec.to_dict()),
-        "origin": json.dumps(student.origin),
-        "student": json.dumps(_describe(student.network, student.spec)),
-        "teacher": json.dumps(_describe(student.teacher, student.spec)),
-        "aliases": json.dumps(aliases),
+        "spec": student.spec.to_dict(),
+        "origin": student.origin,
+        "student": _describe(student.network, student.spec),
+        "teacher": _describe(student.teacher, student.spec),
+        "aliases": aliases,
     }
+    # One entry: safetensors writes several in random order, and equal students shall be equal files.
+    metadata = {FORMAT: json.dumps(content)}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
@@ -106,19 +110,21 @@ def load(path: str | os.PathLike[str]) -> Student:
         FatError: If the file is missing, truncated, of another kind or version, or does not fit
             together; the text says which.
     """
-    metadata, tensors = _read(path)
+    content, tensors = _read(path)
     try:
-        spec = QuantSpec.from_dict(json.loads(metadata["spec"]))
-        for name, stored in json.loads(metadata["aliases"]).items():
+        spec = QuantSpec.from_dict(content["spec"])
+        for name, stored in content["aliases"].items():
             tensors[name] = tensors[stored]
-        network = _rebuild(json.loads(metadata["student"]), spec)
-        teacher = _rebuild(json.loads(metadata["teacher"]), spec)
+        network = _rebuild(content["student"], spec)
+        teacher = _rebuild(content["teacher"], spec)
         link_inputs(network)
         _fill_teacher(teacher, _part(tensors, "teacher."))
         student = Student(network, teacher, spec)
         student.load_state_dict(_part(tensors, "student."))
-        student.origin = json.loads(metadata["origin"])
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        student.origin = content["origin"]
+    except FatError:
+        raise
+    except Exception as error:  # whatever a file holds that was damaged or tampered with
         raise FatError(f"{path} does not fit together: {_first_line(error)}") from error
     return student
 
@@ -136,7 +142,7 @@ def _tensors(student: Student) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, aliases
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not os.path.isfile(path):
         raise FatError(f"There is no student at {path}; give a file that fat.save wrote.")
     try:
@@ -148,16 +154,19 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tenso
             f"{path} cannot be read as safetensors: {_first_line(error)} It is truncated, damaged, "
             "or another kind of file."
         ) from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
         raise FatError(
             f"{path} is a safetensors file, but not a student; give a file that fat.save wrote. "
             "Weights of a float network go to model.weights=PATH."
         )
-    if metadata.get("version") != VERSION:
-        raise FatError(
-            f"{path} has version {metadata.get('version')} of the format; this FAT reads {VERSION}."
-        )
-    return metadata, tensors
+    try:
+        content = json.loads(metadata[FORMAT])
+        version = content["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FatError(f"{path} does not fit together: {_first_line(error)}") from error
+    if version != VERSION:
+        raise FatError(f"{path} has version {version} of the format; this FAT reads {VERSION}.")
+    return content, tensors
 
 
 def _describe(network: nn.Module, spec: QuantSpec) -> dict[str, Any]:
@@ -230,7 +239,11 @@ def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
 
 def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
     root = nn.Module()
+    # fx writes names of modules, inputs and keywords into the source code that it generates, so
+    # nothing but a name may pass.
     for name, stored in description["modules"].items():
+        if not MODULE_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a module")
         parent: nn.Module = root
         *path, last = name.split(".")
         for part in path:
@@ -245,6 +258,9 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
     for stored in description["nodes"]:
         op, target = stored["op"], stored["target"]
         args, kwargs = _decode(stored["args"], nodes), _decode(stored["kwargs"], nodes)
+        for name in (stored["name"], *kwargs, *([target] if op == "placeholder" else [])):
+            if not name.isidentifier() or keyword.iskeyword(name):
+                raise ValueError(f"{name!r} is no name")
         if op == "call_function":
             target = FUNCTIONS[target]
             if target is getattr and args[1] not in ATTRIBUTES:

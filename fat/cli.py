@@ -38,6 +38,11 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         print(f"\nError: {explain(error, schema)}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"\nError: {error.filename}: {error.strerror}. Choose another place.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)

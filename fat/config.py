@@ -79,11 +79,13 @@ class QuantConfig:
     first: BitsConfig = field(default_factory=BitsConfig)
     last: BitsConfig = field(default_factory=BitsConfig)
     granularity: str = "vector"
-    scheme: str = "symmetric"
+    scheme: str = "asymmetric"
     thresholds: str = "fat"
+    weights: str = "pointwise"
     bias: str = "trained"
     alpha_range: list[float] = field(default_factory=lambda: [0.5, 1.0])
     shift_range: list[float] = field(default_factory=lambda: [-0.2, 0.4])
+    pointwise_range: list[float] = field(default_factory=lambda: [0.75, 1.25])
     equalize: EqualizeConfig = field(default_factory=EqualizeConfig)
 
 
@@ -109,7 +111,8 @@ class OptimConfig:
 
     epochs: int = 3
     lr: float = 5e-3
-    bias_lr: float = 1e-3
+    pointwise_lr: float = 1e-3
+    bias_lr: float = 3e-4
     bias_correction: bool = True
     loss: str = "rmse"
     schedule: str = "cosine"
@@ -168,9 +171,11 @@ class RunConfig:
             granularity=cast(Any, quant.granularity),
             scheme=cast(Any, quant.scheme),
             thresholds=cast(Any, quant.thresholds),
+            weights=cast(Any, quant.weights),
             bias=cast(Any, quant.bias),
             alpha_range=cast(Any, tuple(quant.alpha_range)),
             shift_range=cast(Any, tuple(quant.shift_range)),
+            pointwise_range=cast(Any, tuple(quant.pointwise_range)),
             weight_init=InitSpec(**vars(self.init.weight)),
             activation_init=InitSpec(**vars(self.init.activation)),
             equalize=EqualizeSpec(**vars(quant.equalize)),

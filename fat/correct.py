@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from fat.batches import Images, as_batches, split
+from fat.errors import FatError
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
 
@@ -30,8 +31,13 @@ def correct_biases(student: Student, images: Images, count: int = IMAGES) -> Non
         count: At most so many images are used. Memory grows with it: the activations of the layer
             at hand, of both networks, are held for all images.
 
+    Raises:
+        FatError: If the student is not calibrated, or no image came.
+
     Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.2, in its empirical form.
     """
+    if not bool(student.is_calibrated):
+        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
     batches: list[Tensor] = []
     for batch in as_batches(images):
         room = count - sum(len(pixels) for pixels in batches)
@@ -39,6 +45,8 @@ def correct_biases(student: Student, images: Images, count: int = IMAGES) -> Non
         batches.append(pixels.contiguous(memory_format=torch.channels_last))
         if room <= len(pixels):
             break
+    if not batches:
+        raise FatError("No images came to correct biases on; give at least one batch [N, 3, H, W].")
     _Lockstep(student.network).run(batches)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +68,9 @@ class _Part:
         self, batches: Iterable[AnyBatch], count: int, every: int, *, chosen: bool
     ) -> None:
         self._batches, self._every, self._chosen = batches, every, chosen
+        # Lightning looks for samplers here to tell them the epoch; without, every epoch is alike.
+        self.sampler = getattr(batches, "sampler", None)
+        self.batch_sampler = getattr(batches, "batch_sampler", None)
         held = count // every
         self._length = held if chosen else count - held
 
@@ -112,8 +117,9 @@ def fit(
         came.
 
     Raises:
+        KeyboardInterrupt: If the user stopped it before the calibrated student was judged.
         FatError: If the student is not calibrated, nothing in it can be trained, the images cannot
-            be iterated twice, or training keeps giving NaN.
+            be iterated twice, the validation loss is not finite, or training keeps giving NaN.
 
     Examples:
         >>> import torch, fat
@@ -149,25 +155,29 @@ def fit(
     pl.seed_everything(seed, verbose=False)
     module = DistillModule(student, spec)
     trainer = pl.Trainer(callbacks=watchers, **options)
-    correction = "off"
-    student.eval()
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # as intended
-    if resume is None:
-        trainer.validate(module, validation, verbose=False)
-        if spec.bias_correction:
-            correction = _correct(student, train, validation, module, trainer, keep)
-    interrupted = False
+    correction, interrupted = "off", False
     on_interrupt = signal.getsignal(signal.SIGINT)
+    student.eval()
     try:
-        if spec.epochs:
-            trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
+        with warnings.catch_warnings():
+            # The student is trained in eval mode on purpose: it holds nothing that behaves
+            # differently. The other warning is about Lightning's own code.
+            for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+                warnings.filterwarnings("ignore", expected)
+            if resume is None:
+                trainer.validate(module, validation, verbose=False)
+                if spec.bias_correction:
+                    correction = _correct(student, train, validation, module, trainer, keep)
+            if spec.epochs:
+                trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
         signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C switched off
         keep.restore(module)
         student.eval()
-    assert keep.calibrated_loss is not None
+    if keep.calibrated_loss is None:  # Ctrl-C came before anything was known
+        raise KeyboardInterrupt
     return FitResult(
         steps=trainer.global_step,
         calibrated_loss=keep.calibrated_loss,
@@ -202,19 +212,32 @@ def _correct(
 def _split(
     images: Images, validation: Images | None
 ) -> tuple[Iterable[AnyBatch], Iterable[AnyBatch]]:
+    batches, count = _counted("training", images)
+    # Parts also of what is used whole: Lightning takes a list for a list of loaders.
+    if validation is not None:
+        return _whole(batches, count), _whole(*_counted("validation", validation))
+    if count == 1:
+        return _whole(batches, count), _whole(batches, count)
+    every = min(EVERY, count)
+    return tuple(_Part(batches, count, every, chosen=c) for c in (False, True))  # type: ignore[return-value]
+
+
+def _whole(batches: Iterable[AnyBatch], count: int) -> _Part:
+    return _Part(batches, count, count + 1, chosen=False)
+
+
+def _counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
+    """The batches and how many they are; what cannot tell its length is counted once."""
     batches = as_batches(images)
     if isinstance(batches, Iterator):
         raise FatError(
-            "The training images come from an iterator, which is empty after one epoch; give a "
+            f"The {what} images come from an iterator, which is empty after one pass; give a "
             "list of batches, a DataLoader, or an object whose __iter__ starts anew."
         )
-    # The schedule needs the number of steps; what cannot tell its length is counted once.
-    count = len(batches) if hasattr(batches, "__len__") else sum(1 for _ in batches)
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        count = sum(1 for _ in batches)
     if not count:
-        raise FatError("No training images came; give at least one batch [N, 3, H, W].")
-    if validation is not None:
-        return _Part(batches, count, count + 1, chosen=False), as_batches(validation)
-    if count == 1:
-        return batches, batches
-    every = min(EVERY, count)
-    return tuple(_Part(batches, count, every, chosen=c) for c in (False, True))  # type: ignore[return-value]
+        raise FatError(f"No {what} images came; give at least one batch [N, 3, H, W].")
+    return batches, count

@@ -44,6 +44,8 @@ def agreement(reference: Tensor, logits: Tensor) -> float:
 def sqnr_db(signal: float, noise: float) -> float:
     """10·log10(signal / noise), kept inside ±200 dB so that JSON can hold it.
 
+    Noise that is NaN or infinite, from a network that broke down, gives −200 dB.
+
     Args:
         signal: Sum of squares of the reference.
         noise: Sum of squares of the difference.
@@ -54,9 +56,9 @@ def sqnr_db(signal: float, noise: float) -> float:
     """
     if noise == 0.0:
         return MAX_DB
-    if signal == 0.0:
+    if not math.isfinite(noise) or signal == 0.0:
         return -MAX_DB
-    return max(-MAX_DB, min(MAX_DB, 10.0 * math.log10(signal / noise)))
+    return max(-MAX_DB, min(MAX_DB, 10.0 * (math.log10(signal) - math.log10(noise))))
 
 
 class Comparison(Metric):

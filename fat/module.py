@@ -67,18 +67,21 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Adam over everything that is trained."""
-        biases = {id(x.bias) for x in self.student.layers() if isinstance(x.bias, nn.Parameter)}
-        factors = [p for p in self.student.parameters() if id(p) not in biases]
-        trained = [p for p in self.student.parameters() if id(p) in biases]
+        layers = self.student.layers()
+        factors = [p for thresholds in self.student.thresholds() for p in thresholds.parameters()]
+        pointwise = [layer.pointwise for layer in layers if layer.pointwise is not None]
+        biases = [layer.bias for layer in layers if isinstance(layer.bias, nn.Parameter)]
+        spec = self.spec
         groups = [
-            {"params": parameters, "share": rate / self.spec.lr}
-            for parameters, rate in ((factors, self.spec.lr), (trained, self.spec.bias_lr))
+            {"params": parameters, "share": rate / spec.lr}
+            for parameters, rate in (
+                (factors, spec.lr), (pointwise, spec.pointwise_lr), (biases, spec.bias_lr)
+            )
             if parameters
-        ]
+        ]  # fmt: skip
         if not groups:
             raise FatError(
-                "Nothing to train: quant.thresholds=frozen and quant.bias=frozen keep what "
-                "calibration gave. Type optim.epochs=0, or quant.thresholds=fat."
+                "Nothing to train: thresholds, weights and biases are all frozen. Type optim.epochs=0, or quant.thresholds=fat."
             )
         return Adam(groups, lr=self.spec.lr)
 

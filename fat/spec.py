@@ -13,6 +13,7 @@ __all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec", "TrainSpec"]
 Granularity = Literal["scalar", "vector"]
 Scheme = Literal["symmetric", "asymmetric"]
 Thresholds = Literal["fat", "frozen"]
+Weights = Literal["frozen", "pointwise"]
 Bias = Literal["trained", "frozen"]
 GridKind = Literal["signed", "unsigned", "asymmetric"]
 InitName = Literal["minmax", "percentile"]
@@ -130,11 +131,14 @@ class QuantSpec:
             tensor. Activations have one per tensor in both.
         scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
         thresholds: ``fat`` trains a factor per threshold, ``frozen`` keeps what calibration gave.
+        weights: ``frozen`` leaves weights as they are; ``pointwise`` trains a factor for each weight,
+            the paper's last step.
         bias: ``trained`` trains the biases, which live on the int32 grid, with the thresholds;
             ``frozen`` leaves them as they are (the paper).
         alpha_range: Where α of symmetric thresholds and α_R of asymmetric ranges may move.
         shift_range: Where α_T, the shift of an asymmetric lower threshold in units of its range R,
             may move.
+        pointwise_range: Where the factor of a weight may move.
         weight_init: Statistics → threshold for weights.
         activation_init: Statistics → threshold for activations.
         equalize: How filter ranges are balanced beforehand.
@@ -156,11 +160,13 @@ class QuantSpec:
     first_bits: int | None = None
     last_bits: int | None = None
     granularity: Granularity = "vector"
-    scheme: Scheme = "symmetric"
+    scheme: Scheme = "asymmetric"
     thresholds: Thresholds = "fat"
+    weights: Weights = "pointwise"
     bias: Bias = "trained"
     alpha_range: tuple[float, float] = (0.5, 1.0)
     shift_range: tuple[float, float] = (-0.2, 0.4)
+    pointwise_range: tuple[float, float] = (0.75, 1.25)
     weight_init: InitSpec = field(default_factory=InitSpec)
     activation_init: InitSpec = field(default_factory=InitSpec)
     equalize: EqualizeSpec = field(default_factory=EqualizeSpec)
@@ -173,9 +179,11 @@ class QuantSpec:
         _one_of("granularity", self.granularity, get_args(Granularity))
         _one_of("scheme", self.scheme, get_args(Scheme))
         _one_of("thresholds", self.thresholds, get_args(Thresholds))
+        _one_of("weights", self.weights, get_args(Weights))
         _one_of("bias", self.bias, get_args(Bias))
         _range("alpha_range", self.alpha_range, inside=1.0)
         _range("shift_range", self.shift_range, inside=0.0)
+        _range("pointwise_range", self.pointwise_range, inside=1.0)
         if self.alpha_range[0] <= 0.0:
             raise FatError(
                 f"alpha_range is {list(self.alpha_range)}; its lower end must be above 0, since a "
@@ -207,7 +215,7 @@ class QuantSpec:
         ):
             if name in fields:
                 fields[name] = kind(**fields[name])
-        for name in ("alpha_range", "shift_range"):
+        for name in ("alpha_range", "shift_range", "pointwise_range"):
             if name in fields:
                 fields[name] = tuple(fields[name])
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
@@ -223,6 +231,7 @@ class TrainSpec:
     Attributes:
         epochs: Passes over the training images.
         lr: Adam's learning rate for the thresholds' factors at the start of every cycle.
+        pointwise_lr: The same for the factors of weights, where they are trained.
         bias_lr: The same for biases, in units of the layer's output, where they are trained.
         bias_correction: Whether to start from biases corrected in closed form
             (:func:`fat.correct.correct_biases`), if that is better on the validation images.
@@ -241,7 +250,8 @@ class TrainSpec:
 
     epochs: int = 3
     lr: float = 5e-3
-    bias_lr: float = 1e-3
+    pointwise_lr: float = 1e-3
+    bias_lr: float = 3e-4
     bias_correction: bool = True
     loss: LossName = "rmse"
     schedule: ScheduleName = "cosine"
@@ -258,7 +268,7 @@ class TrainSpec:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise FatError(f"optim.{name} is {value}; it must be at least {least}.")
-        for name in ("lr", "bias_lr", "gradient_clip"):
+        for name in ("lr", "pointwise_lr", "bias_lr", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FatError(f"optim.{name} is {value}; it must be above 0.")

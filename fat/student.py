@@ -109,6 +109,8 @@ class Student(nn.Module):
         """Bring every trained factor back into its range; to be called after an optimizer's step."""
         for thresholds in self.thresholds():
             thresholds.project()
+        for layer in self.layers():
+            layer.project()
 
     def trained_state(self) -> dict[str, Tensor]:
         """Copies of everything that training or bias correction may change, by name."""

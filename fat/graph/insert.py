@@ -80,7 +80,9 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         raise FatError("The network holds no convolution or linear layer: nothing to quantize.")
     first, last = compute[0], compute[-1]
     quantized = find_quantized(module)
-    feeding = {_feeding(module, first): "first", _feeding(module, last): "last"}
+    feeds_first, feeds_last = _feeding(module, first), _feeding(module, last)
+    # Asked before any quantizer stands between an operation and what it reads.
+    non_negatives = {node for node in quantized if _float_non_negative(module, node)}
 
     layers = []
     for node in compute:
@@ -97,12 +99,11 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
     names = []
     for node in quantized:
         name = layer_name(node)
-        role = feeding.get(node)
         grid = activation_grid(
             spec,
-            non_negative=_float_non_negative(module, node),
-            feeds_first=role == "first",
-            feeds_last=role == "last",
+            non_negative=node in non_negatives,
+            feeds_first=node is feeds_first,
+            feeds_last=node is feeds_last,
         )
         key = _key(name, names)
         names.append(key)

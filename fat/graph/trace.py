@@ -97,7 +97,7 @@ def trace(network: nn.Module) -> fx.GraphModule:
     Raises:
         FatError: If the network is in training mode, or cannot be traced; the module is named.
     """
-    if network.training:
+    if any(module.training for module in network.modules()):
         raise FatError("The network is in training mode; call network.eval() first.")
     tracer = _Tracer()
     root = copy.deepcopy(network)
@@ -212,6 +212,11 @@ def _split_norm_and_activation(
 
 
 def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
+    if not node.args:  # the passes look for what an operation reads among the positional arguments
+        for name in ("input", "tensors"):
+            if name in node.kwargs:
+                rest = {key: value for key, value in node.kwargs.items() if key != name}
+                node.args, node.kwargs = (node.kwargs[name],), rest
     if node.target in ARITHMETIC and len(node.args) == 2 and not node.kwargs:
         node.op, node.target = "call_function", ARITHMETIC[node.target]
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -77,14 +78,15 @@ class RangeStatistics:
 
     def update(self, x: Tensor) -> None:
         """Take in one batch, any shape."""
-        low, high = torch.aminmax(x)
-        self._minimum = min(self._minimum, float(low))
-        self._maximum = max(self._maximum, float(high))
+        low, high = (float(value) for value in torch.aminmax(x.detach()))
+        # Python's min and max would pass over NaN, which has to be reported.
+        self._minimum = low if math.isnan(low) else min(self._minimum, low)
+        self._maximum = high if math.isnan(high) else max(self._maximum, high)
 
     @property
     def seen(self) -> bool:
         """Whether any batch came."""
-        return self._minimum <= self._maximum
+        return self._minimum != math.inf or self._maximum != -math.inf
 
     def minimum(self) -> Tensor:
         """Smallest value so far, [1]."""
@@ -95,15 +97,19 @@ class RangeStatistics:
         return torch.tensor([self._maximum], dtype=torch.float64)
 
 
+_PART = 2**18
+
+
 class HistogramStatistics(RangeStatistics):
     """A histogram whose range grows by exact doubling, so that no count is ever moved by guess.
 
-    The bins lie symmetrically around 0. When a value falls outside, the range is doubled until it
-    fits and pairs of neighbouring bins are added; a count never crosses a bin edge. The resolution
-    is at least range/``bins``·2 of the final range.
+    The bins lie symmetrically around 0, up to a power of two, so that their edges and the bin of a
+    value are exact. When a value falls outside, the range is doubled until it fits and pairs of
+    neighbouring bins are added; a count never crosses a bin edge, and the result is the same
+    however the values came in batches. A bin is at most 4/``bins`` of the largest magnitude wide.
 
     Args:
-        bins: Number of bins, a multiple of 4.
+        bins: Number of bins, a power of two and at least 4.
     """
 
     needs_histogram = True
@@ -118,20 +124,21 @@ class HistogramStatistics(RangeStatistics):
         """Take in one batch, any shape."""
         super().update(x)
         reach = max(-self._minimum, self._maximum)
+        if not math.isfinite(self._minimum + self._maximum):
+            return  # there is nothing to count; the range tells
+        half = self._bins // 2
         if reach == 0.0:
-            self._counts[self._bins // 2] += x.numel()
+            self._counts[half] += x.numel()
             return
         if self._limit == 0.0:
-            zeros = self._counts.sum()
-            self._limit = reach
-            self._counts.zero_()
-            self._counts[self._bins // 2] = zeros
+            mantissa, exponent = math.frexp(reach)
+            self._limit = math.ldexp(1.0, exponent - (mantissa == 0.5))
         while self._limit < reach:
             self._double()
-        counts = torch.histc(
-            x.detach().float(), bins=self._bins, min=-self._limit, max=self._limit
-        )
-        self._counts += counts.double().cpu()
+        # In parts, so that the float64 copy is small, as float32 would lose counts above 2^24.
+        for part in x.detach().flatten().split(_PART):
+            bins = part.double().mul_(half / self._limit).floor_()
+            self._counts += torch.histc(bins, bins=self._bins, min=-half, max=half).cpu()
 
     def _double(self) -> None:
         quarter = self._bins // 4
@@ -150,13 +157,15 @@ class HistogramStatistics(RangeStatistics):
 
     def quantile(self, share: float) -> Tensor:
         """Value below which the given share lies, linear inside a bin, [1]."""
-        return _histogram_quantile(self.counts(), self.edges(), share)
+        value = _histogram_quantile(self.counts(), self.edges(), share)
+        return value.clamp(self._minimum, self._maximum)
 
     def magnitude_quantile(self, share: float) -> Tensor:
         """Value below which the given share of absolute values lies, linear inside a bin, [1]."""
         half = self._bins // 2
         folded = self._counts[half:] + self._counts[:half].flip(0)
-        return _histogram_quantile(folded, self.edges()[half:], share)
+        value = _histogram_quantile(folded, self.edges()[half:], share)
+        return value.clamp(max=max(-self._minimum, self._maximum))
 
 
 def _histogram_quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:

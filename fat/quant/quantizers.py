@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fat.errors import FatError
 from fat.layers import pad_same
-from fat.quant.functional import INT32_MAX, fake_quantize, fake_quantize_bias
+from fat.quant.functional import INT32_MAX, clip_inclusive, fake_quantize, fake_quantize_bias
 from fat.quant.init import HISTOGRAM_STRATEGIES, initial_thresholds
 from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics
 from fat.quant.thresholds import Thresholds, make_thresholds
@@ -162,6 +162,9 @@ class QuantLayer(nn.Module):
         else:
             self.register_buffer("bias", own_bias)
         self.weight_quantizer = WeightQuantizer(spec, grid, weight.shape)
+        self.pointwise_range = spec.pointwise_range
+        pointwise = torch.ones_like(self.weight) if spec.weights == "pointwise" else None
+        self.pointwise = None if pointwise is None else nn.Parameter(pointwise)
         # Not a submodule: the input's quantizer belongs to the layer before and is only read here.
         self._input: list[ActivationQuantizer] = []
 
@@ -182,6 +185,8 @@ class QuantLayer(nn.Module):
         room for the factors' range; its weights stay below half a step of any use.
         """
         self.weight_quantizer.calibrate(self.weight)
+        if self.pointwise is not None:
+            self.pointwise.data.fill_(1.0)
         if self.bias is None:
             return 0
         input_scale = self.input_quantizer.thresholds()[0]
@@ -189,9 +194,24 @@ class QuantLayer(nn.Module):
         smallest_step = self.bias.detach().abs() / (room * input_scale)
         return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
 
+    def scaled_weight(self) -> Tensor:
+        """The weight with its pointwise factors, W · clip(p, lo, hi), before rounding.
+
+        Source: arXiv 1812.07872, section 3.4.
+        """
+        if self.pointwise is None:
+            return self.weight
+        return self.weight * clip_inclusive(self.pointwise, *self.pointwise_range)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Clamp the pointwise factors into their range."""
+        if self.pointwise is not None:
+            self.pointwise.clamp_(*self.pointwise_range)
+
     def quantized(self) -> tuple[Tensor, Tensor | None]:
         """Weight on its grid and bias on the int32 grid s_w·s_x."""
-        weight = self.weight_quantizer(self.weight)
+        weight = self.weight_quantizer(self.scaled_weight())
         if self.bias is None or not (self.weight_quantizer.enabled and self.input_quantizer.enabled):
             return weight, self.bias
         scale = self.weight_quantizer.scale() * self.input_quantizer.thresholds()[0]

@@ -147,16 +147,26 @@ class FatAsymmetric(Thresholds):
         self.shift.data.zero_()
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """(T_l,adj, T_l,adj + R_adj), always made to contain 0."""
+        """(T_l,adj, T_l,adj + R_adj), which contains 0 as long as :meth:`project` is called."""
         extent = self.high - self.low
         low = self.low + clip_inclusive(self.shift, *self.shift_range) * extent
         return low, low + clip_inclusive(self.alpha, *self.alpha_range) * extent
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp both factors into their ranges, and the shift to where 0 stays representable."""
-        self.alpha.clamp_(*self.alpha_range)
+        """Clamp both factors into their ranges, and further so that T_l,adj ≤ 0 ≤ T_r,adj.
+
+        Past that the zero point sits at an end of the grid and passes no gradient to the shift,
+        which would never return.
+        """
+        extent = self.high - self.low
+        # Where 0 lies in the calibrated range, in units of R: between 0 and 1.
+        zero = torch.where(extent > 0.0, -self.low / extent, 0.0)
+        low, high = self.alpha_range
         self.shift.clamp_(*self.shift_range)
+        self.shift.clamp_((zero - high).clamp(max=0.0), zero)
+        self.alpha.clamp_(low, high)
+        self.alpha.copy_(torch.maximum(self.alpha, (zero - self.shift).clamp(max=high)))
 
     def factors(self) -> dict[str, Tensor]:
         """α_R and α_T, clipped."""

@@ -109,8 +109,8 @@ def format_figures(rows: Mapping[str, Mapping[str, float | None]]) -> str:
         cells = []
         for key in columns:
             value = row.get(key)
-            decimals = 4 if key == "rmse" else 2
-            text = "-" if value is None else f"{value:.{decimals}f}"
+            spelling = ".4g" if key == "rmse" else ".2f"
+            text = "-" if value is None else format(value, spelling)
             cells.append(f"{text:>{_wide(key)}}")
         lines.append(f"{name:<{width}}" + " ".join(cells))
     return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,118 @@
+"""Every file of conf/ composes, fits the schema, and gives valid specs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from fat.config import EvaluateConfig, RunConfig, parse, suggest_key
+from fat.errors import FatError
+from fat.loggers import LOGGERS
+from fat.spec import QuantSpec, TrainSpec
+
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf"
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}"
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in ("hydra",) and path.stem != "of_run"
+)
+
+
+def composed(*overrides: str, name: str = "train") -> RunConfig:
+    schema = RunConfig if name == "train" else EvaluateConfig
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return parse(schema, compose(name, overrides=list(overrides)))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_into_valid_specs(choice: str) -> None:
+    extra = ["data.root=/somewhere"] if choice == "data=folder" else []
+    config = composed(choice, *extra)
+    assert config.quant_spec().bits in range(2, 9)
+    assert config.train_spec().lr > 0
+
+
+def test_defaults_of_conf_are_those_of_the_library() -> None:
+    """A library user and a command-line user get the same network."""
+    config = composed()
+    spec = config.quant_spec()
+    assert spec == QuantSpec()
+    assert config.train_spec() == TrainSpec()
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("model=")])
+def test_every_model_is_one_timm_knows(choice: str) -> None:
+    import timm
+
+    assert timm.is_model(composed(choice).model.name)
+
+
+def test_bits_are_set_together_and_apart() -> None:
+    spec = composed("quant.bits=4", "quant.activation.bits=8", "quant.first.bits=8").quant_spec()
+    assert (spec.for_weights, spec.for_activations, spec.first_bits) == (4, 8, 8)
+
+
+def test_paper_presets_train_thresholds_alone() -> None:
+    for name in ("paper_vector", "paper_scalar", "authors_code"):
+        config = composed(f"experiment={name}")
+        spec = config.quant_spec()
+        assert (spec.thresholds, spec.weights, spec.bias) == ("fat", "frozen", "frozen")
+        assert not config.train_spec().bias_correction
+    assert composed("experiment=authors_code").quant_spec().alpha_range == (0.5, 1.3)
+    assert composed("experiment=calibration_only").train_spec().epochs == 0
+
+
+def test_every_logger_has_a_file() -> None:
+    assert {path.stem for path in (CONF / "logger").glob("*.yaml")} == set(LOGGERS)
+
+
+def test_evaluate_composes() -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert parse(EvaluateConfig, compose("evaluate", overrides=["run=x"])).run == "x"
+
+
+def test_every_line_of_the_defaults_lists_is_commented() -> None:
+    for name in ("train", "evaluate"):
+        lines = (CONF / f"{name}.yaml").read_text().splitlines()
+        start = lines.index("defaults:")
+        for line in lines[start + 1 :]:
+            if not line.startswith("  - "):
+                break
+            assert "#" in line or "_self_" in line, line
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ("quant.bitz", "quant.bits"),
+        ("bits", "quant.bits"),
+        ("quant.wieght.bits", "quant.weight.bits"),
+        ("data.batchsize", "data.batch_size"),
+    ],
+)
+def test_a_mistyped_key_is_answered_with_the_nearest(given: str, wanted: str) -> None:
+    assert wanted in suggest_key(given, RunConfig)
+
+
+def test_a_value_of_another_type_is_refused_with_its_key() -> None:
+    with pytest.raises(FatError, match=r"optim.epochs"):
+        composed("optim.epochs=many")
+
+
+def test_a_key_that_is_added_is_refused_too() -> None:
+    with pytest.raises(FatError, match=r"quant.depth"):
+        composed("+quant.depth=3")
+
+
+def test_run_config_survives_a_round_trip_through_yaml() -> None:
+    config = composed("quant.bits=5")
+    text = yaml.safe_dump(OmegaConf.to_container(OmegaConf.structured(config)))
+    again = parse(RunConfig, OmegaConf.create(yaml.safe_load(text)))
+    assert again == config
+    assert {entry.name for entry in fields(RunConfig)} == set(yaml.safe_load(text))

@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fat.quant.functional import (
+    INT32_MAX,
+    clip_inclusive,
+    dequantize,
+    fake_quantize,
+    fake_quantize_bias,
+    quantize,
+    round_ste,
+)
+from fat.spec import Grid
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
+}
+GRIDS = st.builds(
+    Grid, bits=st.integers(2, 8), kind=st.sampled_from(["signed", "unsigned", "asymmetric"])
+)
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def draw(seed: int, shape: tuple[int, ...], grid: Grid, scale: float, per_channel: bool) -> Drawn:
+    """x, scale, zero point and the gradient that comes in, float32.
+
+    x lies up to 0.45 steps around integers from 4 below to 4 above the grid, so that a rounding
+    error of the division cannot change an integer.
+    """
+    generator = np.random.default_rng(seed)
+    size = (shape[0],) + (1,) * (len(shape) - 1) if per_channel else ()
+    steps = np.float32(scale) * generator.uniform(0.5, 2.0, size).astype(np.float32)
+    zeros = generator.integers(0, grid.qmax + 1, size) * (grid.kind == "asymmetric")
+    integers = generator.integers(grid.qmin - 4, grid.qmax + 5, shape) - zeros
+    x = (integers + generator.uniform(-0.45, 0.45, shape)) * steps
+    grad = generator.normal(size=shape)
+    return tuple(  # type: ignore[return-value]
+        torch.from_numpy(np.asarray(a, dtype=np.float32)) for a in (x, steps, zeros, grad)
+    )
+
+
+def closed_form(
+    x: Tensor, scale: Tensor, zero_point: Tensor, grad: Tensor, grid: Grid
+) -> tuple[np.ndarray, ...]:
+    """Output and the gradients to x, scale and zero point in float64, from the definition."""
+    x64, d, z, g = (t.detach().numpy().astype(np.float64) for t in (x, scale, zero_point, grad))
+    rounded = np.rint(x64 / d) + z
+    below, above = rounded < grid.qmin, rounded > grid.qmax
+    inside = ~below & ~above
+    out = (np.where(below, grid.qmin, np.where(above, grid.qmax, rounded)) - z) * d
+    by_scale = np.select([below, above], [grid.qmin - z, grid.qmax - z], rounded - z - x64 / d)
+    by_zero_point = np.where(inside, 0.0, -d)
+    axes = tuple(range(1, x64.ndim)) if d.ndim else None
+    keep = bool(d.ndim)
+    return (
+        out,
+        g * inside,
+        np.sum(g * by_scale, axis=axes, keepdims=keep),
+        np.sum(g * by_zero_point, axis=axes, keepdims=keep),
+    )
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    shape=st.sampled_from([(3, 4, 5, 2), (8, 1, 3, 3), (1, 6, 1, 1), (2, 3, 4, 4)]),
+    grid=GRIDS,
+    scale=st.floats(1e-6, 1e3),
+    per_channel=st.booleans(),
+    layout=st.sampled_from(list(LAYOUTS)),
+    grad_layout=st.sampled_from(list(LAYOUTS)),
+)
+@settings(deadline=None, max_examples=150)
+def test_value_and_gradients_are_the_closed_form(
+    seed: int,
+    shape: tuple[int, ...],
+    grid: Grid,
+    scale: float,
+    per_channel: bool,
+    layout: str,
+    grad_layout: str,
+) -> None:
+    x, step, zero_point, grad = draw(seed, shape, grid, scale, per_channel)
+    x, grad = LAYOUTS[layout](x), LAYOUTS[grad_layout](grad)
+    inputs = [t.requires_grad_() for t in (x, step, zero_point)]
+    out = fake_quantize(x, step, zero_point, grid.qmin, grid.qmax)
+    out.backward(grad)
+    wanted = closed_form(x, step, zero_point, grad, grid)
+    np.testing.assert_allclose(out.detach().numpy(), wanted[0], rtol=1e-6, atol=1e-6 * scale)
+    # What x gets is the incoming gradient or nothing, without any rounding.
+    assert inputs[0].grad is not None
+    np.testing.assert_array_equal(inputs[0].grad.numpy(), wanted[1])
+    reach = float(grad.abs().sum()) * grid.qmax
+    for tensor, gradient, unit in zip(inputs[1:], wanted[2:], (1.0, scale), strict=True):
+        assert tensor.grad is not None
+        assert tensor.grad.shape == tensor.shape
+        np.testing.assert_allclose(
+            tensor.grad.numpy(), gradient, rtol=1e-4, atol=1e-6 * reach * unit
+        )
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (2, 3, 4, 5), (2, 2, 3, 2, 3)])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_any_number_of_dimensions(shape: tuple[int, ...], per_channel: bool) -> None:
+    grid = Grid(4, "asymmetric")
+    x, step, zero_point, grad = (t.double() for t in draw(1, shape, grid, 0.1, per_channel))
+    inputs = [t.requires_grad_() for t in (x, step, zero_point)]
+    out = fake_quantize(x, step, zero_point, grid.qmin, grid.qmax)
+    out.backward(grad)
+    wanted = closed_form(x, step, zero_point, grad, grid)
+    found = [out.detach(), *(t.grad for t in inputs)]
+    for own, reference in zip(found, wanted, strict=True):
+        assert own is not None
+        np.testing.assert_allclose(own.numpy(), reference, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    grid=GRIDS,
+    scale=st.floats(1e-4, 1e2),
+    per_channel=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_value_and_gradients_are_torchs_own(
+    seed: int, grid: Grid, scale: float, per_channel: bool
+) -> None:
+    x, step, zero_point, grad = draw(seed, (4, 3, 5, 5), grid, scale, per_channel)
+    own = [t.clone().requires_grad_() for t in (x, step, zero_point)]
+    out = fake_quantize(*own, grid.qmin, grid.qmax)
+    out.backward(grad)
+    other = [x.clone().requires_grad_(), *(t.reshape(-1).requires_grad_() for t in (step, zero_point))]
+    if per_channel:
+        reference = torch._fake_quantize_learnable_per_channel_affine(
+            *other, 0, grid.qmin, grid.qmax, 1.0
+        )
+    else:
+        reference = torch._fake_quantize_learnable_per_tensor_affine(
+            *other, grid.qmin, grid.qmax, 1.0
+        )
+    reference.backward(grad)
+    torch.testing.assert_close(out, reference, rtol=1e-5, atol=1e-5 * scale)
+    reach = float(grad.abs().sum()) * grid.qmax
+    for mine, theirs, unit in zip(own, other, (1.0, 1.0, scale), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        torch.testing.assert_close(
+            mine.grad.reshape(theirs.grad.shape), theirs.grad, rtol=1e-4, atol=1e-6 * reach * unit
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_expanded_gradient(layout: str) -> None:
+    grid = Grid(8, "signed")
+    x, step, zero_point, _ = draw(2, (2, 3, 4, 5), grid, 0.1, False)
+    x = LAYOUTS[layout](x)
+    step.requires_grad_()
+    fake_quantize(x, step, zero_point, grid.qmin, grid.qmax).sum().backward()
+    assert step.grad is not None
+    wanted = closed_form(x, step, zero_point, torch.ones_like(x), grid)[2]
+    np.testing.assert_allclose(step.grad.numpy(), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wanting", [(True, False, False), (False, True, False), (False, False, True)])
+def test_only_who_asks_gets_a_gradient_and_it_is_the_same(wanting: tuple[bool, ...]) -> None:
+    grid = Grid(5, "asymmetric")
+    x, step, zero_point, grad = (t.double() for t in draw(3, (4, 2, 3, 3), grid, 1.0, False))
+    inputs = [t.requires_grad_(on) for t, on in zip((x, step, zero_point), wanting, strict=True)]
+    fake_quantize(*inputs, grid.qmin, grid.qmax).backward(grad)
+    for tensor, on, wanted in zip(
+        inputs, wanting, closed_form(x, step, zero_point, grad, grid)[1:], strict=True
+    ):
+        assert (tensor.grad is not None) is on
+        if tensor.grad is not None:
+            np.testing.assert_allclose(tensor.grad.numpy(), wanted, rtol=1e-12)
+
+
+def test_inputs_are_left_alone() -> None:
+    grid = Grid(4, "asymmetric")
+    tensors = draw(4, (3, 4, 5, 2), grid, 0.3, True)
+    before = [t.clone() for t in tensors]
+    inputs = [t.requires_grad_() for t in tensors[:3]]
+    fake_quantize(*inputs, grid.qmin, grid.qmax).backward(tensors[3])
+    quantize(*(t.detach() for t in inputs), grid.qmin, grid.qmax)
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert torch.equal(tensor.detach(), copy)
+
+
+@given(grid=GRIDS, power=st.integers(-20, 20), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_halves_go_to_the_even_neighbour(grid: Grid, power: int, data: st.DataObject) -> None:
+    # A power of two keeps the halves exact.
+    step = 2.0**power
+    zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "asymmetric" else 0
+    integers = np.arange(grid.qmin - zero_point, grid.qmax - zero_point)
+    x = torch.from_numpy(((integers + 0.5) * step).astype(np.float32))
+    wanted = integers + integers % 2
+    arguments = (torch.tensor(step), torch.tensor(float(zero_point)), grid.qmin, grid.qmax)
+    assert quantize(x, *arguments).numpy().tolist() == (wanted + zero_point).tolist()
+    assert fake_quantize(x, *arguments).tolist() == (wanted * step).tolist()
+
+
+@given(
+    seed=st.integers(0, 2**31), grid=GRIDS, scale=st.floats(1e-6, 1e3), per_channel=st.booleans()
+)
+@settings(deadline=None, max_examples=60)
+def test_fake_quantization_is_the_integers_times_the_step(
+    seed: int, grid: Grid, scale: float, per_channel: bool
+) -> None:
+    x, step, zero_point, _ = draw(seed, (3, 4, 2, 2), grid, scale, per_channel)
+    integers = quantize(x, step, zero_point, grid.qmin, grid.qmax)
+    assert integers.dtype == torch.int32
+    wanted = np.clip(
+        np.rint(x.numpy() / step.numpy()) + zero_point.numpy(), grid.qmin, grid.qmax
+    ).astype(np.int64)
+    np.testing.assert_array_equal(integers.numpy(), wanted)
+    fake = fake_quantize(x, step, zero_point, grid.qmin, grid.qmax)
+    assert torch.equal(dequantize(integers, step, zero_point), fake)
+    # Once on the grid a value stays where it is.
+    assert torch.equal(fake_quantize(fake, step, zero_point, grid.qmin, grid.qmax), fake)
+
+
+@given(grid=GRIDS, scale=st.floats(1e-30, 1e30), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_zero_is_exact(grid: Grid, scale: float, data: st.DataObject) -> None:
+    zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "asymmetric" else 0
+    arguments = (torch.tensor(scale), torch.tensor(float(zero_point)), grid.qmin, grid.qmax)
+    assert quantize(torch.zeros(1), *arguments).item() == zero_point
+    assert fake_quantize(torch.zeros(1), *arguments).item() == 0.0
+
+
+@pytest.mark.parametrize("x", [3e38, -3e38, float("inf"), float("-inf")])
+def test_overflow_saturates(x: float) -> None:
+    values = torch.tensor([x], requires_grad=True)
+    step = torch.tensor(1e-6, requires_grad=True)
+    out = fake_quantize(values, step, torch.tensor(0.0), -127, 127)
+    out.backward()
+    sign = 1.0 if x > 0 else -1.0
+    assert out.item() == pytest.approx(sign * 127e-6)
+    assert values.grad is not None
+    assert step.grad is not None
+    assert values.grad.item() == 0.0
+    assert step.grad.item() == pytest.approx(sign * 127)
+
+
+def test_nan_is_not_hidden() -> None:
+    out = fake_quantize(torch.tensor([torch.nan]), torch.tensor(1.0), torch.tensor(0.0), 0, 255)
+    assert out.isnan().all()
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    x, step = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.5))
+    out = fake_quantize(x, step, torch.tensor(0.0), -7, 7)
+    (first,) = torch.autograd.grad(out, step, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.backward()
+
+
+@given(
+    low=st.floats(-10, 10, width=32),
+    width=st.floats(0, 10, width=32),
+    values=st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=20),
+)
+@settings(deadline=None, max_examples=60)
+def test_clip_passes_gradient_inside_and_at_both_ends(
+    low: float, width: float, values: list[float]
+) -> None:
+    high = float(np.float32(low + width))
+    x = torch.tensor([low, high, *values], requires_grad=True)
+    grad = torch.arange(1.0, 1 + len(x))
+    out = clip_inclusive(x, low, high)
+    out.backward(grad)
+    data = x.detach().numpy()
+    np.testing.assert_array_equal(out.detach().numpy(), np.clip(data, low, high))
+    assert x.grad is not None
+    inside = (data >= np.float32(low)) & (data <= np.float32(high))
+    assert inside[:2].all()
+    np.testing.assert_array_equal(x.grad.numpy(), grad.numpy() * inside)
+
+
+@given(values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
+@settings(deadline=None, max_examples=50)
+def test_round_is_numpys_and_lets_the_gradient_pass(values: list[float]) -> None:
+    x = torch.tensor([0.5, 1.5, -0.5, -2.5, *values], requires_grad=True)
+    grad = torch.linspace(-2, 3, len(x))
+    out = round_ste(x)
+    out.backward(grad)
+    np.testing.assert_array_equal(out.detach().numpy(), np.rint(x.detach().numpy()))
+    assert x.grad is not None
+    assert torch.equal(x.grad, grad)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    exponent=st.floats(-12, 0),
+    per_channel=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_biases_lie_on_the_int32_grid(seed: int, exponent: float, per_channel: bool) -> None:
+    generator = np.random.default_rng(seed)
+    bias = generator.normal(size=6).astype(np.float32)
+    step = generator.uniform(0.5, 2, 6 if per_channel else ()).astype(np.float32)
+    step = np.asarray(step * np.float32(10**exponent), dtype=np.float32)
+    x, scale = torch.from_numpy(bias).requires_grad_(), torch.from_numpy(step).requires_grad_()
+    out = fake_quantize_bias(x, scale)
+    integers = np.rint(bias.astype(np.float64) / step.astype(np.float64))
+    integers = np.clip(integers, -INT32_MAX, INT32_MAX).astype(np.int64)
+    np.testing.assert_array_equal(
+        out.detach().numpy(), (integers * step.astype(np.float64)).astype(np.float32)
+    )
+    out.backward(torch.arange(6.0))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.arange(6.0))
+    assert scale.grad is None
+
+
+def test_biases_keep_31_bits_and_saturate_there() -> None:
+    assert np.iinfo(np.int32).max == INT32_MAX
+    step = torch.tensor(2.0**-30)
+    # 2^24 + 1 steps and a half: float32 division would lose the last bits of the integer.
+    bias = torch.tensor([1.0 + 2.0**-23, 1.5, -1.5, 4.0, -4.0])
+    wanted = [1.0 + 2.0**-23, 1.5, -1.5, INT32_MAX * 2.0**-30, -INT32_MAX * 2.0**-30]
+    assert fake_quantize_bias(bias, step).tolist() == pytest.approx(wanted, rel=1e-7)
+    assert fake_quantize_bias(bias[:1], step).item() == bias[0].item()
