@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -82,4 +83,4 @@ def run_directory() -> Path:
 def sweep_group() -> str | None:
     """A name that all jobs of a multirun share, ``None`` for a single run."""
     hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir).as_posix() if hydra.mode.name == "MULTIRUN" else None
+    return Path(hydra.sweep.dir).as_posix() if hydra.mode == RunMode.MULTIRUN else None

@@ -37,13 +37,15 @@ def evaluate(student: Student, images: Images, *, progress: str | None = None) -
     batches = as_batches(images)
     was_training = student.training
     student.eval()
-    for batch in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-        pixels, labels = split(batch)
-        teacher = student.float_logits(pixels)
-        quantized.update(student(pixels), teacher, labels)
-        reference.update(teacher, teacher, labels)
-        count += len(pixels)
-    student.train(was_training)
+    try:
+        for batch in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+            pixels, labels = split(batch)
+            teacher = student.float_logits(pixels)
+            quantized.update(student(pixels), teacher, labels)
+            reference.update(teacher, teacher, labels)
+            count += len(pixels)
+    finally:
+        student.train(was_training)
     floats, figures = reference.compute(), quantized.compute()
     return {
         "images": count,

@@ -166,6 +166,12 @@ def fit(
                 warnings.filterwarnings("ignore", expected)
             if resume is None:
                 trainer.validate(module, validation, verbose=False)
+                if keep.calibrated_loss is None or not math.isfinite(keep.calibrated_loss):
+                    raise FatError(
+                        f"The loss on the validation images is {keep.calibrated_loss} before "
+                        "training: check them, and the float network's logits on them, for NaN and "
+                        "infinity."
+                    )
                 if spec.bias_correction:
                     correction = _correct(student, train, validation, module, trainer, keep)
             if spec.epochs:
@@ -173,7 +179,9 @@ def fit(
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)  # Lightning leaves Ctrl-C switched off
+        # Lightning leaves Ctrl-C switched off. Only the main thread has a say in signals.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
         keep.restore(module)
         student.eval()
     if keep.calibrated_loss is None:  # Ctrl-C came before anything was known

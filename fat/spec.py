@@ -69,7 +69,7 @@ class Grid:
     @property
     def qmax(self) -> int:
         """The largest integer of the grid."""
-        return 2 ** (self.bits - 1) - 1 if self.kind == "signed" else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.kind == "signed" else (1 << self.bits) - 1
 
 
 @dataclass(frozen=True)

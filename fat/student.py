@@ -114,7 +114,7 @@ class Student(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Copies of everything that training or bias correction may change, by name."""
-        state = dict(self.named_parameters())
+        state: dict[str, Tensor] = dict(self.named_parameters())
         state.update({f"{x.layer}.bias": x.bias for x in self.layers() if x.bias is not None})
         return {name: tensor.detach().clone() for name, tensor in state.items()}
 

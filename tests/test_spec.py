@@ -74,7 +74,7 @@ def test_only_bits_may_not_be_none() -> None:
 def test_bits_on_a_grid() -> None:
     with pytest.raises(FatError, match="bits is 16"):
         Grid(16, "signed")
-    with pytest.raises(FatError, match="Unknown grid 'sined'. Did you mean 'signed'"):
+    with pytest.raises(FatError, match=r"Unknown grid 'sined'\. Did you mean 'signed'"):
         Grid(8, "sined")  # type: ignore[arg-type]
 
 
@@ -96,6 +96,10 @@ def test_bits_on_a_grid() -> None:
         (
             lambda: QuantSpec(bias="train"),  # type: ignore[arg-type]
             "Unknown bias 'train'. Did you mean 'trained'?",
+        ),
+        (
+            lambda: QuantSpec(weights="pointwize"),  # type: ignore[arg-type]
+            "Unknown weights 'pointwize'. Did you mean 'pointwise'? Allowed: frozen, pointwise.",
         ),
         (
             lambda: InitSpec(name="percentil"),  # type: ignore[arg-type]
@@ -150,6 +154,7 @@ def test_equalization_outside_relu6(name: str, value: float) -> None:
         ("alpha_range", (math.nan, 1.0), "1"),
         ("shift_range", (0.1, 0.4), "0"),
         ("shift_range", (-0.2, -0.1), "0"),
+        ("pointwise_range", (1.05, 1.25), "1"),
     ],
 )
 def test_ranges_must_hold_their_start(name: str, value: tuple[float, ...], inside: str) -> None:
@@ -177,6 +182,7 @@ def test_alpha_must_stay_above_zero(low: float) -> None:
         ("nan_patience", 0, "optim.nan_patience is 0; it must be at least 1."),
         ("lr", 0.0, "optim.lr is 0.0; it must be above 0."),
         ("bias_lr", -1e-3, "optim.bias_lr is -0.001; it must be above 0."),
+        ("pointwise_lr", 0.0, "optim.pointwise_lr is 0.0; it must be above 0."),
         ("gradient_clip", 0.0, "optim.gradient_clip is 0.0; it must be above 0."),
         ("lr", math.nan, "optim.lr is nan; it must be above 0."),
     ],
@@ -216,7 +222,9 @@ def _specs() -> st.SearchStrategy[QuantSpec]:
         granularity=st.sampled_from(["scalar", "vector"]),
         scheme=st.sampled_from(["symmetric", "asymmetric"]),
         thresholds=st.sampled_from(["fat", "frozen"]),
+        weights=st.sampled_from(["frozen", "pointwise"]),
         bias=st.sampled_from(["trained", "frozen"]),
+        pointwise_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
         alpha_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
         shift_range=st.tuples(st.floats(-1.0, 0.0), st.floats(0.0, 1.0)),
         weight_init=init,

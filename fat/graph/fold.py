@@ -23,16 +23,14 @@ class FoldReport:
 
 def find_foldable(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     """Pairs (layer, batch norm) where the batch norm alone reads the layer's result."""
-    pairs = []
+    pairs: list[tuple[fx.Node, fx.Node]] = []
     for node in module.graph.nodes:
         if not isinstance(module_of(module, node), _BatchNorm):
             continue
         before = source(node)
-        if (
-            before is not None
-            and isinstance(module_of(module, before), (nn.Conv2d, nn.Linear))
-            and only_user(before) is node
-        ):
+        if before is None or only_user(before) is not node:
+            continue
+        if isinstance(module_of(module, before), (nn.Conv2d, nn.Linear)):
             pairs.append((before, node))
     return pairs
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from fat.errors import FatError
 from fat.graph.patterns import (
+    FUSED_ACTIVATIONS,
     is_compute,
     is_fused_activation,
     is_value_preserving,
@@ -95,8 +96,9 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         module.set_submodule(name, quant_layer(name, module.get_submodule(name), spec, grid))
         layers.append(name)
 
+    _clip_in_place(module)
     module.add_submodule(QUANTIZERS, nn.Module())
-    names = []
+    names: list[str] = []
     for node in quantized:
         name = layer_name(node)
         grid = activation_grid(
@@ -161,6 +163,26 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
         dilation=_pair(layer.dilation),
         groups=layer.groups,
     )
+
+
+def _clip_in_place(module: fx.GraphModule) -> None:
+    """Let activations overwrite a layer's result where nobody else reads it.
+
+    Each activation is then kept once less for the backward pass. A module that is called in several
+    places is changed only if all of them allow it.
+    """
+    allowed: dict[str, bool] = {}
+    for node in module.graph.nodes:
+        if isinstance(module_of(module, node), FUSED_ACTIVATIONS):
+            before = source(node)
+            alone = (
+                before is not None
+                and is_fused_activation(module, node)
+                and isinstance(module_of(module, before), QuantLayer)
+            )
+            allowed[str(node.target)] = allowed.get(str(node.target), True) and alone
+    for name, alone in allowed.items():
+        module.get_submodule(name).inplace = alone  # type: ignore[assignment]
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

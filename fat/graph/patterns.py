@@ -100,13 +100,13 @@ def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         target = module_of(module, node)
         return isinstance(target, PRESERVING_MODULES) or (
-            isinstance(target, nn.ConstantPad2d) and target.value == 0
+            isinstance(target, nn.ConstantPad2d) and float(target.value) == 0.0
         )
     if node.op == "call_function":
         if node.target is F.pad:
             mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
             value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
-            return mode == "constant" and not value
+            return bool(mode == "constant" and value in (None, 0))
         return node.target in PRESERVING_FUNCTIONS
     return node.op == "call_method" and node.target in PRESERVING_METHODS
 
@@ -125,7 +125,7 @@ def non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether, by the structure of the graph, no value of the node's result is below 0."""
     target = module_of(module, node)
     if isinstance(target, nn.Hardtanh):
-        return target.min_val >= 0
+        return float(target.min_val) >= 0.0
     if isinstance(target, POSITIVE_MODULES):
         return True
     averages = isinstance(target, MEAN_MODULES) or node.target in (

@@ -12,9 +12,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import timm.layers
 import torch
-from timm.layers import BatchNormAct2d, Conv2dSame, get_notrace_functions, get_notrace_modules
-from timm.layers import Linear as TimmLinear
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +23,8 @@ from fat.errors import FatError
 from fat.layers import SameConv2d
 
 __all__ = ["layer_name", "mark_data", "trace"]
+
+_timm: Any = timm.layers  # only partly typed
 
 ACTIVATIONS: dict[Callable[..., Any] | str, Callable[..., nn.Module]] = {
     F.relu: lambda inplace=False: nn.ReLU(),
@@ -68,8 +69,8 @@ class _Tracer(fx.Tracer):
     """Keeps as leaves what cannot be traced or what the passes want whole, and knows where it is."""
 
     def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
-        self._notrace = tuple(get_notrace_modules())
+        super().__init__(autowrap_functions=tuple(_timm.get_notrace_functions()))
+        self._notrace = tuple(_timm.get_notrace_modules())
         self.path: list[str] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -160,10 +161,10 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
         _bypass(node)
     elif isinstance(target, (nn.Conv2d, nn.Linear)):
         module.set_submodule(str(node.target), _plain_layer(str(node.target), target))
-    elif isinstance(target, BatchNormAct2d):
+    elif isinstance(target, _timm.BatchNormAct2d):
         _split_norm_and_activation(module, node, target)
     elif hasattr(target, "inplace"):
-        target.inplace = False  # the passes re-order and share tensors
+        target.inplace = False  # type: ignore[assignment]  # the passes re-order and share tensors
 
 
 def _plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Module:
@@ -174,9 +175,10 @@ def _plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Module:
     """
     if type(layer) in (nn.Conv2d, nn.Linear, SameConv2d):
         return layer
-    if type(layer) is Conv2dSame:
+    if isinstance(layer, nn.Conv2d) and type(layer) is _timm.Conv2dSame:
         return SameConv2d(layer)
-    if type(layer) is TimmLinear:  # torch's, with a cast under automatic mixed precision
+    if isinstance(layer, nn.Linear) and type(layer) is _timm.Linear:
+        # torch's, with a cast under automatic mixed precision
         plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
         plain.load_state_dict(layer.state_dict())
         return plain
@@ -188,7 +190,7 @@ def _plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Module:
 
 
 def _split_norm_and_activation(
-    module: fx.GraphModule, node: fx.Node, target: BatchNormAct2d
+    module: fx.GraphModule, node: fx.Node, target: Any
 ) -> None:
     norm = nn.BatchNorm2d(target.num_features, eps=target.eps, affine=target.affine)
     norm.load_state_dict(target.state_dict(), strict=False)

@@ -60,7 +60,7 @@ class _ClipInclusive(Function):
         return x.clamp(low, high)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
         low, high = ctx.bounds  # type: ignore[attr-defined]
@@ -88,7 +88,7 @@ class _RoundSTE(Function):
         return x.round()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -136,8 +136,8 @@ class _FakeQuantize(Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, out, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
         qmin, qmax = ctx.bounds  # type: ignore[attr-defined]
         needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
@@ -203,7 +203,7 @@ class _FakeQuantizeBias(Function):
         return q.mul_(step).to(bias.dtype)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

@@ -131,13 +131,13 @@ class HistogramStatistics(RangeStatistics):
             self._counts[half] += x.numel()
             return
         if self._limit == 0.0:
-            mantissa, exponent = math.frexp(reach)
-            self._limit = math.ldexp(1.0, exponent - (mantissa == 0.5))
-        while self._limit < reach:
+            self._limit = math.ldexp(1.0, math.frexp(reach)[1])
+        # Above every value: one on the last bin's closed end would change its bin by doubling.
+        while self._limit <= reach:
             self._double()
         # In parts, so that the float64 copy is small, as float32 would lose counts above 2^24.
-        for part in x.detach().flatten().split(_PART):
-            bins = part.double().mul_(half / self._limit).floor_()
+        for part in torch.split(x.detach().flatten(), _PART):
+            bins = torch.mul(part.double(), half / self._limit).floor_()
             self._counts += torch.histc(bins, bins=self._bins, min=-half, max=half).cpu()
 
     def _double(self) -> None:
@@ -171,7 +171,8 @@ class HistogramStatistics(RangeStatistics):
 def _histogram_quantile(counts: Tensor, edges: Tensor, share: float) -> Tensor:
     total = counts.cumsum(0)
     target = share * float(total[-1])
-    bin_index = int(torch.searchsorted(total, target).clamp(max=len(counts) - 1))
+    # Counts are whole, so that looking for at least one skips empty bins at the start.
+    bin_index = int(torch.searchsorted(total, max(target, 1.0)).clamp(max=len(counts) - 1))
     before = float(total[bin_index - 1]) if bin_index else 0.0
     inside = (target - before) / max(float(counts[bin_index]), 1.0)
     width = edges[bin_index + 1] - edges[bin_index]

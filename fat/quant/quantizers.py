@@ -13,7 +13,12 @@ from fat.errors import FatError
 from fat.layers import pad_same
 from fat.quant.functional import INT32_MAX, clip_inclusive, fake_quantize, fake_quantize_bias
 from fat.quant.init import HISTOGRAM_STRATEGIES, initial_thresholds
-from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics
+from fat.quant.observers import (
+    HistogramStatistics,
+    RangeStatistics,
+    SampleStatistics,
+    Statistics,
+)
 from fat.quant.thresholds import Thresholds, make_thresholds
 from fat.spec import Grid, InitSpec, QuantSpec
 
@@ -63,8 +68,9 @@ class ActivationQuantizer(nn.Module):
                 f"The output of '{self.layer}' ranges from {low.item()} to {high.item()} on the "
                 "calibration images: check the weights and the images' normalisation."
             )
-        low, high = initial_thresholds(statistics, self.grid, self.init)
-        self.thresholds.calibrated(low, high)
+        # start_observing chose a kind of statistics that answers all that the strategy asks.
+        full = cast(Statistics, statistics)
+        self.thresholds.calibrated(*initial_thresholds(full, self.grid, self.init))
 
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantize ``x``, or observe it while calibrating."""
@@ -259,7 +265,9 @@ class QuantConv2d(QuantLayer):
         groups: int = 1,
     ) -> None:
         super().__init__(layer, weight, bias, spec, grid)
-        self.stride, self.dilation, self.groups = tuple(stride), tuple(dilation), groups
+        self.stride = (stride[0], stride[1])
+        self.dilation = (dilation[0], dilation[1])
+        self.groups = groups
         self.padding: Any = padding if isinstance(padding, str) else tuple(padding)
 
     def forward(self, x: Tensor) -> Tensor:

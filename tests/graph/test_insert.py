@@ -75,19 +75,25 @@ def test_places_in_a_mobile_network(tiny: nn.Module, images: Tensor) -> None:
     assert what_runs_between(graph, "stem")[:2] == ["ReLU6", "ActivationQuantizer"]
 
 
-def test_every_layer_reads_a_grid_and_the_output_is_on_one(tiny: nn.Module, images: Tensor) -> None:
-    graph, _ = inserted(tiny, images)
-    for node in graph.graph.nodes:
-        if isinstance(module_of(graph, node), QuantLayer):
-            assert isinstance(module_of(graph, node.args[0]), (ActivationQuantizer, nn.Module))
-            before = node.args[0]
-            while not isinstance(module_of(graph, before), ActivationQuantizer):
-                assert before.target in (torch.flatten,)
-                before = before.args[0]
-        if node.op == "output":
-            assert module_of(graph, node.args[0]).layer == "classifier"
-        if node.target is torch.add:
-            raise AssertionError("not canonical")
+def test_every_layer_reads_values_on_the_grid_that_its_bias_counts_with(
+    tiny: nn.Module, images: Tensor
+) -> None:
+    graph, report = inserted(tiny, images, QuantSpec(bits=4, scheme="symmetric"))
+    seen: dict[str, Tensor] = {}
+    for name in report.layers:
+        graph.get_submodule(name).register_forward_hook(
+            lambda layer, inputs, _: seen.update({layer.layer: inputs[0]})
+        )
+    logits = graph(images)
+    for name in report.layers:
+        quantizer = graph.get_submodule(name).input_quantizer
+        steps = seen[name].double() / float(quantizer.thresholds()[0].detach())
+        torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
+        assert float(steps.detach().abs().max()) <= quantizer.grid.qmax + 1e-5
+        assert steps.unique().numel() > 1
+    last = quantizer_table(graph)["classifier"]
+    steps = logits.double() / float(last.thresholds()[0].detach())
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
 
 
 def test_weights_biases_and_geometry_are_taken_over(images: Tensor) -> None:

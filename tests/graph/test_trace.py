@@ -109,7 +109,7 @@ def test_a_scaled_addition_is_not_taken_for_a_plain_one() -> None:
             return torch.add(x, x.abs(), alpha=3)
 
     images = torch.randn(1, 3, 4, 4)
-    assert torch.equal(trace(Scaled().eval())(images), images + 3 * images.abs())
+    torch.testing.assert_close(trace(Scaled().eval())(images), images + 3 * images.abs())
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "mobilenetv3_small_050", "resnet18"])

@@ -138,7 +138,10 @@ def test_value_and_gradients_are_torchs_own(
     own = [t.clone().requires_grad_() for t in (x, step, zero_point)]
     out = fake_quantize(*own, grid.qmin, grid.qmax)
     out.backward(grad)
-    other = [x.clone().requires_grad_(), *(t.reshape(-1).requires_grad_() for t in (step, zero_point))]
+    other = [
+        x.clone().requires_grad_(),
+        *(t.reshape(-1).requires_grad_() for t in (step, zero_point)),
+    ]
     if per_channel:
         reference = torch._fake_quantize_learnable_per_channel_affine(
             *other, 0, grid.qmin, grid.qmax, 1.0
@@ -170,7 +173,9 @@ def test_an_expanded_gradient(layout: str) -> None:
     np.testing.assert_allclose(step.grad.numpy(), wanted, rtol=1e-4)
 
 
-@pytest.mark.parametrize("wanting", [(True, False, False), (False, True, False), (False, False, True)])
+@pytest.mark.parametrize(
+    "wanting", [(True, False, False), (False, True, False), (False, False, True)]
+)
 def test_only_who_asks_gets_a_gradient_and_it_is_the_same(wanting: tuple[bool, ...]) -> None:
     grid = Grid(5, "asymmetric")
     x, step, zero_point, grad = (t.double() for t in draw(3, (4, 2, 3, 3), grid, 1.0, False))
@@ -260,7 +265,8 @@ def test_nan_is_not_hidden() -> None:
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     x, step = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.5))
     out = fake_quantize(x, step, torch.tensor(0.0), -7, 7)
-    (first,) = torch.autograd.grad(out, step, create_graph=True)
+    grad = torch.ones((), requires_grad=True)
+    (first,) = torch.autograd.grad(out, step, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.backward()
 

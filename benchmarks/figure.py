@@ -1,0 +1,49 @@
+"""Draw finished runs side by side: python benchmarks/figure.py OUT.png LABEL=RUN_DIR ...
+
+Needs the extra: pip install 'fat-quant[plot]'.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+PANELS = (("agreement", "Agreement with float, %"), ("sqnr_db", "SQNR of the logits, dB"))
+STAGES = (("calibrated", "min/max calibration", "#b9c3cf"), ("trained", "FAT", "#2a6f97"))
+
+
+def main(arguments: list[str]) -> None:
+    """Read each run's metrics.json and draw."""
+    if len(arguments) < 2:
+        sys.exit(__doc__)
+    out, *pairs = arguments
+    runs = {
+        label: json.loads((Path(folder) / "metrics.json").read_text())
+        for label, _, folder in (pair.partition("=") for pair in pairs)
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2))
+    for axis, (key, title) in zip(axes, PANELS, strict=True):
+        for offset, (stage, name, colour) in enumerate(STAGES):
+            heights = [metrics[stage][key] for metrics in runs.values()]
+            places = [index + (offset - 0.5) * 0.38 for index in range(len(runs))]
+            bars = axis.bar(places, heights, 0.36, label=name, color=colour)
+            axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+        axis.set_xticks(range(len(runs)), runs.keys())
+        axis.set_title(title, fontsize=10, loc="left")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(length=0)
+    axes[0].set_ylim(0, 112)
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left")
+    axes[1].margins(y=0.25)
+    figure.tight_layout()
+    figure.savefig(out, dpi=150)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

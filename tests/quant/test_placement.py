@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fat.quant.placement import activation_grid, weight_grid
+from fat.spec import Grid, QuantSpec
+
+OPTIONAL_BITS = st.none() | st.integers(2, 8)
+SPECS = st.builds(
+    QuantSpec,
+    bits=st.integers(2, 8),
+    weight_bits=OPTIONAL_BITS,
+    activation_bits=OPTIONAL_BITS,
+    first_bits=OPTIONAL_BITS,
+    last_bits=OPTIONAL_BITS,
+    scheme=st.sampled_from(["symmetric", "asymmetric"]),
+    granularity=st.sampled_from(["scalar", "vector"]),
+)
+
+
+def first_given(*bits: int | None) -> int:
+    return next(b for b in bits if b is not None)
+
+
+@given(spec=SPECS, first=st.booleans(), last=st.booleans(), non_negative=st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_the_most_special_rule_wins(
+    spec: QuantSpec, first: bool, last: bool, non_negative: bool
+) -> None:
+    edges = [spec.last_bits if last else None, spec.first_bits if first else None]
+    weight = weight_grid(spec, first=first, last=last)
+    assert weight == Grid(first_given(*edges, spec.weight_bits, spec.bits), "signed")
+    kind = {
+        (True, "symmetric"): "unsigned",
+        (True, "asymmetric"): "unsigned",
+        (False, "symmetric"): "signed",
+        (False, "asymmetric"): "asymmetric",
+    }[non_negative, spec.scheme]
+    activation = activation_grid(
+        spec, non_negative=non_negative, feeds_first=first, feeds_last=last
+    )
+    bits = first_given(*edges, spec.activation_bits, spec.bits)
+    assert activation == Grid(bits, kind)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "bits"),
+    [(False, False, 4), (True, False, 8), (False, True, 6), (True, True, 6)],
+)
+def test_the_edges_of_a_network_of_four_bits(first: bool, last: bool, bits: int) -> None:
+    spec = QuantSpec(bits=4, first_bits=8, last_bits=6)
+    assert weight_grid(spec, first=first, last=last).bits == bits
+    grid = activation_grid(spec, non_negative=True, feeds_first=first, feeds_last=last)
+    assert grid == Grid(bits, "unsigned")

@@ -1,0 +1,602 @@
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fat.errors import FatError
+from fat.quant.quantizers import (
+    ActivationQuantizer,
+    QuantConv2d,
+    QuantLayer,
+    QuantLinear,
+    WeightQuantizer,
+)
+from fat.spec import Grid, InitSpec, QuantSpec
+
+INT32_MAX = 2**31 - 1
+WEIGHT_GRID = Grid(8, "signed")
+
+
+def spec_of(**options: Any) -> QuantSpec:
+    return QuantSpec(**{"weights": "frozen", **options})
+
+
+def watching(grid: Grid, x: Tensor, spec: QuantSpec) -> ActivationQuantizer:
+    """An activation quantizer calibrated on x."""
+    quantizer = ActivationQuantizer("input", spec, grid)
+    quantizer.start_observing()
+    quantizer(x)
+    quantizer.stop_observing(keep=True)
+    return quantizer
+
+
+def move_factors(module: nn.Module, seed: int) -> None:
+    """Trained factors somewhere in their ranges."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        low, high = {"alpha": (0.5, 1.0), "shift": (-0.2, 0.2), "pointwise": (0.75, 1.25)}.get(
+            name.split(".")[-1], (0.0, 0.0)
+        )
+        if high:
+            parameter.data = low + (high - low) * torch.rand(parameter.shape, generator=generator)
+
+
+# The pure integer reference: numpy, int64, nothing of the package.
+
+
+def integers(values: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> np.ndarray:
+    """Integers minus zero point; the division is float32's, as in QuantizeLinear."""
+    ratio = values.detach().numpy() / scale.detach().numpy()
+    assert ratio.dtype == np.float32
+    z = zero_point.detach().numpy().astype(np.int64)
+    return np.clip(np.rint(ratio).astype(np.int64) + z, grid.qmin, grid.qmax) - z
+
+
+def bias_integers(bias: Tensor | None, scale: np.ndarray, filters: int) -> np.ndarray:
+    if bias is None:
+        return np.zeros(filters, dtype=np.int64)
+    steps = np.rint(bias.detach().numpy().astype(np.float64) / scale.astype(np.float64))
+    return np.clip(steps, -INT32_MAX, INT32_MAX).astype(np.int64) * np.ones(filters, dtype=np.int64)
+
+
+def same_sides(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    out = -(-size // stride)
+    total = max((out - 1) * stride + dilation * (kernel - 1) + 1 - size, 0)
+    return total // 2, total - total // 2
+
+
+def integer_convolution(
+    x: np.ndarray,
+    weight: np.ndarray,
+    sides: tuple[tuple[int, int], tuple[int, int]],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> np.ndarray:
+    """Σ w·x over int64, kernel position by kernel position."""
+    x = np.pad(x, ((0, 0), (0, 0), *sides))
+    filters, per_group, *kernel = weight.shape
+    out = [(x.shape[2 + a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in range(2)]
+    result = np.zeros((len(x), filters, *out), dtype=np.int64)
+    for f, c in itertools.product(range(filters), range(per_group)):
+        channel = f // (filters // groups) * per_group + c
+        for i, j in np.ndindex(*kernel):
+            rows = slice(i * dilation[0], i * dilation[0] + out[0] * stride[0], stride[0])
+            columns = slice(j * dilation[1], j * dilation[1] + out[1] * stride[1], stride[1])
+            result[:, f] += weight[f, c, i, j] * x[:, channel, rows, columns]
+    return result
+
+
+def check_against_integers(
+    out: Tensor, accumulators: np.ndarray, magnitudes: np.ndarray, scale: np.ndarray, terms: int
+) -> None:
+    """``out`` is the accumulators times the step, to float32 rounding, and rounds to them exactly.
+
+    Args:
+        out: What the layer gave.
+        accumulators: Integers it should stand for.
+        magnitudes: The same sum over absolute values: what float32's rounding is relative to.
+        scale: s_w·s_x, broadcastable.
+        terms: How many values were added.
+    """
+    assert magnitudes.max() < INT32_MAX
+    found = out.detach().numpy().astype(np.float64) / scale.astype(np.float64)
+    assert np.all(np.abs(found - accumulators) <= (terms + 6) * 2.0**-24 * magnitudes + 1e-9)
+    np.testing.assert_array_equal(np.rint(found).astype(np.int64), accumulators)
+
+
+BITS = st.integers(2, 8)
+PAIR = st.tuples(st.integers(1, 2), st.integers(1, 2))
+ACTIVATIONS = st.sampled_from(["signed", "unsigned", "asymmetric"])
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    weight_bits=BITS,
+    activation_bits=BITS,
+    kind=ACTIVATIONS,
+    granularity=st.sampled_from(["scalar", "vector"]),
+    weights=st.sampled_from(["frozen", "pointwise"]),
+    bias=st.sampled_from([None, "frozen", "trained"]),
+    shape=st.sampled_from([(1, 3, 4), (2, 4, 6), (4, 4, 4), (4, 4, 8)]),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=PAIR,
+    dilation=PAIR,
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)) | st.just("dynamic_same"),
+    channels_last=st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_convolution_is_the_integer_reference(
+    seed: int,
+    weight_bits: int,
+    activation_bits: int,
+    kind: str,
+    granularity: str,
+    weights: str,
+    bias: str | None,
+    shape: tuple[int, int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    padding: tuple[int, int] | str,
+    channels_last: bool,
+) -> None:
+    groups, channels, filters = shape
+    generator = torch.Generator().manual_seed(seed)
+    spec = spec_of(granularity=granularity, weights=weights, bias=bias or "frozen")
+    grid = Grid(weight_bits, "signed")
+    x = torch.randn(2, channels, 7, 6, generator=generator)
+    x = x.relu() if kind == "unsigned" else x + 0.5
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    layer = QuantConv2d(
+        "conv",
+        torch.randn(filters, channels // groups, *kernel, generator=generator),
+        None if bias is None else torch.randn(filters, generator=generator),
+        spec,
+        grid,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+    )
+    source = watching(Grid(activation_bits, kind), x, spec)  # type: ignore[arg-type]
+    layer.reads_from(source)
+    assert layer.calibrate() == 0
+    move_factors(layer, seed)
+    move_factors(source, seed + 1)
+    out = layer(source(x))
+
+    input_scale, zero_point = source.thresholds()
+    weight_scale = layer.weight_quantizer.scale()
+    columns = weight_scale.reshape(-1, 1, 1, 1) if granularity == "vector" else weight_scale
+    scaled = layer.weight if layer.pointwise is None else layer.weight * layer.pointwise
+    w = integers(scaled, columns, torch.zeros(()), grid)
+    q = integers(x, input_scale, zero_point, source.grid)
+    step = (weight_scale * input_scale).detach().numpy()
+    b = bias_integers(layer.bias, step, filters)
+    if isinstance(padding, str):
+        sides = tuple(
+            same_sides(size, *rest)
+            for size, *rest in zip(x.shape[2:], kernel, stride, dilation, strict=True)
+        )
+    else:
+        sides = tuple((p, p) for p in padding)
+    geometry: Any = (sides, stride, dilation, groups)
+    magnitudes = integer_convolution(np.abs(q), np.abs(w), *geometry)
+    check_against_integers(
+        out,
+        integer_convolution(q, w, *geometry) + b[:, None, None],
+        magnitudes + np.abs(b)[:, None, None],
+        step.reshape(-1, 1, 1) if step.ndim else step,
+        w[0].size,
+    )
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    weight_bits=BITS,
+    activation_bits=BITS,
+    kind=ACTIVATIONS,
+    granularity=st.sampled_from(["scalar", "vector"]),
+    bias=st.booleans(),
+    lead=st.sampled_from([(5,), (2, 3), (1, 2, 2)]),
+)
+@settings(deadline=None, max_examples=50)
+def test_linear_is_the_integer_reference(
+    seed: int,
+    weight_bits: int,
+    activation_bits: int,
+    kind: str,
+    granularity: str,
+    bias: bool,
+    lead: tuple[int, ...],
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spec = spec_of(granularity=granularity)
+    grid = Grid(weight_bits, "signed")
+    x = torch.randn(*lead, 11, generator=generator)
+    x = x.relu() if kind == "unsigned" else x - 0.4
+    layer = QuantLinear(
+        "linear",
+        torch.randn(7, 11, generator=generator),
+        torch.randn(7, generator=generator) if bias else None,
+        spec,
+        grid,
+    )
+    source = watching(Grid(activation_bits, kind), x, spec)  # type: ignore[arg-type]
+    layer.reads_from(source)
+    layer.calibrate()
+    move_factors(layer, seed)
+    move_factors(source, seed + 1)
+    input_scale, zero_point = source.thresholds()
+    weight_scale = layer.weight_quantizer.scale()
+    columns = weight_scale.reshape(-1, 1) if granularity == "vector" else weight_scale
+    w = integers(layer.weight, columns, torch.zeros(()), grid)
+    q = integers(x, input_scale, zero_point, source.grid)
+    step = (weight_scale * input_scale).detach().numpy()
+    b = bias_integers(layer.bias, step, 7)
+    check_against_integers(
+        layer(source(x)), q @ w.T + b, np.abs(q) @ np.abs(w).T + np.abs(b), step, 11
+    )
+
+
+@given(
+    seed=st.integers(0, 2**31), kind=ACTIVATIONS, exponents=st.tuples(*[st.integers(-9, -3)] * 2)
+)
+@settings(deadline=None, max_examples=30)
+def test_with_steps_that_are_powers_of_two_not_a_bit_differs(
+    seed: int, kind: str, exponents: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spec = spec_of(granularity="scalar")
+    grid = Grid(8, kind)  # type: ignore[arg-type]
+    w_step, x_step = (2.0**e for e in exponents)
+    source = ActivationQuantizer("input", spec, grid)
+    zero_point = 77 if kind == "asymmetric" else 0
+    source.thresholds.calibrated(
+        torch.tensor((grid.qmin - zero_point) * x_step),
+        torch.tensor((grid.qmax - zero_point) * x_step),
+    )
+    weight = torch.randn(4, 3, 3, 3, generator=generator) * 60 * w_step
+    layer = QuantConv2d(
+        "conv", weight, torch.randn(4, generator=generator), spec, WEIGHT_GRID, padding=(1, 1)
+    )
+    layer.reads_from(source)
+    layer.weight_quantizer.thresholds.calibrated(
+        torch.tensor(-127 * w_step), torch.tensor(127 * w_step)
+    )
+    x = torch.randn(2, 3, 5, 5, generator=generator) * 100 * x_step
+    assert [t.item() for t in source.thresholds()] == [x_step, zero_point]
+    assert layer.weight_quantizer.scale().item() == w_step
+    w = integers(weight, torch.tensor(w_step), torch.zeros(()), WEIGHT_GRID)
+    q = integers(x, torch.tensor(x_step), torch.tensor(float(zero_point)), grid)
+    b = bias_integers(layer.bias, np.float32(w_step * x_step), 4)
+    sums = integer_convolution(q, w, ((1, 1), (1, 1)), (1, 1), (1, 1), 1) + b[:, None, None]
+    assert np.abs(sums).max() < 2**24  # so float32 holds them all
+    np.testing.assert_array_equal(
+        layer(source(x)).detach().numpy(), (sums * (w_step * x_step)).astype(np.float32)
+    )
+
+
+def vanishing(scale: float, granularity: str, bias: float = 0.5) -> tuple[QuantConv2d, Tensor]:
+    """Three filters of which the middle one has all but vanished, and its input."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(3, 2, 3, 3, generator=generator)
+    weight[1] *= scale
+    if granularity == "scalar":
+        weight *= scale
+    x = torch.rand(1, 2, 6, 6, generator=generator)
+    spec = spec_of(granularity=granularity)
+    layer = QuantConv2d("conv", weight, torch.tensor([-bias, bias, 0.0]), spec, WEIGHT_GRID)
+    layer.reads_from(watching(Grid(8, "unsigned"), x, spec))
+    return layer, x
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-30, 1e-12])
+@pytest.mark.parametrize("bias", [0.5, 0.123456, 300.0])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_vanishing_filter_delivers_its_bias(scale: float, bias: float, factor: float) -> None:
+    layer, x = vanishing(scale, "vector", bias)
+    before = layer.weight.abs().amax(dim=(1, 2, 3))
+    assert layer.calibrate() == 1
+    top = layer.weight_quantizer.thresholds.high
+    torch.testing.assert_close(top[[0, 2]], before[[0, 2]], rtol=0, atol=0)
+    assert top[1] > before[1]
+    # Training may halve both steps; the bias still has to fit.
+    layer.weight_quantizer.thresholds.get_parameter("alpha").data.fill_(factor)
+    layer.input_quantizer.thresholds.get_parameter("alpha").data.fill_(factor)
+    out = layer(layer.input_quantizer(x))[:, 1]
+    torch.testing.assert_close(out, torch.full_like(out, bias), rtol=2e-6, atol=0)
+    step = layer.weight_quantizer.scale() * layer.input_quantizer.thresholds()[0]
+    assert abs(bias / step[1].item()) <= INT32_MAX
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30])
+def test_a_vanishing_tensor_with_one_threshold_delivers_its_biases(scale: float) -> None:
+    layer, x = vanishing(scale, "scalar")
+    assert layer.calibrate() == 1
+    out = layer(layer.input_quantizer(x)).mean(dim=(0, 2, 3))
+    torch.testing.assert_close(out.detach(), torch.tensor([-0.5, 0.5, 0.0]), rtol=2e-6, atol=1e-9)
+
+
+def test_without_widening_that_bias_would_be_lost() -> None:
+    layer, x = vanishing(1e-30, "vector")
+    layer.weight_quantizer.calibrate(layer.weight)
+    assert layer(layer.input_quantizer(x))[:, 1].abs().max() < 0.1
+
+
+@given(seed=st.integers(0, 2**31), granularity=st.sampled_from(["scalar", "vector"]), bits=BITS)
+@settings(deadline=None, max_examples=30)
+def test_ordinary_filters_are_not_widened(seed: int, granularity: str, bits: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 3, generator=generator) * 10.0 ** torch.randint(
+        -3, 3, (5, 1), generator=generator
+    )
+    spec = spec_of(granularity=granularity, thresholds="frozen")
+    layer = QuantLinear(
+        "linear", weight, 3 * torch.randn(5, generator=generator), spec, Grid(bits, "signed")
+    )
+    layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1), spec))
+    assert layer.calibrate() == 0
+    tops = np.abs(weight.numpy())
+    wanted = tops.max(axis=1) if granularity == "vector" else tops.max()
+    np.testing.assert_array_equal(layer.weight_quantizer.thresholds.high.numpy(), wanted)
+    np.testing.assert_array_equal(layer.weight_quantizer.thresholds.low.numpy(), -wanted)
+
+
+def test_biases_lie_on_the_grid_of_the_accumulators() -> None:
+    layer, _ = vanishing(1.0, "vector", 0.7)
+    layer.calibrate()
+    move_factors(layer, 3)
+    _, bias = layer.quantized()
+    assert bias is not None
+    step = layer.weight_quantizer.scale() * layer.input_quantizer.thresholds()[0]
+    ratio = bias.detach().double() / step.detach().double()
+    np.testing.assert_allclose(ratio.numpy(), np.rint(ratio.numpy()), atol=1e-3)
+    assert ((bias - layer.bias).abs() <= 0.5 * step + 1e-7).all()  # type: ignore[operator]
+
+
+# Gradients through a whole layer.
+
+
+def test_gradient_of_a_bias_passes_straight_through() -> None:
+    layer, x = vanishing(1.0, "vector")
+    layer.calibrate()
+    out = layer(layer.input_quantizer(x))
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    out.backward(weights)
+    assert isinstance(layer.bias, nn.Parameter)
+    torch.testing.assert_close(layer.bias.grad, weights.sum(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(4, 6, generator=generator)
+    spec = spec_of(granularity=granularity, bias="frozen")
+    layer = QuantLinear("linear", weight, None, spec, Grid(4, "signed"))
+    x = torch.rand(9, 6, generator=generator)
+    source = watching(Grid(8, "unsigned"), x, spec)
+    layer.reads_from(source)
+    layer.calibrate()
+    move_factors(layer, 2)
+    grad = torch.randn(9, 4, generator=generator)
+    on_grid = source(x).detach()
+    layer(on_grid).backward(grad)
+    alpha = layer.weight_quantizer.thresholds.get_parameter("alpha")
+
+    by_weight = grad.double().numpy().T @ on_grid.double().numpy()
+    top = layer.weight_quantizer.thresholds.high.double().numpy()
+    step = alpha.detach().double().numpy() * top / 7
+    rows = step[:, None] if granularity == "vector" else step
+    ratio = weight.double().numpy() / rows
+    clipped = np.clip(np.rint(ratio), -7, 7)
+    terms = by_weight * np.where(clipped == np.rint(ratio), clipped - ratio, clipped)
+    wanted = (terms.sum(axis=1) if granularity == "vector" else terms.sum()) * top / 7
+    assert alpha.grad is not None
+    np.testing.assert_allclose(alpha.grad.numpy(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_of_pointwise_factors_and_their_projection() -> None:
+    weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4]])
+    spec = QuantSpec(
+        weights="pointwise", thresholds="frozen", granularity="scalar", pointwise_range=(0.75, 1.25)
+    )
+    layer = QuantLinear("linear", weight, None, spec, Grid(8, "signed"))
+    source = watching(Grid(8, "unsigned"), torch.ones(1), spec)
+    layer.reads_from(source)
+    layer.calibrate()
+    assert layer.pointwise is not None
+    assert torch.equal(layer.pointwise.detach(), torch.ones_like(weight))
+    before = layer(torch.eye(6)).detach()
+    layer.pointwise.data = torch.tensor([[0.75, 1.25, 0.7, 1.1, 1.3, 0.9]])
+    out = layer(torch.eye(6))
+    scaled = weight[0].numpy() * np.clip(layer.pointwise.detach().numpy()[0], 0.75, 1.25)
+    wanted = np.clip(np.rint(scaled * 127), -127, 127) / 127
+    np.testing.assert_allclose(out.detach().numpy()[:, 0], wanted, atol=1e-6)
+    out.backward(torch.arange(1.0, 7.0)[:, None])
+    # The ends pass, what lies outside does not; 1.0·1.1 is past the threshold, so clipped.
+    inside = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
+    torch.testing.assert_close(
+        layer.pointwise.grad, (torch.arange(1.0, 7.0) * inside * weight[0])[None]
+    )
+    layer.project()
+    np.testing.assert_array_equal(
+        layer.pointwise.detach().numpy(), np.float32([[0.75, 1.25, 0.75, 1.1, 1.25, 0.9]])
+    )
+    layer.calibrate()
+    torch.testing.assert_close(layer(torch.eye(6)).detach(), before, rtol=0, atol=0)
+
+
+# What is trained and what is kept.
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"thresholds": "frozen", "bias": "frozen"}, set()),
+        ({"thresholds": "frozen", "bias": "trained"}, {"bias"}),
+        ({"thresholds": "fat", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
+        (
+            {"thresholds": "fat", "bias": "trained", "weights": "pointwise"},
+            {"bias", "pointwise", "weight_quantizer.thresholds.alpha"},
+        ),
+    ],
+)
+def test_parameters_are_exactly_what_is_trained(options: dict[str, str], wanted: set[str]) -> None:
+    layer = QuantLinear("x", torch.ones(3, 2), torch.ones(3), spec_of(**options), WEIGHT_GRID)
+    layer.reads_from(ActivationQuantizer("input", spec_of(), Grid(8, "unsigned")))
+    assert {name for name, _ in layer.named_parameters()} == wanted
+    assert {"weight", "bias"} <= set(layer.state_dict())
+    assert not any("input" in name for name in layer.state_dict())
+
+
+def test_the_source_keeps_its_weights() -> None:
+    source = nn.Linear(3, 2)
+    layer = QuantLinear("x", source.weight, source.bias, spec_of(), WEIGHT_GRID)
+    wanted = source.weight.detach().clone()
+    with torch.no_grad():
+        source.weight.zero_()
+        source.bias.zero_()
+    assert torch.equal(layer.weight, wanted)
+    assert layer.bias is not None
+    assert (layer.bias != 0).any()
+
+
+@pytest.mark.parametrize("who", ["weight", "input", "both"])
+def test_switched_off_the_layer_is_torchs(who: str) -> None:
+    layer, x = vanishing(1.0, "vector")
+    layer.calibrate()
+    source = layer.input_quantizer
+    layer.weight_quantizer.enabled = who == "input"
+    source.enabled = who == "weight"
+    weight = layer.weight_quantizer(layer.weight)
+    on_grid = source(x)
+    if who != "input":
+        assert torch.equal(weight, layer.weight)
+    if who != "weight":
+        assert torch.equal(on_grid, x)
+    # With either off there is no int32 grid, and the bias is the float one.
+    torch.testing.assert_close(layer(on_grid), F.conv2d(on_grid, weight, layer.bias))
+
+
+# Calibration.
+
+
+@pytest.mark.parametrize("kind", ["signed", "unsigned", "asymmetric"])
+@pytest.mark.parametrize("init", [InitSpec("minmax"), InitSpec("percentile", 99.0)])
+def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: InitSpec) -> None:
+    x = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0)) + 0.3
+    if kind == "unsigned":
+        x = x.relu()
+    quantizer = ActivationQuantizer("act", spec_of(activation_init=init), Grid(8, kind))  # type: ignore[arg-type]
+    quantizer.start_observing()
+    for part in x.split(1):
+        assert quantizer(part) is part
+    quantizer.stop_observing(keep=True)
+    share = 1.0 if init.name == "minmax" else 0.99
+    values = x.double().numpy()
+    low, high = {
+        "signed": (-np.quantile(np.abs(values), share), np.quantile(np.abs(values), share)),
+        "unsigned": (0.0, np.quantile(values, share)),
+        "asymmetric": (np.quantile(values, (1 - share) / 2), np.quantile(values, (1 + share) / 2)),
+    }[kind]
+    assert quantizer.thresholds.low.item() == pytest.approx(low, rel=5e-3)
+    assert quantizer.thresholds.high.item() == pytest.approx(high, rel=5e-3)
+    inside = torch.from_numpy((values > low * 0.99) & (values < high * 0.99))
+    out = quantizer(x)
+    steps = quantizer.grid.qmax - quantizer.grid.qmin
+    assert ((out - x).abs()[inside] <= 0.51 * 1.01 * (high - low) / steps).all()
+    assert len(out.unique()) <= steps + 1
+
+
+def test_what_was_watched_can_be_forgotten() -> None:
+    quantizer = watching(Grid(8, "signed"), torch.tensor([2.0]), spec_of())
+    before = {name: value.clone() for name, value in quantizer.state_dict().items()}
+    quantizer.start_observing()
+    quantizer(torch.tensor([50.0]))
+    quantizer.stop_observing(keep=False)
+    for name, value in quantizer.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert quantizer(torch.tensor([50.0])).item() == pytest.approx(2.0)
+    quantizer.stop_observing(keep=True)  # nothing is being watched: nothing happens
+    assert quantizer.thresholds.high.item() == 2.0
+
+
+def test_each_calibration_starts_anew() -> None:
+    quantizer = watching(Grid(8, "signed"), torch.tensor([2.0]), spec_of())
+    quantizer.start_observing()
+    quantizer(torch.tensor([0.5]))
+    quantizer.stop_observing(keep=True)
+    assert quantizer.thresholds.high.item() == 0.5
+
+
+@pytest.mark.parametrize("init", ["minmax", "percentile"])
+def test_no_image_came(init: str) -> None:
+    spec = spec_of(activation_init=InitSpec(init))  # type: ignore[arg-type]
+    quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "unsigned"))
+    quantizer.start_observing()
+    with pytest.raises(FatError, match=r"No image reached 'blocks\.0\.act1'.*the set is empty"):
+        quantizer.stop_observing(keep=True)
+    assert quantizer(torch.tensor([0.5])).item() == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("init", ["minmax", "percentile"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("when", [0, 1])
+def test_values_that_are_not_finite(init: str, bad: float, when: int) -> None:
+    spec = spec_of(activation_init=InitSpec(init))  # type: ignore[arg-type]
+    quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "signed"))
+    batches = [torch.tensor([1.0, 2.0])]
+    batches.insert(when, torch.tensor([0.5, bad]))
+    quantizer.start_observing()
+    for batch in batches:
+        quantizer(batch)
+    wanted = rf"output of 'blocks\.0\.act1' ranges from .*{bad}.*check the weights and the images"
+    with pytest.raises(FatError, match=wanted):
+        quantizer.stop_observing(keep=True)
+    assert quantizer.thresholds.high.item() == 1.0
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=BITS,
+    shape=st.sampled_from([(4, 3), (4, 3, 2, 2), (1, 5), (6, 1, 3, 3)]),
+    granularity=st.sampled_from(["scalar", "vector"]),
+)
+@settings(deadline=None, max_examples=40)
+def test_weights_are_put_on_their_grid(
+    seed: int, bits: int, shape: tuple[int, ...], granularity: str
+) -> None:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    quantizer = WeightQuantizer(spec_of(granularity=granularity), Grid(bits, "signed"), shape)
+    quantizer.calibrate(weight)
+    q = 2 ** (bits - 1) - 1
+    values = weight.numpy()
+    axes = tuple(range(1, len(shape))) if granularity == "vector" else None
+    step = np.abs(values).max(axis=axes, keepdims=True) / np.float32(q)
+    np.testing.assert_allclose(
+        quantizer(weight).detach().numpy(), np.rint(values / step) * step, rtol=1e-5, atol=1e-7
+    )
+    assert quantizer.scale().shape == ((shape[0],) if granularity == "vector" else ())
+    # The largest weight is on the last integer, so calibration saturates nothing.
+    assert float((quantizer(weight).detach() - weight).abs().max()) <= 0.5001 * step.max()
+
+
+def test_messages_for_people() -> None:
+    layer = QuantConv2d("blocks.0.conv", torch.ones(2, 3, 1, 1), None, spec_of(), WEIGHT_GRID)
+    assert isinstance(layer, QuantLayer)
+    assert "blocks.0.conv, weight=[2, 3, 1, 1], bias=False" in repr(layer)
+    assert "bits=8, thresholds=2" in repr(layer)
+    assert "act, bits=4, grid=unsigned" in repr(
+        ActivationQuantizer("act", spec_of(), Grid(4, "unsigned"))
+    )

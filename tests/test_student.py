@@ -1,0 +1,95 @@
+"""What a student holds, trains and forgets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fat
+from fat import FatError, QuantSpec, Student
+
+
+@pytest.fixture
+def student(tiny: nn.Module, images: Tensor) -> Student:
+    student = fat.prepare(tiny, images)
+    fat.calibrate(student, images)
+    return student
+
+
+def test_an_uncalibrated_student_does_not_run(tiny: nn.Module, images: Tensor) -> None:
+    student = fat.prepare(tiny, images)
+    with pytest.raises(FatError, match="not calibrated"):
+        student(images)
+    fat.calibrate(student, images)
+    assert student(images).shape == (16, 10)
+
+
+def test_teacher_is_frozen_and_not_in_the_state(student: Student, images: Tensor) -> None:
+    assert not list(student.teacher.parameters())
+    assert not [name for name in student.state_dict() if name.startswith("teacher")]
+    assert not student.float_logits(images).requires_grad
+    assert not student.training
+
+
+@pytest.mark.parametrize("thresholds", ["fat", "frozen"])
+@pytest.mark.parametrize("bias", ["trained", "frozen"])
+def test_parameters_are_exactly_what_is_trained(
+    tiny: nn.Module, images: Tensor, thresholds: str, bias: str
+) -> None:
+    spec = QuantSpec(thresholds=thresholds, bias=bias, scheme="symmetric", weights="frozen")
+    student = fat.prepare(tiny, images, spec)
+    names = {name for name, _ in student.named_parameters()}
+    factors = {
+        f"network.{name}.alpha"
+        for name, _ in student.network.named_modules()
+        if name.endswith("thresholds")
+    }
+    biases = {f"network.{layer.layer}.bias" for layer in student.layers()}
+    assert len(factors) == 20
+    assert names == (factors if thresholds == "fat" else set()) | (
+        biases if bias == "trained" else set()
+    )
+
+
+def test_layers_and_quantizers_in_the_order_of_the_graph(student: Student) -> None:
+    assert [layer.layer for layer in student.layers()] == list(student.report.insert.layers)
+    kinds = [(layer, kind) for layer, kind, _ in student.quantizers()]
+    assert kinds[0] == ("input", "activation")
+    assert kinds[-1] == ("classifier", "weight")
+    assert len(kinds) == len(set(kinds)) == 20
+    assert len(list(student.thresholds())) == 20
+
+
+@pytest.mark.parametrize("bias", ["trained", "frozen"])
+def test_trained_state_brings_everything_back(
+    tiny: nn.Module, images: Tensor, bias: str
+) -> None:
+    student = fat.prepare(tiny, images, QuantSpec(bias=bias))
+    fat.calibrate(student, images)
+    with torch.no_grad():
+        expected = student(images)
+        state = student.trained_state()
+        for parameter in student.parameters():
+            parameter.mul_(0.8)
+        for layer in student.layers():
+            layer.bias.add_(0.1)
+        assert not torch.equal(student(images), expected)
+        student.load_trained_state(state)
+        assert torch.equal(student(images), expected)
+
+
+def test_projection_brings_factors_back_to_their_edge(student: Student) -> None:
+    with torch.no_grad():
+        for index, thresholds in enumerate(student.thresholds()):
+            thresholds.alpha.fill_((0.2, 0.7, 1.4)[index % 3])
+    student.project()
+    for index, thresholds in enumerate(student.thresholds()):
+        edge = torch.full_like(thresholds.alpha, (0.5, 0.7, 1.0)[index % 3])
+        assert torch.equal(thresholds.alpha, edge)
+
+
+def test_memory_format_of_the_images_does_not_matter(student: Student, images: Tensor) -> None:
+    last = images.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(student(images), student(last))
+    assert torch.equal(student.float_logits(images), student.float_logits(last))
