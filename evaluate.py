@@ -15,7 +15,8 @@ from fat.config import EvaluateConfig, parse
 def main(composed: DictConfig) -> dict[str, Any]:
     """Print and return the figures."""
     config = parse(EvaluateConfig, composed)
-    from fat.experiment import evaluate_run  # slow imports wait until the config is known to be good
+    # Slow imports wait until the config is known to be good.
+    from fat.experiment import evaluate_run
 
     return evaluate_run(config)
 

@@ -13,7 +13,8 @@ from fat.config import RunConfig, parse
 def main(composed: DictConfig) -> float:
     """Run one experiment; the result is what sweepers make small."""
     config = parse(RunConfig, composed)
-    from fat.experiment import run  # slow imports wait until the config is known to be good
+    # Slow imports wait until the config is known to be good.
+    from fat.experiment import run
 
     return run(config, cli.run_directory(), cli.sweep_group())
 

@@ -89,7 +89,7 @@ def save(student: Student, path: str | os.PathLike[str]) -> None:
         "teacher": _describe(student.teacher, student.spec),
         "aliases": aliases,
     }
-    # One entry: safetensors writes several in random order, and equal students shall be equal files.
+    # One entry: safetensors writes several in random order, and equal students are equal files.
     metadata = {FORMAT: json.dumps(content)}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -162,7 +162,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
     try:
         content = json.loads(metadata[FORMAT])
         version = content["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FatError(f"{path} does not fit together: {_first_line(error)}") from error
     if version != VERSION:
         raise FatError(f"{path} has version {version} of the format; this FAT reads {VERSION}.")
@@ -189,11 +189,11 @@ def _describe(network: nn.Module, spec: QuantSpec) -> dict[str, Any]:
 def _describe_target(node: fx.Node) -> str:
     if node.op == "call_function":
         for name, function in FUNCTIONS.items():
-            if function is node.target and (
-                function is not getattr or node.args[1] in ATTRIBUTES
-            ):
+            if function is node.target and (function is not getattr or node.args[1] in ATTRIBUTES):
                 return name
-        raise _unsaveable(f"the function {getattr(node.target, '__name__', node.target)}", node.name)
+        raise _unsaveable(
+            f"the function {getattr(node.target, '__name__', node.target)}", node.name
+        )
     if node.op == "call_method" and node.target not in METHODS:
         raise _unsaveable(f"the tensor method {node.target}", node.name)
     if node.op == "get_attr":
@@ -204,7 +204,12 @@ def _describe_target(node: fx.Node) -> str:
 def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
     kind = type(module).__name__
     if isinstance(module, ActivationQuantizer):
-        return {"type": kind, "layer": module.layer, "bits": module.grid.bits, "grid": module.grid.kind}
+        return {
+            "type": kind,
+            "layer": module.layer,
+            "bits": module.grid.bits,
+            "grid": module.grid.kind,
+        }
     if isinstance(module, QuantLayer):
         description = {
             "type": kind,
@@ -214,9 +219,7 @@ def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
             "bias": module.bias is not None,
         }
         if isinstance(module, QuantConv2d):
-            description["options"] = _encode(
-                {key: getattr(module, key) for key in GEOMETRY}
-            )
+            description["options"] = _encode({key: getattr(module, key) for key in GEOMETRY})
         return description
     if MODULES.get(kind) is not type(module):
         raise _unsaveable(f"a {kind}", name)
@@ -341,6 +344,8 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return {key: _decode(part, nodes) for key, part in content.items()}
     if kind == "ellipsis":
         return Ellipsis
+    if kind not in ("slice", "tuple"):
+        raise ValueError(f"unknown kind of value {kind!r}")
     parts = [_decode(part, nodes) for part in content]
     return slice(*parts) if kind == "slice" else tuple(parts)
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
 from fat.config import suggest_key
@@ -42,7 +42,9 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"\nError: {error.filename}: {error.strerror}. Choose another place.", file=sys.stderr)
+        print(
+            f"\nError: {error.filename}: {error.strerror}. Choose another place.", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""One run as a flat list: everything is built from a config, and everything is left in a directory."""
+"""One run as a flat list: built from a config, everything left in a directory."""
 
 from __future__ import annotations
 
@@ -445,9 +445,7 @@ def _summarise(
         batch = next(iter(_on(device, data.val_dataloader())))
         lines.append(advice(spec, rows["calibrated"], result, layer_errors(student, [batch])) or "")
     seconds = metrics["seconds"]
-    lines.append(
-        "Seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
-    )
+    lines.append("Seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
     lines.append(f"Run directory: {directory}")
     if sync:
         lines.append(f"Logged offline; upload with: {sync}")

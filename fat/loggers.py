@@ -52,7 +52,9 @@ def make_logger(
         try:
             logger = TensorBoardLogger(folder, name="tensorboard", version="")
         except ModuleNotFoundError as error:
-            raise FatError("logger=tensorboard needs its package: pip install tensorboard") from error
+            raise FatError(
+                "logger=tensorboard needs its package: pip install tensorboard"
+            ) from error
     elif name == "wandb":
         import wandb  # slow to import, and other loggers do without
 

@@ -63,7 +63,9 @@ class DistillModule(pl.LightningModule):
         loss = torch.stack([count * loss for count, loss in self._validation_loss]).sum() / total
         self.log("val/loss", loss, prog_bar=True)
         figures = self.comparison.compute()
-        self.log_dict({f"val/{name}": value for name, value in figures.items() if value is not None})
+        self.log_dict(
+            {f"val/{name}": value for name, value in figures.items() if value is not None}
+        )
 
     def configure_optimizers(self) -> Optimizer:
         """Adam over everything that is trained."""
@@ -81,7 +83,8 @@ class DistillModule(pl.LightningModule):
         ]  # fmt: skip
         if not groups:
             raise FatError(
-                "Nothing to train: thresholds, weights and biases are all frozen. Type optim.epochs=0, or quant.thresholds=fat."
+                "Nothing to train: thresholds, weights and biases are all frozen. "
+                "Type optim.epochs=0, or quant.thresholds=fat."
             )
         return Adam(groups, lr=self.spec.lr)
 

@@ -24,9 +24,7 @@ FOLD_SQNR_DB = 80.0
 
 
 @torch.no_grad()
-def prepare(
-    network: nn.Module, example_images: Images, spec: QuantSpec | None = None
-) -> Student:
+def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None = None) -> Student:
     """Fold, equalize and insert quantizers into a copy of the network.
 
     Args:

@@ -18,7 +18,7 @@ def learning_rate(spec: TrainSpec, step: int, total: int) -> float:
     With d steps since the start of the cycle and P = ``spec.period``, or ``total`` without one:
 
     * ``cosine``: lr · ½(1 + cos(π·d/P)), annealed to 0 and restarted (the paper);
-    * ``authors_code``: lr · exp(−1e-4·step) · \\|cos(π·d/(4·P))\\| + 1e-7;
+    * ``authors_code``: lr · exp(−1e-4·step) · abs(cos(π·d/(4·P))) + 1e-7;
     * ``constant``: lr.
 
     Args:

@@ -30,7 +30,9 @@ def _one_of(what: str, given: object, allowed: tuple[str, ...]) -> None:
 
 def _bits(what: str, given: object) -> None:
     if not isinstance(given, int) or isinstance(given, bool) or given not in BITS:
-        raise FatError(f"{what} is {given!r}; allowed are whole numbers from 2 to 8, as in {what}=8.")
+        raise FatError(
+            f"{what} is {given!r}; allowed are whole numbers from 2 to 8, as in {what}=8."
+        )
 
 
 def _range(what: str, given: tuple[float, float], *, inside: float) -> None:
@@ -125,13 +127,13 @@ class QuantSpec:
         bits: Bit-width of weights and activations, 2 to 8, where the next two say nothing else.
         weight_bits: Bit-width of weights; ``None`` takes ``bits``.
         activation_bits: Bit-width of activations; ``None`` takes ``bits``.
-        first_bits: Bit-width of the first layer's weight and input; ``None`` treats it as any other.
-        last_bits: Bit-width of the last layer's weight and input; ``None`` treats it as any other.
+        first_bits: Bit-width of the first layer's weight and input; ``None`` is as any other.
+        last_bits: Bit-width of the last layer's weight and input; ``None`` is as any other.
         granularity: ``vector``, one threshold per output filter of a weight, or ``scalar``, one per
             tensor. Activations have one per tensor in both.
         scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
         thresholds: ``fat`` trains a factor per threshold, ``frozen`` keeps what calibration gave.
-        weights: ``frozen`` leaves weights as they are; ``pointwise`` trains a factor for each weight,
+        weights: ``frozen`` leaves weights as they are; ``pointwise`` trains a factor per weight,
             the paper's last step.
         bias: ``trained`` trains the biases, which live on the int32 grid, with the thresholds;
             ``frozen`` leaves them as they are (the paper).

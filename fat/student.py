@@ -73,7 +73,9 @@ class Student(nn.Module):
             FatError: If the thresholds were never calibrated.
         """
         if not self.is_calibrated:
-            raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+            raise FatError(
+                "The student is not calibrated yet; call fat.calibrate(student, images)."
+            )
         logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
         return logits
 
@@ -106,7 +108,7 @@ class Student(nn.Module):
             yield quantizer.thresholds
 
     def project(self) -> None:
-        """Bring every trained factor back into its range; to be called after an optimizer's step."""
+        """Bring every trained factor back into its range, after an optimizer's step."""
         for thresholds in self.thresholds():
             thresholds.project()
         for layer in self.layers():

@@ -87,7 +87,9 @@ def test_minmax_thresholds_are_those_of_the_float_run(
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_any_iterable_of_batches_gives_the_same(student: Student, images: Tensor, form: str) -> None:
+def test_any_iterable_of_batches_gives_the_same(
+    student: Student, images: Tensor, form: str
+) -> None:
     ranges = float_ranges(student, images)
     fat.calibrate(student, FORMS[form](images))
     assert bool(student.is_calibrated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import signal
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import fat
 from fat import FatError, QuantSpec, Student
 from fat.fit import FitResult
+from fat.quant.quantizers import QuantConv2d, QuantLayer
 
 QUIET: dict[str, Any] = {"progress": False}
 
@@ -62,7 +64,7 @@ class AtStep(pl.Callback):
             self.call(trainer, pl_module.student)
 
 
-# --- gradients -------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------
 
 
 def values_outside(student: Student, images: Tensor) -> set[str]:
@@ -78,6 +80,30 @@ def values_outside(student: Student, images: Tensor) -> set[str]:
     handles = [q.register_forward_hook(note) for q in student.activation_quantizers()]
     with torch.no_grad():
         student(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def reach(layer: QuantLayer, x: Tensor, grad: Tensor) -> Tensor:
+    """What a weight's gradient sums, without signs: 0 where no image's data meets the weight."""
+    x, grad = x.detach().abs().double(), grad.abs().double()
+    if not isinstance(layer, QuantConv2d):
+        return grad.T @ x
+    return torch.nn.grad.conv2d_weight(
+        x, layer.weight.shape, grad, layer.stride, layer.padding, layer.dilation, layer.groups
+    )
+
+
+def reaches(student: Student, images: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+
+    def note(layer: QuantLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        name, x = f"network.{layer.layer}.pointwise", inputs[0]
+        output.register_hook(lambda grad: found.update({name: reach(layer, x, grad)}))
+
+    handles = [layer.register_forward_hook(note) for layer in student.layers()]
+    gradients(student, images)
     for handle in handles:
         handle.remove()
     return found
@@ -110,12 +136,19 @@ def test_every_parameter_gets_a_gradient_and_moves(
         if q.grid.kind == "asymmetric"
     }
     assert bool(shifts) is (scheme == "asymmetric")
+    reached = reaches(student, images)
+    without = 0
     for name, values in gradient.items():
-        if name in shifts and shifts[name] not in outside:
+        if name in reached:
+            # Behind a pixel or a channel that is 0 in all images no weight can matter.
+            assert torch.equal(values != 0, reached[name] != 0), name
+            without += int((values == 0).sum())
+        elif name in shifts and shifts[name] not in outside:
             # ∂out/∂z is 0 inside the grid, and nothing else depends on the shift.
             assert not values.any()
         else:
             assert bool((values != 0).all()), name
+    assert without < 0.02 * sum(values.numel() for values in reached.values())
 
     after: dict[str, Tensor] = {}
     fat.fit(
@@ -153,7 +186,7 @@ def test_factors_at_the_upper_edge_move_down_and_do_not_leave(
     assert sum(int((seen[-1][name][stopped[name]] < 1).sum()) for name in names) > 0
 
 
-# --- what comes out --------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------
 
 
 def test_training_lowers_the_loss_and_the_result_tells_it(
@@ -161,10 +194,12 @@ def test_training_lowers_the_loss_and_the_result_tells_it(
 ) -> None:
     student = prepared(tiny, images, bits=4)
     calibrated = loss_of(student, batches)
-    result = fat.fit(student, batches, validation=batches, epochs=10, **QUIET)
+    result = fat.fit(
+        student, batches, validation=batches, epochs=10, bias_correction=False, **QUIET
+    )
     assert result.calibrated_loss == pytest.approx(calibrated, rel=1e-4)
     assert result.best_loss == pytest.approx(loss_of(student, batches), rel=1e-4)
-    assert result.best_loss < 0.7 * calibrated
+    assert result.best_loss < 0.85 * calibrated
     assert (result.steps, result.restored, result.interrupted) == (40, 0, False)
     assert 0 < result.best_step <= 40
     assert not student.training
@@ -241,7 +276,7 @@ def test_training_can_go_on(tiny: nn.Module, images: Tensor, batches: list[Tenso
     assert second.best_loss <= first.best_loss
 
 
-# --- bias correction -------------------------------------------------------------------------------
+# --- bias correction ----------------------------------------------------------
 
 
 def test_bias_correction_is_kept_when_it_helps(
@@ -253,7 +288,9 @@ def test_bias_correction_is_kept_when_it_helps(
     assert result.bias_correction == "kept"
     assert result.best_loss < result.calibrated_loss
     assert result.best_loss == pytest.approx(loss_of(student, batches), rel=1e-4)
-    changed = {name for name, value in trained(student).items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in trained(student).items() if not torch.equal(value, before[name])
+    }
     assert changed == {name for name in before if name.endswith(".bias")}
 
 
@@ -280,7 +317,7 @@ def test_bias_correction_is_undone_when_it_harms(
     assert torch.equal(student(images), expected)
 
 
-# --- what comes in ---------------------------------------------------------------------------------
+# --- what comes in ------------------------------------------------------------
 
 
 class Unsized:
@@ -298,7 +335,7 @@ def fits_like(
     tiny: nn.Module, images: Tensor, training: Any, validation: Any
 ) -> tuple[FitResult, dict[str, Tensor]]:
     student = prepared(tiny, images, bits=4)
-    return fat.fit(student, training, validation=validation, epochs=2, **QUIET), trained(student)
+    return fat.fit(student, training, validation=validation, epochs=1, **QUIET), trained(student)
 
 
 FORMS = {
@@ -317,7 +354,7 @@ def test_any_form_of_batches_trains_the_same(
     expected, parameters = fits_like(tiny, images, batches, batches)
     result, got = fits_like(tiny, images, FORMS[form](batches), FORMS[form](batches))
     assert result == expected
-    assert result.steps == 8
+    assert result.steps == 4
     assert all(torch.equal(value, parameters[name]) for name, value in got.items())
 
 
@@ -407,7 +444,9 @@ def test_an_uncalibrated_student_is_refused(tiny: nn.Module, images: Tensor) -> 
         fat.fit(fat.prepare(tiny, images), images, **QUIET)
 
 
-def test_nothing_to_train_is_refused(tiny: nn.Module, images: Tensor, batches: list[Tensor]) -> None:
+def test_nothing_to_train_is_refused(
+    tiny: nn.Module, images: Tensor, batches: list[Tensor]
+) -> None:
     student = prepared(tiny, images, thresholds="frozen", bias="frozen", weights="frozen")
     with pytest.raises(FatError, match="Nothing to train"):
         fat.fit(student, batches, **QUIET)
@@ -419,7 +458,7 @@ def test_an_unknown_option_is_refused(tiny: nn.Module, images: Tensor) -> None:
         fat.fit(prepared(tiny, images), images, loss="mse", **QUIET)
 
 
-# --- NaN, interruption, threads --------------------------------------------------------------------
+# --- NaN, interruption, threads -----------------------------------------------
 
 
 def test_a_poisoned_batch_is_undone_and_training_goes_on(
@@ -451,7 +490,7 @@ def test_a_poisoned_batch_is_undone_and_training_goes_on(
     schedule = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 10)) for step in range(10)]
     for step in set(range(10)) - {2, 7}:
         assert rates[step] == pytest.approx(schedule[step])
-    assert 0 < result.best_step
+    assert result.best_step > 0
     assert result.best_loss < result.calibrated_loss
 
 
@@ -549,7 +588,7 @@ def test_training_in_a_thread(tiny: nn.Module, images: Tensor, batches: list[Ten
     assert [result.steps for result in results] == [4]
 
 
-# --- schedule and optimizer ------------------------------------------------------------------------
+# --- schedule and optimizer ---------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -601,7 +640,7 @@ def test_after_a_reset_a_step_is_one_from_rest(
     )  # fmt: skip
     steps = [
         torch.cat([(after[n] - before[n]).flatten().abs() for n in after if n.endswith("bias")])
-        for before, after in zip(states, states[1:], strict=False)
+        for before, after in itertools.pairwise(states)
     ]
     for first in (steps[0], steps[2]):
         first = first[first > 0]  # a channel that no image of the batch lets through stays
@@ -618,7 +657,8 @@ def test_each_kind_of_parameter_has_its_own_rate(
     after: dict[str, Tensor] = {}
     fat.fit(
         student, batches, validation=batches, epochs=1, lr=4e-3, pointwise_lr=2e-3, bias_lr=1e-3,
-        bias_correction=False, callbacks=[AtStep(1, lambda _, s: after.update(trained(s)))], **QUIET,
+        bias_correction=False, callbacks=[AtStep(1, lambda _, s: after.update(trained(s)))],
+        **QUIET,
     )  # fmt: skip
     rates = {"alpha": 4e-3, "shift": 4e-3, "pointwise": 2e-3, "bias": 1e-3}
     kinds = set()

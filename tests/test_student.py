@@ -62,9 +62,7 @@ def test_layers_and_quantizers_in_the_order_of_the_graph(student: Student) -> No
 
 
 @pytest.mark.parametrize("bias", ["trained", "frozen"])
-def test_trained_state_brings_everything_back(
-    tiny: nn.Module, images: Tensor, bias: str
-) -> None:
+def test_trained_state_brings_everything_back(tiny: nn.Module, images: Tensor, bias: str) -> None:
     student = fat.prepare(tiny, images, QuantSpec(bias=bias))
     fat.calibrate(student, images)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Balance the filter ranges of depthwise convolutions without changing what the network computes."""
+"""Balance the filter ranges of depthwise convolutions and keep the network's function."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEAD = 1e-8
 
 @dataclass(frozen=True)
 class DepthwisePair:
-    """A depthwise convolution, the activation after it (or none), and the convolution that reads it."""
+    """A depthwise convolution, the activation after it or none, and the convolution after that."""
 
     depthwise: str
     activation: str | None
@@ -166,7 +166,7 @@ def equalize_depthwise(
 
 @torch.no_grad()
 def rescale_channels(first: nn.Conv2d, second: nn.Conv2d, scales: Tensor) -> None:
-    """Multiply output channel k of ``first`` by s_k and divide what ``second`` makes of it by s_k."""
+    """Multiply output channel k of ``first`` by s_k and divide ``second``'s weights for it."""
     first.weight.mul_(scales.reshape(-1, 1, 1, 1).to(first.weight))
     if first.bias is not None:
         first.bias.mul_(scales.to(first.bias))

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fat.errors import FatError
-from fat.graph.patterns import module_of, only_user, source
+from fat.graph.patterns import module_of, source
 
 __all__ = ["FoldReport", "find_foldable", "fold_batch_norms", "folded"]
 
@@ -28,7 +28,7 @@ def find_foldable(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
         if not isinstance(module_of(module, node), _BatchNorm):
             continue
         before = source(node)
-        if before is None or only_user(before) is not node:
+        if before is None or len(before.users) > 1:
             continue
         if isinstance(module_of(module, before), (nn.Conv2d, nn.Linear)):
             pairs.append((before, node))
@@ -80,7 +80,9 @@ def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
         assert isinstance(layer, (nn.Conv2d, nn.Linear))
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is None:
-            raise FatError(f"'{norm_node.target}' keeps no running statistics and cannot be folded.")
+            raise FatError(
+                f"'{norm_node.target}' keeps no running statistics and cannot be folded."
+            )
         weight, bias = folded(layer.weight, layer.bias, norm)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         layer.bias = nn.Parameter(bias, requires_grad=False)
@@ -92,6 +94,6 @@ def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
     if left:
         raise FatError(
             f"{len(left)} batch norm(s) have no convolution or linear layer of their own before "
-            f"them and cannot be folded: {', '.join(left[:5])}. Such networks are not supported yet."
+            f"them and cannot be folded: {', '.join(left[:5])}. Such networks are not supported."
         )
     return FoldReport(tuple((str(norm.target), str(layer.target)) for layer, norm in pairs))

@@ -54,7 +54,9 @@ def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
     for node in module.graph.nodes:
         if node.op == "output" or not node.meta.get("data", False):
             continue
-        if node.op == "get_attr" or (node.op != "placeholder" and is_value_preserving(module, node)):
+        if node.op == "get_attr" or (
+            node.op != "placeholder" and is_value_preserving(module, node)
+        ):
             continue
         reader = only_user(node)
         if reader is not None and is_fused_activation(module, reader):
@@ -121,15 +123,13 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
 
 
 def link_inputs(module: fx.GraphModule) -> None:
-    """Tell every quantized layer which quantizer its input passed: its bias' grid needs the step."""
+    """Tell every quantized layer which quantizer its input passed: the bias' grid needs it."""
     for node in module.graph.nodes:
         layer = module_of(module, node)
         if not isinstance(layer, QuantLayer):
             continue
         before = source(node)
-        while before is not None and not isinstance(
-            module_of(module, before), ActivationQuantizer
-        ):
+        while before is not None and not isinstance(module_of(module, before), ActivationQuantizer):
             before = source(before)
         if before is None:
             raise FatError(f"The input of '{node.target}' passes no quantizer.")

@@ -129,7 +129,8 @@ def non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(target, POSITIVE_MODULES):
         return True
     averages = isinstance(target, MEAN_MODULES) or node.target in (
-        torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d, "mean", operator.add, operator.mul, torch.cat,
+        torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d, "mean", operator.add, operator.mul,
+        torch.cat,
     )  # fmt: skip
     if not (averages or is_value_preserving(module, node)):
         return False

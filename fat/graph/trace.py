@@ -66,7 +66,7 @@ ARITHMETIC: dict[Callable[..., Any] | str, Callable[..., Any]] = {
 
 
 class _Tracer(fx.Tracer):
-    """Keeps as leaves what cannot be traced or what the passes want whole, and knows where it is."""
+    """Keeps whole what cannot be traced and what the passes match, and knows where it is."""
 
     def __init__(self) -> None:
         super().__init__(autowrap_functions=tuple(_timm.get_notrace_functions()))
@@ -125,12 +125,14 @@ def layer_name(node: fx.Node) -> str:
         return "input"
     stack = node.meta.get("nn_module_stack") or {}
     owner = next(reversed([path for path in stack if path]), "") if stack else ""
-    function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
+    function = (
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
+    )
     return f"{owner}.{function}" if owner else str(function)
 
 
 def mark_data(module: fx.GraphModule, example: Tensor) -> None:
-    """Run the graph once and note in ``node.meta["data"]`` which results are real-valued tensors."""
+    """Run the graph once; note in ``node.meta["data"]`` which results are real-valued tensors."""
 
     class Marker(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -189,9 +191,7 @@ def _plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Module:
     )
 
 
-def _split_norm_and_activation(
-    module: fx.GraphModule, node: fx.Node, target: Any
-) -> None:
+def _split_norm_and_activation(module: fx.GraphModule, node: fx.Node, target: Any) -> None:
     norm = nn.BatchNorm2d(target.num_features, eps=target.eps, affine=target.affine)
     norm.load_state_dict(target.state_dict(), strict=False)
     name = str(node.target)

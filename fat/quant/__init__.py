@@ -1,0 +1,1 @@
+"""Quantization of tensors: grids, statistics, thresholds, quantizers."""

@@ -184,7 +184,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
         qmin: Smallest integer of the grid.
         qmax: Largest integer of the grid.
 
-    Source: Esser et al. 2019 (arXiv 1902.08153), eq. 3, and Jain et al. 2019 (arXiv 1903.08066), eq. 6.
+    Source: Esser et al. 2019 (arXiv 1902.08153), eq. 3; Jain et al. 2019 (arXiv 1903.08066), eq. 6.
 
     Examples:
         >>> step, zero = torch.tensor(0.5), torch.tensor(0.0)

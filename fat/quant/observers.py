@@ -1,4 +1,4 @@
-"""Statistics of a tensor, gathered while calibrating, in memory that does not grow with the images."""
+"""Statistics of a tensor, gathered in memory that does not grow with the number of images."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ def activation_grid(
 ) -> Grid:
     """Grid of an activation.
 
-    Tensors that cannot be negative are unsigned in both schemes: with T_l = 0 the asymmetric grid is
-    the unsigned one, and a lower threshold above 0 could not represent zero.
+    Tensors that cannot be negative are unsigned in both schemes: with T_l = 0 the asymmetric grid
+    is the unsigned one, and a lower threshold above 0 could not represent zero.
 
     Args:
         spec: What is asked of the network.

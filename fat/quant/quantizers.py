@@ -1,4 +1,4 @@
-"""Quantizers for activations, and convolution and linear layers with their weight's and bias' ones."""
+"""Quantizers for activations and weights, and the layers that compute with them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fat.quant.observers import (
 from fat.quant.thresholds import Thresholds, make_thresholds
 from fat.spec import Grid, InitSpec, QuantSpec
 
-__all__ = ["ActivationQuantizer", "QuantConv2d", "QuantLinear", "QuantLayer", "WeightQuantizer"]
+__all__ = ["ActivationQuantizer", "QuantConv2d", "QuantLayer", "QuantLinear", "WeightQuantizer"]
 
 
 class ActivationQuantizer(nn.Module):
@@ -187,8 +187,8 @@ class QuantLayer(nn.Module):
         """Set the weight's thresholds; return how many were widened so that the bias fits int32.
 
         A filter whose weights have all but vanished has so small a step that its bias, on the grid
-        s_w·s_x, would pass 31 bits and saturate. Its threshold is raised to where the bias fits with
-        room for the factors' range; its weights stay below half a step of any use.
+        s_w·s_x, would pass 31 bits and saturate. Its threshold is raised to where the bias fits,
+        with room for the factors' range; its weights stay below half a step of any use.
         """
         self.weight_quantizer.calibrate(self.weight)
         if self.pointwise is not None:
@@ -218,7 +218,9 @@ class QuantLayer(nn.Module):
     def quantized(self) -> tuple[Tensor, Tensor | None]:
         """Weight on its grid and bias on the int32 grid s_w·s_x."""
         weight = self.weight_quantizer(self.scaled_weight())
-        if self.bias is None or not (self.weight_quantizer.enabled and self.input_quantizer.enabled):
+        if self.bias is None or not (
+            self.weight_quantizer.enabled and self.input_quantizer.enabled
+        ):
             return weight, self.bias
         scale = self.weight_quantizer.scale() * self.input_quantizer.thresholds()[0]
         return weight, fake_quantize_bias(self.bias, scale)

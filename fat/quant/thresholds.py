@@ -107,7 +107,7 @@ class FatSymmetric(Thresholds):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp α into its range: outside it the clip passes no gradient and α would never return."""
+        """Clamp α into its range: outside, the clip passes no gradient and α would never return."""
         self.alpha.clamp_(*self.alpha_range)
 
     def factors(self) -> dict[str, Tensor]:

@@ -141,7 +141,9 @@ def test_a_margin_under_the_cap_is_respected() -> None:
     images = 2 * torch.randn(4, 6, 12, 12)
     locked = channel_maxima(graph, ["dw"], [images])["dw"] >= 4.0
     assert 0 < int(locked.sum()) < 6
-    report = equalize_depthwise(graph, [images], EqualizeSpec("depthwise", locked_from=4.0, cap=3.0))
+    report = equalize_depthwise(
+        graph, [images], EqualizeSpec("depthwise", locked_from=4.0, cap=3.0)
+    )
     moved = channel_maxima(graph, ["dw"], [images])["dw"]
     assert report.pairs[0].locked == int(locked.sum())
     assert report.locked_share == pytest.approx(int(locked.sum()) / 6)
@@ -156,7 +158,9 @@ def test_bounds_other_than_six_scale_the_options() -> None:
     )
     assert locked.tolist() == [True, False, False]
     expected = [1.0, min(control / 0.1, 3 / 2.94), min(control / 0.5, 3.0)]
-    torch.testing.assert_close(scales, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        scales, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 def test_the_control_value_by_hand() -> None:
@@ -180,17 +184,15 @@ def test_the_control_value_by_hand() -> None:
 
 
 def test_dead_filters_and_channels_that_never_fire() -> None:
-    # Channel 0 is dead and takes no part in the control value (1 + 3)/2 = 2, although its bias alone
-    # passes the bound; channel 2 never fires: no cap.
+    # Channel 0 is dead and takes no part in the control value (1 + 3)/2 = 2, although its bias
+    # alone passes the bound; channel 2 never fires: no cap.
     scales, locked = depthwise_scales(
         torch.tensor([0.0, 1.0, 3.0]), torch.tensor([7.0, 2.0, -1.0]), 6.0, OPTIONS
     )
     assert not locked.any()
     torch.testing.assert_close(scales, torch.tensor([1.0, 2.0, 2 / 3], dtype=torch.float64))
     # One that never fires and is tiny may take any scale, within reason.
-    scales, _ = depthwise_scales(
-        torch.tensor([1e-7, 1.0]), torch.tensor([-1.0, 1.0]), 6.0, OPTIONS
-    )
+    scales, _ = depthwise_scales(torch.tensor([1e-7, 1.0]), torch.tensor([-1.0, 1.0]), 6.0, OPTIONS)
     assert scales[0] == SANE_SCALE
     # All dead: nothing to do.
     scales, _ = depthwise_scales(torch.zeros(3), torch.zeros(3), 6.0, OPTIONS)
@@ -247,7 +249,7 @@ def test_depthwise_followed_by_depthwise(multiplier: int) -> None:
     graph.float()
     before = second.weight.detach().clone()
     report = equalize_depthwise(graph, [images], OPTIONS)
-    assert [pair.depthwise for pair in report.pairs][0] == "dw"
+    assert report.pairs[0].depthwise == "dw"
     assert report.pairs[0].following == "next"
     assert not torch.allclose(graph.get_submodule("next").weight, before)
     assert logits_sqnr_db(expected, graph(images)) > 100

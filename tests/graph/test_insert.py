@@ -103,7 +103,12 @@ def test_weights_biases_and_geometry_are_taken_over(images: Tensor) -> None:
     )  # fmt: skip
     graph, _ = inserted(network, images)
     first, second = graph.get_submodule("0"), graph.get_submodule("2")
-    assert (first.stride, first.padding, first.dilation, first.groups) == ((2, 2), (1, 2), (2, 2), 1)
+    assert (first.stride, first.padding, first.dilation, first.groups) == (
+        (2, 2),
+        (1, 2),
+        (2, 2),
+        1,
+    )
     assert (second.groups, second.bias) == (4, None)
     assert torch.equal(first.weight, network[0].weight)
     assert torch.equal(first.bias, network[0].bias)
@@ -127,7 +132,9 @@ def test_no_quantizer_between_a_convolution_and_its_clip(name: str) -> None:
     assert clips == sum(isinstance(m, (nn.ReLU, nn.ReLU6)) for m in network.modules())
     here = places(graph)
     assert "bn1.act" not in here
-    assert {"bn1_act", "blocks.1.0.bn1_act", "blocks.1.0.bn2_act", "blocks.1.0.conv_pwl"} <= set(here)
+    assert {"bn1_act", "blocks.1.0.bn1_act", "blocks.1.0.bn2_act", "blocks.1.0.conv_pwl"} <= set(
+        here
+    )
     assert not {"conv_stem", "blocks.1.0.conv_pw", "blocks.1.0.conv_dw"} & set(here)
 
 
@@ -167,7 +174,9 @@ def test_max_pools_keep_their_grid_in_a_resnet() -> None:
     here = places(graph)
     assert "maxpool" not in here
     # The addition is clipped by a ReLU that follows it: one operation.
-    assert {"layer1.0.act1", "layer1.0.conv2", "layer1.0.act2", "layer2.0.downsample.0"} <= set(here)
+    assert {"layer1.0.act1", "layer1.0.conv2", "layer1.0.act2", "layer2.0.downsample.0"} <= set(
+        here
+    )
     assert not any(name.endswith("add") for name in here)
     # Biases behind the max-pool live on the grid of what went into it.
     assert graph.get_submodule("layer1.0.conv1").input_quantizer.layer == "act1"
@@ -194,7 +203,17 @@ class Mixture(nn.Module):
 
 def test_only_data_that_was_computed_is_quantized(images: Tensor) -> None:
     graph, report = inserted(Mixture(), images)
-    assert places(graph) == ["input", "a", "sigmoid", "mul", "cat", "relu", "add", "avg_pool2d", "out"]
+    assert places(graph) == [
+        "input",
+        "a",
+        "sigmoid",
+        "mul",
+        "cat",
+        "relu",
+        "add",
+        "avg_pool2d",
+        "out",
+    ]
     assert report.layers == ("a", "b", "out")
     assert graph.get_submodule("a").input_quantizer.layer == "input"
     assert graph.get_submodule("b").input_quantizer.layer == "cat"

@@ -37,7 +37,9 @@ class Apply(nn.Module):
         return self.function[0](x, *self.parts) if len(self.parts) else self.function[0](x)
 
 
-def last_node(function: Callable[..., Tensor], *modules: nn.Module) -> tuple[fx.GraphModule, fx.Node]:
+def last_node(
+    function: Callable[..., Tensor], *modules: nn.Module
+) -> tuple[fx.GraphModule, fx.Node]:
     graph = trace(Apply(function, *modules).eval())
     return graph, list(graph.graph.nodes)[-2]
 

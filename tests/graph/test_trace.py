@@ -83,7 +83,11 @@ def test_every_spelling_of_an_activation_becomes_a_module(spelling: str) -> None
     assert type(activation) is kind
     if kind is nn.Hardtanh:
         assert (activation.min_val, activation.max_val) == (0.0, 6.0)
-    assert [node.op for node in traced.graph.nodes] == ["placeholder", *["call_module"] * 3, "output"]
+    assert [node.op for node in traced.graph.nodes] == [
+        "placeholder",
+        *["call_module"] * 3,
+        "output",
+    ]
     torch.testing.assert_close(traced(images), expected, rtol=0, atol=0)
 
 
@@ -98,7 +102,9 @@ def test_additions_and_multiplications_have_one_spelling() -> None:
 
     images = torch.randn(1, 3, 4, 4)
     traced = trace(Sums().eval())
-    targets = [node.target for node in traced.graph.nodes if node.op not in ("placeholder", "output")]
+    targets = [
+        node.target for node in traced.graph.nodes if node.op not in ("placeholder", "output")
+    ]
     assert targets == [operator.add] * 3 + [operator.mul] * 3 + [operator.add]
     assert torch.equal(traced(images), Sums()(images))
 
