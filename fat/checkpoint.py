@@ -204,11 +204,13 @@ def _describe_target(node: fx.Node) -> str:
 def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
     kind = type(module).__name__
     if isinstance(module, ActivationQuantizer):
+        activation = module.activation
         return {
             "type": kind,
             "layer": module.layer,
             "bits": module.grid.bits,
             "grid": module.grid.kind,
+            "activation": None if activation is None else _describe_module(name, activation),
         }
     if isinstance(module, QuantLayer):
         description = {
@@ -280,7 +282,10 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
 def _rebuild_module(stored: Mapping[str, Any], spec: QuantSpec) -> nn.Module:
     kind = stored["type"]
     if kind == "ActivationQuantizer":
-        return ActivationQuantizer(stored["layer"], spec, Grid(stored["bits"], stored["grid"]))
+        clip = stored["activation"]
+        activation = None if clip is None else _rebuild_module(clip, spec)
+        grid = Grid(stored["bits"], stored["grid"])
+        return ActivationQuantizer(stored["layer"], spec, grid, activation)
     options = _decode(stored.get("options", {"map": {}}), {})
     if kind in LAYERS:
         weight = torch.zeros(stored["weight"])

@@ -42,7 +42,7 @@ class DataConfig:
     source: str
     root: str | None = None
     test_root: str | None = None
-    batch_size: int = 25
+    batch_size: int = 16
     workers: int | None = None
     train_images: int | None = None
     calibration_images: int = 100
@@ -110,8 +110,8 @@ class OptimConfig:
     """conf/optim, see :class:`fat.TrainSpec`."""
 
     epochs: int = 3
-    lr: float = 5e-3
-    pointwise_lr: float = 1e-3
+    lr: float = 1e-3
+    pointwise_lr: float = 5e-4
     bias_lr: float = 3e-4
     bias_correction: bool = True
     loss: str = "rmse"

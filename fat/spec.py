@@ -251,8 +251,8 @@ class TrainSpec:
     """
 
     epochs: int = 3
-    lr: float = 5e-3
-    pointwise_lr: float = 1e-3
+    lr: float = 1e-3
+    pointwise_lr: float = 5e-4
     bias_lr: float = 3e-4
     bias_correction: bool = True
     loss: LossName = "rmse"

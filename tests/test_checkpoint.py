@@ -462,7 +462,7 @@ TAMPERED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "module of another kind": set_module({"type": "ReLU", "options": {"map": {}}}),
     "module with unknown options": set_module({"type": "ReLU", "options": {"map": {"a": 1}}}),
     "missing module": lambda g: g["modules"].pop("stem"),
-    "module over a method": lambda g: g["modules"].update(forward=g["modules"]["act"]),
+    "module over a method": lambda g: g["modules"].update(forward=g["modules"]["classifier"]),
     "node that nobody made": lambda g: first(g, "call_module").update(
         args={"tuple": [{"node": "?"}]}
     ),

@@ -3,7 +3,7 @@
 * on the network's input;
 * on every convolution's and linear layer's weight and bias;
 * on the result of every computing operation. A layer and the clipping activation (ReLU, ReLU6) that
-  alone reads it count as one operation, with the quantizer after the activation; other activations
+  alone reads it count as one operation, whose quantizer takes the activation over; other activations
   (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them.
 
 Operations that move values without computing keep their input's grid.
@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 
 from fat.errors import FatError
 from fat.graph.patterns import (
-    FUSED_ACTIVATIONS,
     is_compute,
     is_fused_activation,
     is_value_preserving,
@@ -98,7 +97,6 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         module.set_submodule(name, quant_layer(name, module.get_submodule(name), spec, grid))
         layers.append(name)
 
-    _clip_in_place(module)
     module.add_submodule(QUANTIZERS, nn.Module())
     names: list[str] = []
     for node in quantized:
@@ -111,12 +109,17 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         )
         key = _key(name, names)
         names.append(key)
-        module.get_submodule(QUANTIZERS).add_module(key, ActivationQuantizer(name, spec, grid))
+        clip = module_of(module, node) if is_fused_activation(module, node) else None
+        quantizer = ActivationQuantizer(name, spec, grid, clip)
+        module.get_submodule(QUANTIZERS).add_module(key, quantizer)
         with module.graph.inserting_after(node):
-            quantizer = module.graph.call_module(f"{QUANTIZERS}.{key}")
-        node.replace_all_uses_with(quantizer)
-        quantizer.args = (node,)
+            call = module.graph.call_module(f"{QUANTIZERS}.{key}")
+        node.replace_all_uses_with(call)
+        call.args = (node,) if clip is None else node.args
+        if clip is not None:
+            module.graph.erase_node(node)
     module.graph.lint()
+    module.delete_all_unused_submodules()
     module.recompile()
     link_inputs(module)
     return InsertReport(tuple(names), tuple(layers))
@@ -163,26 +166,6 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
         dilation=_pair(layer.dilation),
         groups=layer.groups,
     )
-
-
-def _clip_in_place(module: fx.GraphModule) -> None:
-    """Let activations overwrite a layer's result where nobody else reads it.
-
-    Each activation is then kept once less for the backward pass. A module that is called in several
-    places is changed only if all of them allow it.
-    """
-    allowed: dict[str, bool] = {}
-    for node in module.graph.nodes:
-        if isinstance(module_of(module, node), FUSED_ACTIVATIONS):
-            before = source(node)
-            alone = (
-                before is not None
-                and is_fused_activation(module, node)
-                and isinstance(module_of(module, before), QuantLayer)
-            )
-            allowed[str(node.target)] = allowed.get(str(node.target), True) and alone
-    for name, alone in allowed.items():
-        module.get_submodule(name).inplace = alone  # type: ignore[assignment]
 
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:

@@ -28,21 +28,32 @@ __all__ = ["ActivationQuantizer", "QuantConv2d", "QuantLayer", "QuantLinear", "W
 class ActivationQuantizer(nn.Module):
     """Puts an activation, one threshold for the whole tensor, on its grid.
 
+    It also does the clipping activation (ReLU, ReLU6) that runtimes fuse: an unsigned grid whose
+    upper threshold does not pass the clip's bound clips by itself, so that nothing is computed and
+    nothing kept for the clip; elsewhere it is applied before rounding.
+
     Args:
         layer: Name of the operation whose output this is, for messages and tables.
         spec: What is asked of the network.
         grid: The integers of this tensor.
+        activation: The fused activation, a ReLU or Hardtanh (ReLU6 is one), or ``None``.
 
     Attributes:
-        enabled: When false the tensor passes unchanged.
+        enabled: When false the tensor passes the activation only.
     """
 
-    def __init__(self, layer: str, spec: QuantSpec, grid: Grid) -> None:
+    def __init__(
+        self, layer: str, spec: QuantSpec, grid: Grid, activation: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.grid = grid
         self.init: InitSpec = spec.activation_init
         self.thresholds: Thresholds = make_thresholds(spec, grid, None)
+        self.activation = activation
+        self._grid_clips = activation is not None and grid.kind == "unsigned"
+        if self._grid_clips and isinstance(activation, nn.Hardtanh):
+            self.thresholds.limit = float(activation.max_val)
         self.enabled = True
         self._statistics: RangeStatistics | None = None
 
@@ -72,13 +83,20 @@ class ActivationQuantizer(nn.Module):
         full = cast(Statistics, statistics)
         self.thresholds.calibrated(*initial_thresholds(full, self.grid, self.init))
 
+    def exact(self, x: Tensor) -> Tensor:
+        """What the float network has here: the fused activation of ``x``, or ``x``."""
+        return x if self.activation is None else cast(Tensor, self.activation(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize ``x``, or observe it while calibrating."""
+        """Fake-quantize the activation of ``x``, or observe it while calibrating."""
         if self._statistics is not None:
+            x = self.exact(x)
             self._statistics.update(x)
             return x
         if not self.enabled:
-            return x
+            return self.exact(x)
+        if not self._grid_clips:
+            x = self.exact(x)
         scale, zero_point = self.thresholds()
         return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax)
 

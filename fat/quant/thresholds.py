@@ -6,6 +6,7 @@ A parametrization is a module whose parameters exist from ``__init__`` and whose
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -27,6 +28,7 @@ class Thresholds(nn.Module):
     Attributes:
         low: Calibrated lower threshold T_l ≤ 0.
         high: Calibrated upper threshold T_r ≥ 0, the T_max of symmetric grids.
+        limit: The upper threshold never passes this, whatever is trained: 6 after ReLU6.
     """
 
     low: Tensor
@@ -35,6 +37,7 @@ class Thresholds(nn.Module):
     def __init__(self, grid: Grid, rows: int | None) -> None:
         super().__init__()
         self.grid = grid
+        self.limit = math.inf
         shape = () if rows is None else (rows,)
         self.register_buffer("low", torch.zeros(shape))
         self.register_buffer("high", torch.ones(shape))
@@ -42,7 +45,7 @@ class Thresholds(nn.Module):
     def calibrated(self, low: Tensor, high: Tensor) -> None:
         """Take over thresholds from calibration and put every trained factor back to its start."""
         self.low.copy_(low.reshape(self.low.shape))
-        self.high.copy_(high.reshape(self.high.shape))
+        self.high.copy_(high.reshape(self.high.shape).clamp(max=self.limit))
 
     def range(self) -> tuple[Tensor, Tensor]:
         """The adjusted thresholds (T_l, T_r), differentiable in what is trained."""
@@ -109,6 +112,8 @@ class FatSymmetric(Thresholds):
     def project(self) -> None:
         """Clamp α into its range: outside, the clip passes no gradient and α would never return."""
         self.alpha.clamp_(*self.alpha_range)
+        if math.isfinite(self.limit):
+            self.alpha.copy_(torch.minimum(self.alpha, self.limit / self.high))
 
     def factors(self) -> dict[str, Tensor]:
         """α, clipped."""

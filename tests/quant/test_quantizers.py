@@ -600,3 +600,69 @@ def test_messages_for_people() -> None:
     assert "act, bits=4, grid=unsigned" in repr(
         ActivationQuantizer("act", spec_of(), Grid(4, "unsigned"))
     )
+
+
+# --- fused activations ------------------------------------------------------------------------------
+
+
+def calibrated_quantizer(
+    activation: nn.Module | None, x: Tensor, **options: object
+) -> ActivationQuantizer:
+    spec = QuantSpec(**options)  # type: ignore[arg-type]
+    quantizer = ActivationQuantizer("layer", spec, Grid(8, "unsigned"), activation)
+    quantizer.start_observing()
+    quantizer(x)
+    quantizer.stop_observing(keep=True)
+    return quantizer
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 2.0)])
+def test_the_unsigned_grid_clips_as_the_activation_before_it_would(activation: nn.Module) -> None:
+    """Values and both gradients are those of activation, then quantizer.
+
+    Gradients differ by convention where a value lies outside the clip but rounds to its edge: the
+    straight-through estimator counts it as inside the grid. No value here is that close.
+    """
+    torch.manual_seed(0)
+    x = 5 * torch.randn(64, 8, 6, 6)
+    x = torch.where((x.abs() < 0.1) | ((x - 2).abs() < 0.1) | ((x - 6).abs() < 0.1), 1.0, x)
+    fused = calibrated_quantizer(activation, x)
+    plain = calibrated_quantizer(None, activation(x))
+    assert float(fused.thresholds.high) == float(plain.thresholds.high)
+    grad = torch.randn_like(x)
+    # At α = 1 the two differ on purpose: values clipped at T are then outside the fused grid, which
+    # is the derivative for the only direction that α may take; before rounding they look inside.
+    for alpha in (0.9, 0.7):
+        results = []
+        for quantizer, before in ((fused, nn.Identity()), (plain, activation)):
+            quantizer.thresholds.alpha.data.fill_(alpha)
+            quantizer.thresholds.alpha.grad = None
+            leaf = x.clone().requires_grad_()
+            out = quantizer(before(leaf))
+            out.backward(grad)
+            results.append((out.detach(), leaf.grad, quantizer.thresholds.alpha.grad))
+        for ours, theirs in zip(*results, strict=True):
+            torch.testing.assert_close(ours, theirs)
+    fused.enabled = False
+    assert torch.equal(fused(x), activation(x))
+
+
+def test_no_threshold_passes_the_bound_of_its_clip_whatever_alpha_may_do() -> None:
+    x = torch.tensor([-3.0, 2.0, 4.0]).reshape(1, 3, 1, 1)
+    quantizer = calibrated_quantizer(nn.ReLU6(), x, alpha_range=(0.5, 2.0))
+    quantizer.thresholds.alpha.data.fill_(1.9)
+    quantizer.thresholds.project()
+    assert float(quantizer.thresholds.range()[1].detach()) == pytest.approx(6.0)
+    huge = torch.full((1, 3, 1, 1), 7.0)
+    assert float(quantizer(huge).max()) == pytest.approx(6.0)
+
+
+def test_a_clip_that_the_grid_does_not_do_is_applied_before_rounding() -> None:
+    spec = QuantSpec(scheme="symmetric")
+    quantizer = ActivationQuantizer("layer", spec, Grid(8, "signed"), nn.Hardtanh(-1.0, 2.0))
+    quantizer.start_observing()
+    quantizer(torch.tensor([-4.0, 4.0]).reshape(1, 2, 1, 1))
+    quantizer.stop_observing(keep=True)
+    out = quantizer(torch.tensor([-4.0, 4.0]).reshape(1, 2, 1, 1)).flatten()
+    step = 2.0 / 127
+    assert out.tolist() == pytest.approx([round(-1.0 / step) * step, 2.0])
