@@ -110,9 +110,9 @@ class OptimConfig:
     """conf/optim, see :class:`fat.TrainSpec`."""
 
     epochs: int = 3
-    lr: float = 1e-3
-    pointwise_lr: float = 5e-4
-    bias_lr: float = 3e-4
+    lr: float = 2e-3
+    pointwise_lr: float = 1e-4
+    bias_lr: float = 1e-4
     bias_correction: bool = True
     loss: str = "rmse"
     schedule: str = "cosine"
@@ -222,8 +222,8 @@ def suggest_key(given: str, schema: type) -> str:
     """What to say about a key that the schema does not have.
 
     Examples:
-        >>> print(suggest_key("quant.bitz", RunConfig))
-        Unknown key 'quant.bitz'. Did you mean 'quant.bits'? See python train.py --cfg job for all.
+        >>> print(suggest_key("quant.granularty", RunConfig))
+        Unknown key 'quant.granularty'. Did you mean 'quant.granularity' or 'quant.last' or 'quant.first'? See python train.py --cfg job for all.
     """
     known = [*_keys(schema)]
     leaf = given.rpartition(".")[2]

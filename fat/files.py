@@ -30,7 +30,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
         os.close(descriptor)
     except OSError as error:
-        raise FatError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
+        raise _unwritable(target, error) from error
     temporary = Path(name)
     try:
         write(temporary)
@@ -42,10 +42,14 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
         temporary.chmod(0o666 & ~mask)
         temporary.replace(target)
     except OSError as error:
-        raise FatError(f"Cannot write {target}: {error.strerror}. Choose another place.") from error
+        raise _unwritable(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def _unwritable(target: Path, error: OSError) -> FatError:
+    return FatError(f"Cannot write {target}: {error.strerror or error}. Choose another place.")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

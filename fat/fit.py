@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from torch.utils.data import RandomSampler
 
 from fat.batches import AnyBatch, Images, as_batches
 from fat.callbacks import KeepBest, NanGuard, Progress
@@ -226,6 +227,11 @@ def _split(
         return _whole(batches, count), _whole(*_counted("validation", validation))
     if count == 1:
         return _whole(batches, count), _whole(batches, count)
+    if isinstance(getattr(images, "sampler", None), RandomSampler):
+        logger.warning(
+            "The training loader shuffles, so the batches set aside to choose the best student are "
+            "others in each epoch. Give validation=... to choose on images that are held out."
+        )
     every = min(EVERY, count)
     return tuple(_Part(batches, count, every, chosen=c) for c in (False, True))  # type: ignore[return-value]
 

@@ -53,6 +53,7 @@ class SameConv2d(nn.Conv2d):
             bias=layer.bias is not None,
         )
         self.load_state_dict(layer.state_dict())
+        self.to(layer.weight).train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """Pad, then convolve [N, C, H, W]."""

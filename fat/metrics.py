@@ -61,6 +61,11 @@ def sqnr_db(signal: float, noise: float) -> float:
     return max(-MAX_DB, min(MAX_DB, 10.0 * (math.log10(signal) - math.log10(noise))))
 
 
+def _root(mean_square: float) -> float | None:
+    """The root, or ``None`` for a network whose logits are not finite: JSON has no NaN."""
+    return math.sqrt(mean_square) if math.isfinite(mean_square) else None
+
+
 class Comparison(Metric):
     """Agreement, logits' SQNR and RMSE against the float network, and accuracy where labels are.
 
@@ -120,5 +125,5 @@ class Comparison(Metric):
             "top5": 100.0 * int(self.top5) / labelled if labelled else None,
             "agreement": 100.0 * int(self.same) / int(self.images),
             "sqnr_db": sqnr_db(float(self.signal), float(self.noise)),
-            "rmse": math.sqrt(float(self.noise) / int(self.elements)),
+            "rmse": _root(float(self.noise) / int(self.elements)),
         }

@@ -251,9 +251,9 @@ class TrainSpec:
     """
 
     epochs: int = 3
-    lr: float = 1e-3
-    pointwise_lr: float = 5e-4
-    bias_lr: float = 3e-4
+    lr: float = 2e-3
+    pointwise_lr: float = 1e-4
+    bias_lr: float = 1e-4
     bias_correction: bool = True
     loss: LossName = "rmse"
     schedule: ScheduleName = "cosine"
@@ -268,8 +268,10 @@ class TrainSpec:
         _one_of("schedule", self.schedule, get_args(ScheduleName))
         for name, least in (("epochs", 0), ("period", 1), ("validations", 1), ("nan_patience", 1)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise FatError(f"optim.{name} is {value}; it must be at least {least}.")
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise FatError(
+                    f"optim.{name} is {value}; it must be a whole number, at least {least}."
+                )
         for name in ("lr", "pointwise_lr", "bias_lr", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -18,7 +18,9 @@ DATA = Path(
 def imagenet_sample() -> Path:
     """Folder with train/<wnid>/*.jpg and val/<wnid>/*.jpg."""
     if not (DATA / "train").is_dir():
-        pytest.skip("needs a sample of ImageNet: set FAT_TEST_DATA to a folder with train/ and val/")
+        pytest.skip(
+            "needs a sample of ImageNet: set FAT_TEST_DATA to a folder with train/ and val/"
+        )
     return DATA
 
 

@@ -22,14 +22,16 @@ COMMANDS = sorted(
         for line in block.splitlines()
         if re.match(r"python (train|evaluate)\.py", line)
     }
-    | {command for command in re.findall(r"`(python train\.py [^`]+)`", README)}
+    | set(re.findall(r"`(python train\.py [^`]+)`", README))
 )
 
 
 def test_the_library_block_runs(
     tiny: nn.Module, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (block,) = re.findall(r"<!-- the test suite runs this block -->\n```python\n(.*?)```", README, re.S)
+    (block,) = re.findall(
+        r"<!-- the test suite runs this block -->\n```python\n(.*?)```", README, re.S
+    )
     monkeypatch.chdir(tmp_path)
     batches = list(images.split(4))
     names = {

@@ -176,10 +176,10 @@ def test_alpha_must_stay_above_zero(low: float) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("epochs", -1, "optim.epochs is -1; it must be at least 0."),
-        ("period", 0, "optim.period is 0; it must be at least 1."),
-        ("validations", 0, "optim.validations is 0; it must be at least 1."),
-        ("nan_patience", 0, "optim.nan_patience is 0; it must be at least 1."),
+        ("epochs", -1, "optim.epochs is -1; it must be a whole number, at least 0."),
+        ("period", 0, "optim.period is 0; it must be a whole number, at least 1."),
+        ("validations", 0, "optim.validations is 0; it must be a whole number, at least 1."),
+        ("nan_patience", 0, "optim.nan_patience is 0; it must be a whole number, at least 1."),
         ("lr", 0.0, "optim.lr is 0.0; it must be above 0."),
         ("bias_lr", -1e-3, "optim.bias_lr is -0.001; it must be above 0."),
         ("pointwise_lr", 0.0, "optim.pointwise_lr is 0.0; it must be above 0."),

@@ -3,7 +3,7 @@
 * on the network's input;
 * on every convolution's and linear layer's weight and bias;
 * on the result of every computing operation. A layer and the clipping activation (ReLU, ReLU6) that
-  alone reads it count as one operation, whose quantizer takes the activation over; other activations
+  alone reads it count as one operation, whose quantizer takes the activation over; others
   (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them.
 
 Operations that move values without computing keep their input's grid.

@@ -186,6 +186,7 @@ class QuantLayer(nn.Module):
         else:
             self.register_buffer("bias", own_bias)
         self.weight_quantizer = WeightQuantizer(spec, grid, weight.shape)
+        self._smallest_factor = spec.alpha_range[0]
         self.pointwise_range = spec.pointwise_range
         pointwise = torch.ones_like(self.weight) if spec.weights == "pointwise" else None
         self.pointwise = None if pointwise is None else nn.Parameter(pointwise)
@@ -214,7 +215,7 @@ class QuantLayer(nn.Module):
         if self.bias is None:
             return 0
         input_scale = self.input_quantizer.thresholds()[0]
-        room = INT32_MAX / 8  # two factors of at least 0.5 each, and one bit to spare
+        room = INT32_MAX / 2 * self._smallest_factor**2  # one bit to spare for training
         smallest_step = self.bias.detach().abs() / (room * input_scale)
         return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
 
@@ -240,7 +241,9 @@ class QuantLayer(nn.Module):
             self.weight_quantizer.enabled and self.input_quantizer.enabled
         ):
             return weight, self.bias
-        scale = self.weight_quantizer.scale() * self.input_quantizer.thresholds()[0]
+        # In float64: two tiny steps multiplied in float32 would underflow to 0.
+        steps = self.weight_quantizer.scale(), self.input_quantizer.thresholds()[0]
+        scale = steps[0].detach().double() * steps[1].detach().double()
         return weight, fake_quantize_bias(self.bias, scale)
 
     def extra_repr(self) -> str:

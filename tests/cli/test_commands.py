@@ -211,9 +211,7 @@ def test_a_labelled_folder_gives_accuracies(tmp_path: Path) -> None:
         (["hydra.run.dir=/dev/null/x"], "/dev/null"),
     ],
 )
-def test_bad_input_is_answered_in_words(
-    arguments: list[str], wanted: str, tmp_path: Path
-) -> None:
+def test_bad_input_is_answered_in_words(arguments: list[str], wanted: str, tmp_path: Path) -> None:
     place = [] if "hydra.run.dir" in arguments[0] else [f"hydra.run.dir={tmp_path}"]
     result = command("train.py", *TINY[1:], *place, *arguments)
     assert result.returncode == 2, result.stderr

@@ -602,7 +602,7 @@ def test_messages_for_people() -> None:
     )
 
 
-# --- fused activations ------------------------------------------------------------------------------
+# --- fused activations ---------------------------------------------------------------------------
 
 
 def calibrated_quantizer(
