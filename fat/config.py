@@ -94,7 +94,7 @@ class StrategyConfig:
     """One init strategy and its options, see :class:`fat.InitSpec`."""
 
     name: str = "minmax"
-    percentile: float = 99.99
+    percentile: float = 99.999
 
 
 @dataclass
@@ -102,7 +102,7 @@ class InitConfig:
     """conf/init: strategies for weights and activations."""
 
     weight: StrategyConfig = field(default_factory=StrategyConfig)
-    activation: StrategyConfig = field(default_factory=StrategyConfig)
+    activation: StrategyConfig = field(default_factory=lambda: StrategyConfig("percentile"))
 
 
 @dataclass

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from tqdm.auto import tqdm
 
 from fat.analysis import float_shift_db, layer_errors
 from fat.calibrate import calibrate
@@ -66,6 +67,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     write_text(directory / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     _set_up(config.trainer, config.seed)
     device = _device(config.trainer)
+    progress = config.trainer.progress
     clock = _Clock()
 
     with clock("load"):
@@ -82,7 +84,8 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     student = student.to(device)
 
     with clock("calibrate"):
-        calibrate(student, _on(device, data.calibration_dataloader()))
+        images = _on(device, data.calibration_dataloader())
+        calibrate(student, tqdm(images, "Calibrate", leave=False, disable=not progress))
         shift = None
         if spec.equalize.method != "none":
             shift = float_shift_db(student, _on(device, data.val_dataloader()))

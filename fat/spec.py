@@ -84,7 +84,7 @@ class InitSpec:
     """
 
     name: InitName = "minmax"
-    percentile: float = 99.99
+    percentile: float = 99.999
 
     def __post_init__(self) -> None:
         _one_of("init strategy", self.name, get_args(InitName))
@@ -170,7 +170,7 @@ class QuantSpec:
     shift_range: tuple[float, float] = (-0.2, 0.4)
     pointwise_range: tuple[float, float] = (0.75, 1.25)
     weight_init: InitSpec = field(default_factory=InitSpec)
-    activation_init: InitSpec = field(default_factory=InitSpec)
+    activation_init: InitSpec = field(default_factory=lambda: InitSpec("percentile"))
     equalize: EqualizeSpec = field(default_factory=EqualizeSpec)
 
     def __post_init__(self) -> None:
