@@ -15,7 +15,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 PANELS = (("agreement", "Agreement with float, %"), ("sqnr_db", "SQNR of the logits, dB"))
-STAGES = (("calibrated", "min/max calibration", "#b9c3cf"), ("trained", "FAT", "#2a6f97"))
+STAGES = (("calibrated", "plain calibration", "#b9c3cf"), ("trained", "FAT", "#2a6f97"))
 
 
 def main(arguments: list[str]) -> None:
