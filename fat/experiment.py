@@ -439,9 +439,9 @@ def _summarise(
         lines.append(f"Accuracy drop: {metrics['accuracy_drop']:.2f} points of top-1.")
     if result is not None:
         lines.append(
-            f"{result.steps} steps; kept the student of step {result.best_step}: validation loss "
-            f"{result.calibrated_loss:.4f} -> {result.best_loss:.4f}; bias correction "
-            f"{result.bias_correction}."
+            f"Bias correction {result.bias_correction}; {result.steps} steps, kept the student of "
+            f"step {result.best_step}: validation loss {result.calibrated_loss:.4f} -> "
+            f"{result.best_loss:.4f}."
         )
     collapsed = advice(spec, rows["calibrated"], result, [])
     if collapsed is not None:

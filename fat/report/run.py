@@ -140,8 +140,8 @@ def advice(
         lines.append(
             f"COLLAPSE: plain calibration agrees with the float network on {agreement:.1f} % only."
         )
-    if training is not None and training.steps and training.best_step == 0:
-        lines.append("Training did not help: the best student is the one before the first step.")
+    if training is not None and training.steps and training.best_loss >= training.calibrated_loss:
+        lines.append("Training did not help: the calibrated student is the best one.")
     if not lines:
         return None
     worst = ", ".join(f"{e.layer} {e.kind} {e.sqnr_db:.1f} dB" for e in errors[:5])
