@@ -16,7 +16,7 @@ from fat.graph.trace import layer_name
 
 @pytest.fixture
 def student(tiny: nn.Module, images: Tensor) -> Student:
-    return fat.prepare(tiny, images)
+    return fat.prepare(tiny, images, QuantSpec(activation_init=InitSpec("minmax")))
 
 
 def float_ranges(student: Student, images: Tensor) -> dict[str, tuple[float, float]]:
@@ -69,7 +69,8 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {
 def test_minmax_thresholds_are_those_of_the_float_run(
     tiny: nn.Module, images: Tensor, scheme: str
 ) -> None:
-    student = fat.prepare(tiny, images, QuantSpec(scheme=scheme))
+    spec = QuantSpec(scheme=scheme, activation_init=InitSpec("minmax"))
+    student = fat.prepare(tiny, images, spec)
     fat.calibrate(student, list(images.split(5)))
     ranges = float_ranges(student, images)
     for quantizer in student.activation_quantizers():

@@ -195,8 +195,9 @@ def test_training_lowers_the_loss_and_the_result_tells_it(
     student = prepared(tiny, images, bits=4)
     calibrated = loss_of(student, batches)
     result = fat.fit(
-        student, batches, validation=batches, epochs=10, bias_correction=False, **QUIET
-    )
+        student, batches, validation=batches, epochs=10, bias_correction=False,
+        lr=2e-3, pointwise_lr=1e-3, bias_lr=1e-3, **QUIET,
+    )  # fmt: skip
     assert result.calibrated_loss == pytest.approx(calibrated, rel=1e-4)
     assert result.best_loss == pytest.approx(loss_of(student, batches), rel=1e-4)
     assert result.best_loss < 0.85 * calibrated
