@@ -23,7 +23,7 @@ from fat.checkpoint import check_saveable, load, save
 from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig
 from fat.data.datamodule import FatDataModule
 from fat.errors import FatError, unknown_name
-from fat.evaluate import accuracy_drop, evaluate
+from fat.evaluate import evaluate
 from fat.files import check_writable, write_text
 from fat.fit import FitResult, fit
 from fat.loggers import make_logger, sync_command
@@ -456,7 +456,7 @@ def _summarise(
 
 
 def _objective(figures: Mapping[str, Any]) -> float:
-    drop = accuracy_drop(figures["float"]["top1"], figures["quantized"]["top1"])
+    drop = figures["accuracy_drop"]
     return float(drop if drop is not None else 100.0 - figures["quantized"]["agreement"])
 
 

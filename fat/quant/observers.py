@@ -70,8 +70,6 @@ def _quantile(values: Tensor, share: float) -> Tensor:
 class RangeStatistics:
     """Running minimum and maximum of a whole tensor: all that ``minmax`` needs, in one pass."""
 
-    needs_histogram = False
-
     def __init__(self) -> None:
         self._minimum = float("inf")
         self._maximum = float("-inf")
@@ -111,8 +109,6 @@ class HistogramStatistics(RangeStatistics):
     Args:
         bins: Number of bins, a power of two and at least 4.
     """
-
-    needs_histogram = True
 
     def __init__(self, bins: int = 8192) -> None:
         super().__init__()

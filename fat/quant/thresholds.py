@@ -7,7 +7,6 @@ A parametrization is a module whose parameters exist from ``__init__`` and whose
 from __future__ import annotations
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -188,8 +187,3 @@ def make_thresholds(spec: QuantSpec, grid: Grid, rows: int | None) -> Thresholds
     if grid.kind == "asymmetric":
         return FatAsymmetric(grid, rows, spec.alpha_range, spec.shift_range)
     return FatSymmetric(grid, rows, spec.alpha_range)
-
-
-def as_thresholds(module: nn.Module) -> Thresholds:
-    """Narrow the type of a submodule for the type checker."""
-    return cast(Thresholds, module)
