@@ -81,11 +81,13 @@ class QuantConfig:
     granularity: str = "vector"
     scheme: str = "asymmetric"
     thresholds: str = "fat"
+    power_of_two: bool = False
     weights: str = "pointwise"
     bias: str = "trained"
     alpha_range: list[float] = field(default_factory=lambda: [0.5, 1.0])
     shift_range: list[float] = field(default_factory=lambda: [-0.2, 0.4])
     pointwise_range: list[float] = field(default_factory=lambda: [0.75, 1.25])
+    rounding_range: list[float] = field(default_factory=lambda: [-1.0, 1.0])
     equalize: EqualizeConfig = field(default_factory=EqualizeConfig)
 
 
@@ -112,6 +114,7 @@ class OptimConfig:
     epochs: int = 3
     lr: float = 2e-3
     pointwise_lr: float = 1e-4
+    rounding_lr: float = 1e-2
     bias_lr: float = 1e-4
     bias_correction: bool = True
     loss: str = "rmse"
@@ -171,11 +174,13 @@ class RunConfig:
             granularity=cast(Any, quant.granularity),
             scheme=cast(Any, quant.scheme),
             thresholds=cast(Any, quant.thresholds),
+            power_of_two=quant.power_of_two,
             weights=cast(Any, quant.weights),
             bias=cast(Any, quant.bias),
             alpha_range=cast(Any, tuple(quant.alpha_range)),
             shift_range=cast(Any, tuple(quant.shift_range)),
             pointwise_range=cast(Any, tuple(quant.pointwise_range)),
+            rounding_range=cast(Any, tuple(quant.rounding_range)),
             weight_init=InitSpec(**vars(self.init.weight)),
             activation_init=InitSpec(**vars(self.init.activation)),
             equalize=EqualizeSpec(**vars(quant.equalize)),

@@ -71,13 +71,15 @@ class DistillModule(pl.LightningModule):
         """Adam over everything that is trained."""
         layers = self.student.layers()
         factors = [p for thresholds in self.student.thresholds() for p in thresholds.parameters()]
-        pointwise = [layer.pointwise for layer in layers if layer.pointwise is not None]
+        weights = [layer.factor for layer in layers if layer.factor is not None]
         biases = [layer.bias for layer in layers if isinstance(layer.bias, nn.Parameter)]
         spec = self.spec
+        rounding = self.student.spec.weights == "rounding"
+        weights_lr = spec.rounding_lr if rounding else spec.pointwise_lr
         groups = [
             {"params": parameters, "share": rate / spec.lr}
             for parameters, rate in (
-                (factors, spec.lr), (pointwise, spec.pointwise_lr), (biases, spec.bias_lr)
+                (factors, spec.lr), (weights, weights_lr), (biases, spec.bias_lr)
             )
             if parameters
         ]  # fmt: skip

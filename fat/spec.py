@@ -12,8 +12,8 @@ __all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec", "TrainSpec"]
 
 Granularity = Literal["scalar", "vector"]
 Scheme = Literal["symmetric", "asymmetric"]
-Thresholds = Literal["fat", "frozen"]
-Weights = Literal["frozen", "pointwise"]
+Thresholds = Literal["fat", "lsq", "tqt", "frozen"]
+Weights = Literal["frozen", "pointwise", "rounding"]
 Bias = Literal["trained", "frozen"]
 GridKind = Literal["signed", "unsigned", "asymmetric"]
 InitName = Literal["minmax", "percentile"]
@@ -132,15 +132,20 @@ class QuantSpec:
         granularity: ``vector``, one threshold per output filter of a weight, or ``scalar``, one per
             tensor. Activations have one per tensor in both.
         scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
-        thresholds: ``fat`` trains a factor per threshold, ``frozen`` keeps what calibration gave.
+        thresholds: ``fat`` trains a factor per threshold within a range, ``lsq`` the step (arXiv
+            1902.08153), ``tqt`` the logarithm of the threshold (arXiv 1903.08066); ``frozen`` keeps
+            what calibration gave. See :mod:`fat.quant.thresholds`.
+        power_of_two: Whether every step is a power of two, the next above, so that hardware
+            rescales by shifting.
         weights: ``frozen`` leaves weights as they are; ``pointwise`` trains a factor per weight,
-            the paper's last step.
+            the paper's last step; ``rounding`` trains to which integer near it each weight goes.
         bias: ``trained`` trains the biases, which live on the int32 grid, with the thresholds;
             ``frozen`` leaves them as they are (the paper).
         alpha_range: Where α of symmetric thresholds and α_R of asymmetric ranges may move.
         shift_range: Where α_T, the shift of an asymmetric lower threshold in units of its range R,
             may move.
         pointwise_range: Where the factor of a weight may move.
+        rounding_range: How far a weight may move before rounding, in steps of its grid.
         weight_init: Statistics → threshold for weights.
         activation_init: Statistics → threshold for activations.
         equalize: How filter ranges are balanced beforehand.
@@ -164,11 +169,13 @@ class QuantSpec:
     granularity: Granularity = "vector"
     scheme: Scheme = "asymmetric"
     thresholds: Thresholds = "fat"
+    power_of_two: bool = False
     weights: Weights = "pointwise"
     bias: Bias = "trained"
     alpha_range: tuple[float, float] = (0.5, 1.0)
     shift_range: tuple[float, float] = (-0.2, 0.4)
     pointwise_range: tuple[float, float] = (0.75, 1.25)
+    rounding_range: tuple[float, float] = (-1.0, 1.0)
     weight_init: InitSpec = field(default_factory=InitSpec)
     activation_init: InitSpec = field(default_factory=lambda: InitSpec("percentile"))
     equalize: EqualizeSpec = field(default_factory=EqualizeSpec)
@@ -186,6 +193,7 @@ class QuantSpec:
         _range("alpha_range", self.alpha_range, inside=1.0)
         _range("shift_range", self.shift_range, inside=0.0)
         _range("pointwise_range", self.pointwise_range, inside=1.0)
+        _range("rounding_range", self.rounding_range, inside=0.0)
         if self.alpha_range[0] <= 0.0:
             raise FatError(
                 f"alpha_range is {list(self.alpha_range)}; its lower end must be above 0, since a "
@@ -217,7 +225,7 @@ class QuantSpec:
         ):
             if name in fields:
                 fields[name] = kind(**fields[name])
-        for name in ("alpha_range", "shift_range", "pointwise_range"):
+        for name in ("alpha_range", "shift_range", "pointwise_range", "rounding_range"):
             if name in fields:
                 fields[name] = tuple(fields[name])
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
@@ -234,6 +242,7 @@ class TrainSpec:
         epochs: Passes over the training images.
         lr: Adam's learning rate for the thresholds' factors at the start of every cycle.
         pointwise_lr: The same for the factors of weights, where they are trained.
+        rounding_lr: The same for learned rounding, in steps of a weight's grid.
         bias_lr: The same for biases, in units of the layer's output, where they are trained.
         bias_correction: Whether to start from biases corrected in closed form
             (:func:`fat.correct.correct_biases`), if that is better on the validation images.
@@ -253,6 +262,7 @@ class TrainSpec:
     epochs: int = 3
     lr: float = 2e-3
     pointwise_lr: float = 1e-4
+    rounding_lr: float = 1e-2
     bias_lr: float = 1e-4
     bias_correction: bool = True
     loss: LossName = "rmse"
@@ -272,7 +282,7 @@ class TrainSpec:
                 raise FatError(
                     f"optim.{name} is {value}; it must be a whole number, at least {least}."
                 )
-        for name in ("lr", "pointwise_lr", "bias_lr", "gradient_clip"):
+        for name in ("lr", "pointwise_lr", "rounding_lr", "bias_lr", "gradient_clip"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FatError(f"optim.{name} is {value}; it must be above 0.")

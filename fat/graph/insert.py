@@ -11,10 +11,12 @@ Operations that move values without computing keep their input's grid.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fat.errors import FatError
@@ -126,9 +128,23 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
 
 
 def link_inputs(module: fx.GraphModule) -> None:
-    """Tell every quantized layer which quantizer its input passed: the bias' grid needs it."""
+    """Tell every quantized layer which quantizer its input passed: the bias' grid needs it.
+
+    And tell every quantizer whether it may overwrite what it reads: the results of layers and of
+    additions are needed by nothing else, neither forward nor backward.
+    """
     for node in module.graph.nodes:
         layer = module_of(module, node)
+        if isinstance(layer, ActivationQuantizer):
+            before = source(node)
+            layer.may_overwrite = (
+                before is not None
+                and only_user(before) is node
+                and (
+                    before.target in (operator.add, torch.add)
+                    or isinstance(module_of(module, before), QuantLayer)
+                )
+            )
         if not isinstance(layer, QuantLayer):
             continue
         before = source(node)

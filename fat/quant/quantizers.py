@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from fat.errors import FatError
 from fat.layers import pad_same
-from fat.quant.functional import INT32_MAX, clip_inclusive, fake_quantize, fake_quantize_bias
+from fat.quant.functional import (
+    INT32_MAX,
+    Adjust,
+    clip_inclusive,
+    fake_quantize,
+    fake_quantize_bias,
+    fake_quantize_weight,
+)
 from fat.quant.init import HISTOGRAM_STRATEGIES, initial_thresholds
 from fat.quant.observers import (
     HistogramStatistics,
@@ -19,7 +26,7 @@ from fat.quant.observers import (
     SampleStatistics,
     Statistics,
 )
-from fat.quant.thresholds import Thresholds, make_thresholds
+from fat.quant.thresholds import Thresholds
 from fat.spec import Grid, InitSpec, QuantSpec
 
 __all__ = ["ActivationQuantizer", "QuantConv2d", "QuantLayer", "QuantLinear", "WeightQuantizer"]
@@ -40,6 +47,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         enabled: When false the tensor passes the activation only.
+        may_overwrite: Whether nothing but this reads its input, the operation that gave it included.
     """
 
     def __init__(
@@ -49,13 +57,20 @@ class ActivationQuantizer(nn.Module):
         self.layer = layer
         self.grid = grid
         self.init: InitSpec = spec.activation_init
-        self.thresholds: Thresholds = make_thresholds(spec, grid, None)
+        self.thresholds = Thresholds(spec, grid, None)
         self.activation = activation
-        self._grid_clips = activation is not None and grid.kind == "unsigned"
-        if self._grid_clips and isinstance(activation, nn.Hardtanh):
+        bounded = isinstance(activation, nn.Hardtanh)
+        self._grid_clips = (
+            activation is not None
+            and grid.kind == "unsigned"
+            and not (bounded and spec.power_of_two)  # the next power of two may pass the bound
+        )
+        if bounded and grid.kind == "unsigned":
             self.thresholds.limit = float(activation.max_val)
         self.enabled = True
+        self.may_overwrite = False
         self._statistics: RangeStatistics | None = None
+        self._elements = 1  # of one image
 
     def start_observing(self) -> None:
         """Pass tensors unchanged from now on and gather their statistics."""
@@ -81,7 +96,8 @@ class ActivationQuantizer(nn.Module):
             )
         # start_observing chose a kind of statistics that answers all that the strategy asks.
         full = cast(Statistics, statistics)
-        self.thresholds.calibrated(*initial_thresholds(full, self.grid, self.init))
+        initial = initial_thresholds(full, self.grid, self.init)
+        self.thresholds.calibrated(*initial, elements=self._elements)
 
     def exact(self, x: Tensor) -> Tensor:
         """What the float network has here: the fused activation of ``x``, or ``x``."""
@@ -92,13 +108,15 @@ class ActivationQuantizer(nn.Module):
         if self._statistics is not None:
             x = self.exact(x)
             self._statistics.update(x)
+            self._elements = x[0].numel()
             return x
         if not self.enabled:
             return self.exact(x)
         if not self._grid_clips:
             x = self.exact(x)
         scale, zero_point = self.thresholds()
-        return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax)
+        inplace = self.may_overwrite and (self._grid_clips or self.activation is None)
+        return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax, inplace=inplace)
 
     def extra_repr(self) -> str:
         """Layer, bits and kind of grid."""
@@ -119,7 +137,7 @@ class WeightQuantizer(nn.Module):
         self.grid = grid
         self.init: InitSpec = spec.weight_init
         rows = shape[0] if spec.granularity == "vector" else None
-        self.thresholds: Thresholds = make_thresholds(spec, grid, rows)
+        self.thresholds = Thresholds(spec, grid, rows)
         self._broadcast = (-1, *[1] * (len(shape) - 1)) if rows else ()
         self.enabled = True
 
@@ -127,9 +145,8 @@ class WeightQuantizer(nn.Module):
     def calibrate(self, weight: Tensor) -> None:
         """Set the thresholds from the weight itself."""
         rows = weight.flatten(1) if self._broadcast else weight.reshape(1, -1)
-        self.thresholds.calibrated(
-            *initial_thresholds(SampleStatistics(rows), self.grid, self.init)
-        )
+        initial = initial_thresholds(SampleStatistics(rows), self.grid, self.init)
+        self.thresholds.calibrated(*initial, elements=rows.shape[1])
 
     @torch.no_grad()
     def widen(self, minimum: Tensor) -> int:
@@ -148,10 +165,9 @@ class WeightQuantizer(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """Fake-quantize the weight."""
-        if not self.enabled:
-            return weight
-        scale, zero_point = (t.reshape(self._broadcast) for t in self.thresholds())
-        return fake_quantize(weight, scale, zero_point, self.grid.qmin, self.grid.qmax)
+        return (
+            fake_quantize_weight(weight, self.scale(), self.grid.qmax) if self.enabled else weight
+        )
 
     def extra_repr(self) -> str:
         """Bits and number of thresholds."""
@@ -187,9 +203,13 @@ class QuantLayer(nn.Module):
             self.register_buffer("bias", own_bias)
         self.weight_quantizer = WeightQuantizer(spec, grid, weight.shape)
         self._smallest_factor = spec.alpha_range[0]
-        self.pointwise_range = spec.pointwise_range
-        pointwise = torch.ones_like(self.weight) if spec.weights == "pointwise" else None
-        self.pointwise = None if pointwise is None else nn.Parameter(pointwise)
+        self.adjust = {"pointwise": Adjust.MULTIPLY, "rounding": Adjust.MOVE}.get(
+            spec.weights, Adjust.NOTHING
+        )
+        self._bounds = spec.pointwise_range if spec.weights == "pointwise" else spec.rounding_range
+        self.factor: nn.Parameter | None = None
+        if self.adjust is not Adjust.NOTHING:
+            self.factor = nn.Parameter(torch.full_like(self.weight, self._neutral))
         # Not a submodule: the input's quantizer belongs to the layer before and is only read here.
         self._input: list[ActivationQuantizer] = []
 
@@ -210,8 +230,8 @@ class QuantLayer(nn.Module):
         with room for the factors' range; its weights stay below half a step of any use.
         """
         self.weight_quantizer.calibrate(self.weight)
-        if self.pointwise is not None:
-            self.pointwise.data.fill_(1.0)
+        if self.factor is not None:
+            self.factor.data.fill_(self._neutral)
         if self.bias is None:
             return 0
         input_scale = self.input_quantizer.thresholds()[0]
@@ -219,32 +239,51 @@ class QuantLayer(nn.Module):
         smallest_step = self.bias.detach().abs() / (room * input_scale)
         return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
 
-    def scaled_weight(self) -> Tensor:
-        """The weight with its pointwise factors, W · clip(p, lo, hi), before rounding.
+    @property
+    def _neutral(self) -> float:
+        """The factor that leaves a weight as it is."""
+        return 1.0 if self.adjust is Adjust.MULTIPLY else 0.0
 
-        Source: arXiv 1812.07872, section 3.4.
+    def adjusted_weight(self) -> Tensor:
+        """The weight with its factors before rounding: W · clip(f), or W + clip(f)·d.
+
+        Source: arXiv 1812.07872, section 3.4, for the first.
         """
-        if self.pointwise is None:
+        if self.factor is None:
             return self.weight
-        return self.weight * clip_inclusive(self.pointwise, *self.pointwise_range)
+        factor = clip_inclusive(self.factor, *self._bounds)
+        if self.adjust is Adjust.MULTIPLY:
+            return self.weight * factor
+        scale = self.weight_quantizer.scale().detach()
+        return self.weight + factor * (
+            scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
+        )
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp the pointwise factors into their range."""
-        if self.pointwise is not None:
-            self.pointwise.clamp_(*self.pointwise_range)
+        """Clamp the weights' factors into their range."""
+        if self.factor is not None:
+            self.factor.clamp_(*self._bounds)
 
     def quantized(self) -> tuple[Tensor, Tensor | None]:
         """Weight on its grid and bias on the int32 grid s_w·s_x."""
-        weight = self.weight_quantizer(self.scaled_weight())
-        if self.bias is None or not (
-            self.weight_quantizer.enabled and self.input_quantizer.enabled
-        ):
+        if not self.weight_quantizer.enabled:
+            return self.adjusted_weight(), self.bias
+        scale = self.weight_quantizer.scale()
+        weight = fake_quantize_weight(
+            self.weight,
+            scale,
+            self.weight_quantizer.grid.qmax,
+            self.factor,
+            self.adjust,
+            self._bounds,
+        )
+        if self.bias is None or not self.input_quantizer.enabled:
             return weight, self.bias
-        # In float64: two tiny steps multiplied in float32 would underflow to 0.
-        steps = self.weight_quantizer.scale(), self.input_quantizer.thresholds()[0]
-        scale = steps[0].detach().double() * steps[1].detach().double()
-        return weight, fake_quantize_bias(self.bias, scale)
+        with torch.no_grad():
+            # In float64: two tiny steps multiplied in float32 would underflow to 0.
+            step = scale.double() * self.input_quantizer.thresholds()[0].double()
+        return weight, fake_quantize_bias(self.bias, step)
 
     def extra_repr(self) -> str:
         """Layer and shape."""

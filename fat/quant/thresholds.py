@@ -1,7 +1,15 @@
 """Thresholds of a tensor and what may be trained of them: calibrated range → step and zero point.
 
 A parametrization is a module whose parameters exist from ``__init__`` and whose ``forward`` gives
-(scale, zero_point). ``frozen`` trains nothing; ``fat`` trains a factor per threshold.
+(scale, zero_point). All train a factor f on the calibrated range R = T_r − T_l, starting at 1:
+
+* ``fat``: f = clip(α, lo, hi) (arXiv 1812.07872, eqs. 13 and 17);
+* ``lsq``: f = s, the step in units of its calibrated value, any s > 0, with the gradient scaled by
+  1/√(N·q) for N elements on a grid of q positive levels (arXiv 1902.08153, section 3.1);
+* ``tqt``: f = 2^l, l the logarithm of the threshold against its calibrated value (arXiv 1903.08066).
+
+Asymmetric grids train the lower threshold too, T_l,adj = T_l + shift·R. Measured from the calibrated
+values, one learning rate suits all tensors, whatever their size; ``frozen`` trains nothing.
 """
 
 from __future__ import annotations
@@ -10,45 +18,149 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fat.quant.functional import clip_inclusive, round_ste
 from fat.spec import Grid, QuantSpec
 
-__all__ = ["FatAsymmetric", "FatSymmetric", "FrozenThresholds", "Thresholds", "make_thresholds"]
+__all__ = ["Thresholds", "power_of_two_ste"]
+
+SMALLEST_FACTOR = 2.0**-10
+"""No trained factor makes a range smaller than this share of the calibrated one."""
+LARGEST_FACTOR = 2.0**10
+
+
+class _PowerOfTwo(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, step: Tensor) -> Tensor:
+        mantissa, exponent = torch.frexp(step)  # step = mantissa · 2^exponent, mantissa in [½, 1)
+        exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
+        result = torch.ldexp(torch.ones_like(step), exponent)
+        ctx.save_for_backward(result / step)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (ratio,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad * ratio
+
+
+def power_of_two_ste(step: Tensor) -> Tensor:
+    """2^⌈log2 step⌉, exactly; the gradient passes ⌈·⌉ straight through: ∂/∂step = result/step.
+
+    Source: Jain et al. 2019 (arXiv 1903.08066), eqs. 5 and 7.
+
+    Examples:
+        >>> power_of_two_ste(torch.tensor([0.25, 0.26, 3.0])).tolist()
+        [0.25, 0.5, 4.0]
+    """
+    result: Tensor = _PowerOfTwo.apply(step)
+    return result
+
+
+class _ScaleGradient(Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, share: float) -> Tensor:
+        ctx.share = share  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.share, None  # type: ignore[attr-defined]
 
 
 class Thresholds(nn.Module):
-    """The calibrated range of a tensor, [rows] thresholds of it, on a grid.
+    """The calibrated range of a tensor on a grid, with the factors that training moves it by.
 
     Args:
+        spec: Parametrization (``spec.thresholds``), its ranges, and whether steps are powers of two.
         grid: The integers of the tensor.
         rows: One threshold per row (output filter); ``None`` is one for the tensor, 0-dim.
 
     Attributes:
         low: Calibrated lower threshold T_l ≤ 0.
         high: Calibrated upper threshold T_r ≥ 0, the T_max of symmetric grids.
-        limit: The upper threshold never passes this, whatever is trained: 6 after ReLU6.
+        limit: The upper threshold never passes this, whatever is trained: 6 after ReLU6. Steps that
+            are powers of two may pass it.
+        elements: LSQ's N, the elements that share a threshold: of one filter, or of one image.
+        alpha: The trained parameter, shape of ``high``: α, s or l (see the module's text); ``None``
+            when frozen.
+        shift: The trained shift of T_l in units of R, on asymmetric grids.
     """
 
     low: Tensor
     high: Tensor
+    elements: Tensor
 
-    def __init__(self, grid: Grid, rows: int | None) -> None:
+    def __init__(self, spec: QuantSpec, grid: Grid, rows: int | None) -> None:
         super().__init__()
         self.grid = grid
+        self.kind = spec.thresholds
+        self.power_of_two = spec.power_of_two
+        self.alpha_range, self.shift_range = spec.alpha_range, spec.shift_range
+        if self.kind != "fat":
+            self.alpha_range = (SMALLEST_FACTOR, LARGEST_FACTOR)
+            self.shift_range = (-LARGEST_FACTOR, LARGEST_FACTOR)
+        if self.kind == "tqt":
+            self.alpha_range = (math.log2(SMALLEST_FACTOR), math.log2(LARGEST_FACTOR))
         self.limit = math.inf
         shape = () if rows is None else (rows,)
         self.register_buffer("low", torch.zeros(shape))
         self.register_buffer("high", torch.ones(shape))
+        self.alpha: nn.Parameter | None = None
+        self.shift: nn.Parameter | None = None
+        if self.kind != "frozen":
+            self.alpha = nn.Parameter(torch.full(shape, self._start))
+            if grid.kind == "asymmetric":
+                self.shift = nn.Parameter(torch.zeros(shape))
+        if self.kind == "lsq":
+            self.register_buffer("elements", torch.tensor(1.0))
 
-    def calibrated(self, low: Tensor, high: Tensor) -> None:
+    @property
+    def _start(self) -> float:
+        return 0.0 if self.kind == "tqt" else 1.0
+
+    def calibrated(self, low: Tensor, high: Tensor, elements: int | None = None) -> None:
         """Take over thresholds from calibration and put every trained factor back to its start."""
         self.low.copy_(low.reshape(self.low.shape))
         self.high.copy_(high.reshape(self.high.shape).clamp(max=self.limit))
+        if self.alpha is not None:
+            self.alpha.data.fill_(self._start)
+        if self.shift is not None:
+            self.shift.data.zero_()
+        if self.kind == "lsq" and elements is not None:
+            self.elements.fill_(elements)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """The adjusted thresholds (T_l, T_r), differentiable in what is trained."""
-        return self.low, self.high
+        """The adjusted thresholds (T_l, T_r), differentiable in what is trained.
+
+        On asymmetric grids they contain 0 as long as :meth:`project` is called after each step.
+        """
+        if self.alpha is None:
+            return self.low, self.high
+        factor = self._factor(self.alpha)
+        if self.grid.kind != "asymmetric":
+            return self.low * factor, self.high * factor
+        extent = self.high - self.low
+        low = self.low
+        if self.shift is not None:
+            low = low + self._scaled(clip_inclusive(self.shift, *self.shift_range)) * extent
+        return low, low + factor * extent
+
+    def _factor(self, alpha: Tensor) -> Tensor:
+        clipped = clip_inclusive(alpha, *self.alpha_range)
+        return torch.exp2(clipped) if self.kind == "tqt" else self._scaled(clipped)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """``x`` with LSQ's scaled gradient."""
+        if self.kind != "lsq":
+            return x
+        scaled: Tensor = _ScaleGradient.apply(
+            x, 1.0 / math.sqrt(float(self.elements) * self.grid.qmax)
+        )
+        return scaled
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return (scale, zero_point), float32 of the thresholds' shape.
@@ -57,19 +169,52 @@ class Thresholds(nn.Module):
         grid, so that 0.0 is always represented exactly. A tensor that is all zero gets d = 1.
         """
         low, high = self.range()
-        if self.grid.kind != "asymmetric":
-            return _step(high, self.grid.qmax), torch.zeros_like(self.high)
-        scale = _step(high - low, self.grid.qmax)
+        symmetric = self.grid.kind != "asymmetric"
+        scale = _step(high if symmetric else high - low, self.grid.qmax)
+        if self.power_of_two:
+            scale = power_of_two_ste(scale)
+        if symmetric:
+            return scale, torch.zeros_like(self.high)
         zero_point = clip_inclusive(round_ste(-low / scale), self.grid.qmin, self.grid.qmax)
         return scale, zero_point
 
     @torch.no_grad()
     def project(self) -> None:
-        """Put parameters that an optimizer's step moved out of their range back to its edge."""
+        """Bring what an optimizer's step moved out of its range back to the edge.
+
+        Outside, the clip passes no gradient, and the factor would never return. Asymmetric ranges
+        are kept such that T_l ≤ 0 ≤ T_r: past that the zero point sits at an end of the grid and
+        passes no gradient to the shift.
+        """
+        if self.alpha is None:
+            return
+        self.alpha.clamp_(*self.alpha_range)
+        if self.grid.kind != "asymmetric":
+            if math.isfinite(self.limit):
+                self.alpha.copy_(torch.minimum(self.alpha, self._inverse(self.limit / self.high)))
+            return
+        assert self.shift is not None
+        extent = self.high - self.low
+        # Where 0 lies in the calibrated range, in units of R: between 0 and 1.
+        zero = torch.where(extent > 0.0, -self.low / extent, 0.0)
+        largest = self._factor(torch.full_like(self.alpha, self.alpha_range[1]))
+        self.shift.clamp_(*self.shift_range)
+        self.shift.clamp_((zero - largest).clamp(max=0.0), zero)
+        needed = torch.minimum(zero - self.shift, largest).clamp(min=SMALLEST_FACTOR)
+        self.alpha.copy_(torch.maximum(self.alpha, self._inverse(needed)))
+
+    def _inverse(self, factor: Tensor) -> Tensor:
+        """The parameter that gives a factor."""
+        return torch.log2(factor) if self.kind == "tqt" else factor
 
     def factors(self) -> dict[str, Tensor]:
-        """The trained factors by name, as they act (clipped)."""
-        return {}
+        """What is trained, by name: ``alpha``, the factor as it acts, and ``shift``."""
+        found = {}
+        if self.alpha is not None:
+            found["alpha"] = self._factor(self.alpha.detach())
+        if self.shift is not None:
+            found["shift"] = self.shift.detach().clamp(*self.shift_range)
+        return found
 
 
 def _step(extent: Tensor, steps: int) -> Tensor:
@@ -77,113 +222,3 @@ def _step(extent: Tensor, steps: int) -> Tensor:
     # filters with small weights. All-zero tensors have no extent; any step represents them.
     step = extent / steps
     return torch.where(step >= torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
-
-
-class FrozenThresholds(Thresholds):
-    """Plain post-training quantization: what calibration found is what is used."""
-
-
-class FatSymmetric(Thresholds):
-    """T_adj = clip(α, lo, hi) · T_max with α trained, starting at 1 (arXiv 1812.07872, eq. 13).
-
-    Args:
-        grid: A ``signed`` or ``unsigned`` grid.
-        rows: See :class:`Thresholds`.
-        alpha_range: (lo, hi).
-    """
-
-    def __init__(self, grid: Grid, rows: int | None, alpha_range: tuple[float, float]) -> None:
-        super().__init__(grid, rows)
-        self.alpha_range = alpha_range
-        self.alpha = nn.Parameter(torch.ones_like(self.high))
-
-    def calibrated(self, low: Tensor, high: Tensor) -> None:
-        """Take over thresholds from calibration; α returns to 1."""
-        super().calibrated(low, high)
-        self.alpha.data.fill_(1.0)
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """(T_l, T_r) · clip(α, lo, hi)."""
-        alpha = clip_inclusive(self.alpha, *self.alpha_range)
-        return self.low * alpha, self.high * alpha
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Clamp α into its range: outside, the clip passes no gradient and α would never return."""
-        self.alpha.clamp_(*self.alpha_range)
-        if math.isfinite(self.limit):
-            self.alpha.copy_(torch.minimum(self.alpha, self.limit / self.high))
-
-    def factors(self) -> dict[str, Tensor]:
-        """α, clipped."""
-        return {"alpha": self.alpha.detach().clamp(*self.alpha_range)}
-
-
-class FatAsymmetric(Thresholds):
-    """R_adj = clip(α_R, lo, hi)·R and T_l,adj = T_l + clip(α_T, lo_T, hi_T)·R, both trained.
-
-    R = T_r − T_l. α_R starts at 1, α_T at 0 (arXiv 1812.07872, eqs. 17 and 18).
-
-    Args:
-        grid: An ``asymmetric`` grid.
-        rows: See :class:`Thresholds`.
-        alpha_range: Where α_R may move.
-        shift_range: Where α_T may move.
-    """
-
-    def __init__(
-        self,
-        grid: Grid,
-        rows: int | None,
-        alpha_range: tuple[float, float],
-        shift_range: tuple[float, float],
-    ) -> None:
-        super().__init__(grid, rows)
-        self.alpha_range = alpha_range
-        self.shift_range = shift_range
-        self.alpha = nn.Parameter(torch.ones_like(self.high))
-        self.shift = nn.Parameter(torch.zeros_like(self.high))
-
-    def calibrated(self, low: Tensor, high: Tensor) -> None:
-        """Take over thresholds from calibration; α_R returns to 1 and α_T to 0."""
-        super().calibrated(low, high)
-        self.alpha.data.fill_(1.0)
-        self.shift.data.zero_()
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """(T_l,adj, T_l,adj + R_adj), which contains 0 as long as :meth:`project` is called."""
-        extent = self.high - self.low
-        low = self.low + clip_inclusive(self.shift, *self.shift_range) * extent
-        return low, low + clip_inclusive(self.alpha, *self.alpha_range) * extent
-
-    @torch.no_grad()
-    def project(self) -> None:
-        """Clamp both factors into their ranges, and further so that T_l,adj ≤ 0 ≤ T_r,adj.
-
-        Past that the zero point sits at an end of the grid and passes no gradient to the shift,
-        which would never return.
-        """
-        extent = self.high - self.low
-        # Where 0 lies in the calibrated range, in units of R: between 0 and 1.
-        zero = torch.where(extent > 0.0, -self.low / extent, 0.0)
-        low, high = self.alpha_range
-        self.shift.clamp_(*self.shift_range)
-        self.shift.clamp_((zero - high).clamp(max=0.0), zero)
-        self.alpha.clamp_(low, high)
-        self.alpha.copy_(torch.maximum(self.alpha, (zero - self.shift).clamp(max=high)))
-
-    def factors(self) -> dict[str, Tensor]:
-        """α_R and α_T, clipped."""
-        return {
-            "alpha": self.alpha.detach().clamp(*self.alpha_range),
-            "shift": self.shift.detach().clamp(*self.shift_range),
-        }
-
-
-def make_thresholds(spec: QuantSpec, grid: Grid, rows: int | None) -> Thresholds:
-    """Build the parametrization that ``spec.thresholds`` names for a tensor on ``grid``."""
-    if spec.thresholds == "frozen":
-        return FrozenThresholds(grid, rows)
-    if grid.kind == "asymmetric":
-        return FatAsymmetric(grid, rows, spec.alpha_range, spec.shift_range)
-    return FatSymmetric(grid, rows, spec.alpha_range)

@@ -1,0 +1,147 @@
+/* Fake quantization on CPUs, one pass over memory where torch's operations need four and more.
+ *
+ * Same arithmetic as fat/quant/functional.py, bit for bit: true division, rounding half to even, no
+ * fused multiply-add (build with -ffp-contract=off). Sums are taken in blocks of fixed size and
+ * added in order, so that results do not depend on the number of threads.
+ */
+#include <math.h>
+#include <stdint.h>
+
+#define BLOCK 4096
+/* A rounding error of half a step is kept as +-126; +-127 marks values outside the grid. */
+#define FINE 252.0f
+#define OUTSIDE 127
+
+static inline float clip(float x, float low, float high)
+{
+    x = x < low ? low : x;
+    return x > high ? high : x;
+}
+
+/* y = d * clip(round(x / d), low, high). y may be x. */
+void fat_forward(const float *x, float *y, int64_t n, float d, float low, float high, int threads)
+{
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 8)
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+#pragma omp simd
+        for (int64_t i = b * BLOCK; i < end; i++)
+            y[i] = clip(rintf(x[i] / d), low, high) * d;
+    }
+}
+
+/* The same, and in one byte per element what the backward pass needs: the rounding error. */
+void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, float d, float low,
+                      float high, int threads)
+{
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 8)
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+#pragma omp simd
+        for (int64_t i = b * BLOCK; i < end; i++) {
+            float v = x[i] / d, r = rintf(v);
+            float error = (r - v) * FINE;
+            error = r < low ? -(float)OUTSIDE : error;
+            error = r > high ? (float)OUTSIDE : error;
+            code[i] = (int8_t)(int32_t)rintf(error);
+            y[i] = clip(r, low, high) * d;
+        }
+    }
+}
+
+/* grad_x, and per block of BLOCK elements sums[2b] = part of d out/d scale . grad and
+ * sums[2b+1] = the gradient that fell outside the grid. */
+void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, double *sums,
+                       int64_t n, float low, float high, int threads)
+{
+    int64_t blocks = (n + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 8)
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t end = (b + 1) * BLOCK < n ? (b + 1) * BLOCK : n;
+        float scale = 0.0f, outside = 0.0f;
+#pragma omp simd reduction(+ : scale, outside)
+        for (int64_t i = b * BLOCK; i < end; i++) {
+            int c = code[i];
+            float g = grad[i];
+            float inside = (c < OUTSIDE && c > -OUTSIDE) ? g : 0.0f;
+            float slope = c >= OUTSIDE ? high : (c <= -OUTSIDE ? low : (float)c / FINE);
+            grad_x[i] = inside;
+            scale += g * slope;
+            outside += g - inside;
+        }
+        sums[2 * b] = scale;
+        sums[2 * b + 1] = outside;
+    }
+}
+
+/* Weights: rows of k values on a grid -q..q, one step per row. `adjust` says what `f` does:
+ * 0 nothing, 1 multiplies (w * clip(f)), 2 moves by steps (w + clip(f) * d). */
+static inline float adjusted(float w, float f, float d, int adjust, float low, float high)
+{
+    if (adjust == 1)
+        return w * clip(f, low, high);
+    if (adjust == 2)
+        return w + clip(f, low, high) * d;
+    return w;
+}
+
+#define FORWARD_ROWS(ADJUST)                                                                       \
+    for (int64_t r = 0; r < rows; r++) {                                                           \
+        float d = scale[r];                                                                        \
+        const float *wr = w + r * k, *fr = f + (ADJUST ? r * k : 0);                               \
+        float *yr = y + r * k;                                                                     \
+        _Pragma("omp simd") for (int64_t i = 0; i < k; i++)                                        \
+            yr[i] = clip(rintf(adjusted(wr[i], fr[ADJUST ? i : 0], d, ADJUST, low, high) / d),     \
+                         -q, q) * d;                                                               \
+    }
+
+void fat_forward_rows(const float *w, const float *f, float *y, const float *scale, int64_t rows,
+                      int64_t k, float q, int adjust, float low, float high)
+{
+    if (adjust == 1)
+        FORWARD_ROWS(1)
+    else if (adjust == 2)
+        FORWARD_ROWS(2)
+    else
+        FORWARD_ROWS(0)
+}
+
+#define BACKWARD_ROWS(ADJUST)                                                                      \
+    for (int64_t r = 0; r < rows; r++) {                                                           \
+        float d = scale[r];                                                                        \
+        const float *wr = w + r * k, *gr = grad + r * k, *fr = f + (ADJUST ? r * k : 0);           \
+        float *or = grad_f + (ADJUST ? r * k : 0);                                                 \
+        double total = 0.0;                                                                        \
+        for (int64_t start = 0; start < k; start += BLOCK) {                                       \
+            int64_t end = start + BLOCK < k ? start + BLOCK : k;                                   \
+            float sum = 0.0f;                                                                      \
+            _Pragma("omp simd reduction(+ : sum)") for (int64_t i = start; i < end; i++)           \
+            {                                                                                      \
+                float fi = fr[ADJUST ? i : 0];                                                     \
+                float v = adjusted(wr[i], fi, d, ADJUST, low, high) / d, n = rintf(v);             \
+                float inside = (n >= -q && n <= q) ? gr[i] : 0.0f;                                 \
+                float slope = (n >= -q && n <= q) ? n - v : clip(n, -q, q);                        \
+                sum += gr[i] * slope;                                                              \
+                if (ADJUST) {                                                                      \
+                    float unit = ADJUST == 1 ? wr[i] : d;                                          \
+                    or[i] = (fi >= low && fi <= high) ? inside * unit : 0.0f;                      \
+                }                                                                                  \
+            }                                                                                      \
+            total += sum;                                                                          \
+        }                                                                                          \
+        grad_scale[r] = (float)total;                                                              \
+    }
+
+void fat_backward_rows(const float *w, const float *f, const float *grad, float *grad_f,
+                       float *grad_scale, const float *scale, int64_t rows, int64_t k, float q,
+                       int adjust, float low, float high)
+{
+    if (adjust == 1)
+        BACKWARD_ROWS(1)
+    else if (adjust == 2)
+        BACKWARD_ROWS(2)
+    else
+        BACKWARD_ROWS(0)
+}
