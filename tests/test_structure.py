@@ -20,7 +20,7 @@ ORDER = [
     "graph/trace", "graph/fold", "graph/equalize", "graph/insert",
     "graph/features",
     "losses", "schedule", "metrics",
-    "student", "pipeline", "calibrate", "correct", "analysis", "evaluate", "checkpoint",
+    "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate", "checkpoint",
     "data/*",
     "module", "callbacks", "fit", "loggers",
     "report/*",
