@@ -118,6 +118,9 @@ class OptimConfig:
     bias_lr: float = 1e-4
     bias_correction: bool = True
     loss: str = "rmse"
+    temperature: float = 1.0
+    feature_weight: float = 0.0
+    label_weight: float = 0.0
     schedule: str = "cosine"
     period: int | None = None
     reset_optimizer: bool = True

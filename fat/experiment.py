@@ -29,6 +29,7 @@ from fat.fit import FitResult, fit
 from fat.loggers import make_logger, sync_command
 from fat.memory import keep_freed_memory
 from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
+from fat.module import NO_LABELS
 from fat.pipeline import prepare
 from fat.report.run import advice, format_figures, versions, write_metrics, write_thresholds
 from fat.spec import QuantSpec
@@ -74,6 +75,8 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         source = load_float_network(**asdict(config.model), seed=config.seed)
         data = make_data(config.data, source.preprocessing, source.num_classes, config.seed)
         data.setup()
+        if recipe.label_weight and recipe.epochs and not data.train.source.labelled:
+            raise FatError(NO_LABELS)  # known now, rather than after the first epoch
 
     with clock("prepare"):
         examples = data.calibration_dataloader() if spec.equalize.method != "none" else None

@@ -102,7 +102,7 @@ def fit(
     Args:
         student: Calibrated student.
         images: Training batches, labelled or not; a list, a DataLoader or anything that can be
-            iterated once per epoch. Labels are not used.
+            iterated once per epoch. Labels are used with ``label_weight`` above 0 only.
         validation: Batches to choose the best student by. Without them every tenth training batch
             is set aside (the training batches themselves when there is but one).
         spec: The recipe.

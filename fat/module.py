@@ -10,40 +10,76 @@ from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
 from fat.batches import AnyBatch, split
+from fat.blocks import Blocks
 from fat.errors import FatError
-from fat.losses import LOSSES
+from fat.losses import label_loss, make_loss, relative_error
 from fat.metrics import Comparison
 from fat.schedule import learning_rate, starts_cycle
 from fat.spec import TrainSpec
 from fat.student import Student
 
-__all__ = ["DistillModule"]
+__all__ = ["NO_LABELS", "DistillModule"]
+
+NO_LABELS = (
+    "optim.label_weight is above 0, but no training image has a label. Type optim.label_weight=0, "
+    "or give labelled images: data=folder data.root=DIR with a subfolder per class, or batches of "
+    "(images, labels)."
+)
 
 
 class DistillModule(pl.LightningModule):
-    """Distillation from the float teacher, without labels; only the student's factors are trained.
+    """Distillation from the float teacher; only the student's factors are trained.
+
+    Made small is the loss between the logits, plus ``feature_weight`` times the relative error of
+    the blocks' outputs, plus ``label_weight`` times the cross-entropy with labels. Each is logged
+    apart and unweighted, as ``train/loss``, ``train/features`` and ``train/labels``. Validation
+    looks at the loss between the logits alone, so the terms guide the training and do not change
+    what is called best.
 
     Args:
         student: Calibrated student; trained in place.
         spec: Loss, optimizer and schedule.
+
+    Raises:
+        FatError: If the blocks' outputs are asked for and the network has none. While training, if
+            labels are asked for and a whole epoch had none.
     """
 
     def __init__(self, student: Student, spec: TrainSpec) -> None:
         super().__init__()
         self.student = student
         self.spec = spec
-        self.loss = LOSSES[spec.loss]
+        self.loss = make_loss(spec.loss, spec.temperature)
         self.comparison = Comparison()
         self._validation_loss: list[tuple[int, Tensor]] = []
+        self._blocks = Blocks(student) if spec.feature_weight else None
+        self._labelled = 0
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
-        """Loss of one batch."""
-        images = split(batch)[0]
-        with torch.no_grad():
-            teacher = self.student.float_logits(images)
-        loss: Tensor = self.loss(teacher, self.student(images))
+        """Loss of one batch, with the terms that are asked for."""
+        images, labels = split(batch)
+        terms: dict[str, Tensor] = {}
+        if self._blocks is None:
+            teacher, student = self.student.float_logits(images), self.student(images)
+        else:
+            teacher, student, wanted, given = self._blocks(images)
+            terms["features"] = relative_error(wanted, given)
+        loss = total = self.loss(teacher, student)
+        if self._blocks is not None:
+            total = total + self.spec.feature_weight * terms["features"]
+        if self.spec.label_weight:
+            terms["labels"] = label_loss(student, labels)
+            self._labelled += int((labels >= 0).sum())
+            total = total + self.spec.label_weight * terms["labels"]
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
-        return loss
+        for name, term in terms.items():
+            self.log(f"train/{name}", term.detach(), batch_size=len(images))
+        return total
+
+    def on_train_epoch_end(self) -> None:
+        """Stop where labels were asked for and none came."""
+        if self.spec.label_weight and not self._labelled:
+            raise FatError(NO_LABELS)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation."""
@@ -53,6 +89,8 @@ class DistillModule(pl.LightningModule):
     def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
         """Compare student and teacher on one batch."""
         images, labels = split(batch)
+        if self._blocks is not None:
+            self._blocks.look(images)  # the first time before any bias is corrected
         teacher, student = self.student.float_logits(images), self.student(images)
         self._validation_loss.append((len(images), self.loss(teacher, student)))
         self.comparison.update(student, teacher, labels)

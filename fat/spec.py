@@ -17,7 +17,7 @@ Weights = Literal["frozen", "pointwise", "rounding"]
 Bias = Literal["trained", "frozen"]
 GridKind = Literal["signed", "unsigned", "asymmetric"]
 InitName = Literal["minmax", "percentile"]
-LossName = Literal["rmse", "authors_code"]
+LossName = Literal["rmse", "authors_code", "mse", "kl", "cosine"]
 ScheduleName = Literal["cosine", "authors_code", "constant"]
 
 BITS = range(2, 9)
@@ -246,7 +246,13 @@ class TrainSpec:
         bias_lr: The same for biases, in units of the layer's output, where they are trained.
         bias_correction: Whether to start from biases corrected in closed form
             (:func:`fat.correct.correct_biases`), if that is better on the validation images.
-        loss: ``rmse`` (the paper's) or ``authors_code``, see :mod:`fat.losses`.
+        loss: ``rmse`` (the paper's), ``authors_code``, ``mse``, ``kl`` or ``cosine``, see
+            :mod:`fat.losses`.
+        temperature: What ``kl`` divides the logits by; the other losses have none.
+        feature_weight: Weight of the mean relative squared error of the blocks' outputs
+            (:func:`fat.losses.relative_error`), added to the loss; 0 leaves it out.
+        label_weight: Weight of the cross-entropy with the labels of the training images
+            (:func:`fat.losses.label_loss`), added to the loss; 0 uses no labels.
         schedule: ``cosine`` (the paper's annealing), ``authors_code`` or ``constant``, see
             :mod:`fat.schedule`.
         period: Steps per cycle of the schedule; ``None`` makes the whole training one cycle.
@@ -266,6 +272,9 @@ class TrainSpec:
     bias_lr: float = 1e-4
     bias_correction: bool = True
     loss: LossName = "rmse"
+    temperature: float = 1.0
+    feature_weight: float = 0.0
+    label_weight: float = 0.0
     schedule: ScheduleName = "cosine"
     period: int | None = None
     reset_optimizer: bool = True
@@ -282,7 +291,15 @@ class TrainSpec:
                 raise FatError(
                     f"optim.{name} is {value}; it must be a whole number, at least {least}."
                 )
-        for name in ("lr", "pointwise_lr", "rounding_lr", "bias_lr", "gradient_clip"):
+        rates = ("lr", "pointwise_lr", "rounding_lr", "bias_lr")
+        for name in (*rates, "gradient_clip", "temperature"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise FatError(f"optim.{name} is {value}; it must be above 0.")
+        for name in ("feature_weight", "label_weight"):
+            value = getattr(self, name)
+            if not 0.0 <= value < float("inf"):
+                raise FatError(
+                    f"optim.{name} is {value}; it must be a number from 0 (off), as in "
+                    f"optim.{name}=1.0."
+                )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,8 @@ from fat.quant.thresholds import Thresholds
 from fat.spec import QuantSpec
 
 __all__ = ["PrepareReport", "Student", "freeze"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class Student(nn.Module):
                 layer.bias.copy_(state[f"{layer.layer}.bias"])
 
 
-def freeze(network: nn.Module) -> nn.Module:
+def freeze(network: M) -> M:
     """Turn every parameter and buffer into a buffer that ``state_dict`` leaves out, in place."""
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):

@@ -456,7 +456,7 @@ def test_nothing_to_train_is_refused(
 
 def test_an_unknown_option_is_refused(tiny: nn.Module, images: Tensor) -> None:
     with pytest.raises(FatError, match="loss"):
-        fat.fit(prepared(tiny, images), images, loss="mse", **QUIET)
+        fat.fit(prepared(tiny, images), images, loss="l1", **QUIET)
 
 
 # --- NaN, interruption, threads -----------------------------------------------

@@ -110,8 +110,9 @@ def test_bits_on_a_grid() -> None:
             "Unknown equalization 'depthwize'. Did you mean 'depthwise'? Allowed: none, depthwise.",
         ),
         (
-            lambda: TrainSpec(loss="mse"),  # type: ignore[arg-type]
-            "Unknown loss 'mse'. Did you mean 'rmse'? Allowed: rmse, authors_code.",
+            lambda: TrainSpec(loss="rms"),  # type: ignore[arg-type]
+            "Unknown loss 'rms'. Did you mean 'rmse' or 'mse'? "
+            "Allowed: rmse, authors_code, mse, kl, cosine.",
         ),
         (
             lambda: TrainSpec(schedule="cosin"),  # type: ignore[arg-type]
@@ -185,6 +186,11 @@ def test_alpha_must_stay_above_zero(low: float) -> None:
         ("pointwise_lr", 0.0, "optim.pointwise_lr is 0.0; it must be above 0."),
         ("gradient_clip", 0.0, "optim.gradient_clip is 0.0; it must be above 0."),
         ("lr", math.nan, "optim.lr is nan; it must be above 0."),
+        ("temperature", 0.0, "optim.temperature is 0.0; it must be above 0."),
+        ("feature_weight", -1.0, "as in optim.feature_weight=1.0."),
+        ("feature_weight", math.nan, "optim.feature_weight is nan; it must be a number from 0"),
+        ("label_weight", -0.1, "optim.label_weight is -0.1; it must be a number from 0 (off)"),
+        ("label_weight", math.inf, "optim.label_weight is inf; it must be a number from 0 (off)"),
     ],
 )
 def test_training_out_of_range(name: str, value: float, text: str) -> None:

@@ -18,8 +18,9 @@ ORDER = [
     "models",
     "graph/patterns",  # knows torch alone; the passes below ask it
     "graph/trace", "graph/fold", "graph/equalize", "graph/insert",
+    "graph/features",
     "losses", "schedule", "metrics",
-    "student", "pipeline", "calibrate", "correct", "analysis", "evaluate", "checkpoint",
+    "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate", "checkpoint",
     "data/*",
     "module", "callbacks", "fit", "loggers",
     "report/*",

@@ -182,7 +182,8 @@ def test_a_labelled_folder_gives_accuracies(tmp_path: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{index}.jpg")
     result = command(
         "train.py", *TINY, "data=folder", f"data.root={tmp_path / 'images'}", "optim.epochs=1",
-        "logger=csv", f"hydra.run.dir={tmp_path / 'run'}",
+        "optim.feature_weight=0.1", "optim.label_weight=0.1", "logger=csv",
+        f"hydra.run.dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -191,7 +192,7 @@ def test_a_labelled_folder_gives_accuracies(tmp_path: Path) -> None:
     drop = metrics["float"]["top1"] - metrics["trained"]["top1"]
     assert metrics["accuracy_drop"] == pytest.approx(drop)
     logged = (tmp_path / "run" / "csv" / "metrics.csv").read_text()
-    assert "train/loss" in logged
+    assert all(f"train/{name}" in logged for name in ("loss", "features", "labels"))
     assert "alpha/" in logged
     assert "trained.top1" in logged
 
@@ -208,6 +209,7 @@ def test_a_labelled_folder_gives_accuracies(tmp_path: Path) -> None:
         (["data=folder", "data.root=/no/such/folder"], "/no/such/folder"),
         (["model.weights=/no/such/file.pth"], "model.weights=random"),
         (["optim.epochs=many"], "optim.epochs"),
+        (["optim.label_weight=1"], "no training image has a label. Type optim.label_weight=0"),
         (["hydra.run.dir=/dev/null/x"], "/dev/null"),
     ],
 )
