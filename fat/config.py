@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fat.errors import FatError, nearest
-from fat.spec import EqualizeSpec, InitSpec, QuantSpec, TrainSpec
+from fat.spec import EqualizeSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
 
 __all__ = [
     "DataConfig",
@@ -108,6 +108,17 @@ class InitConfig:
 
 
 @dataclass
+class ReconstructConfig:
+    """conf/optim: reconstruction, see :class:`fat.ReconstructSpec`."""
+
+    steps: int = 0
+    images: int = 256
+    batch_size: int = 16
+    rate: float = 1.0
+    float_share: float = 0.5
+
+
+@dataclass
 class OptimConfig:
     """conf/optim, see :class:`fat.TrainSpec`."""
 
@@ -117,6 +128,7 @@ class OptimConfig:
     rounding_lr: float = 1e-2
     bias_lr: float = 1e-4
     bias_correction: bool = True
+    reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig)
     loss: str = "rmse"
     temperature: float = 1.0
     feature_weight: float = 0.0
@@ -191,7 +203,10 @@ class RunConfig:
 
     def train_spec(self) -> TrainSpec:
         """The frozen, checked form of ``optim``."""
-        return TrainSpec(**vars(self.optim))
+        values = vars(self.optim)
+        return TrainSpec(
+            **{**values, "reconstruction": ReconstructSpec(**vars(self.optim.reconstruction))}
+        )
 
 
 @dataclass

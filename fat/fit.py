@@ -7,8 +7,9 @@ import math
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +21,7 @@ from fat.callbacks import KeepBest, NanGuard, Progress
 from fat.correct import correct_biases
 from fat.errors import FatError
 from fat.module import DistillModule
+from fat.reconstruct import reconstruct
 from fat.spec import TrainSpec
 from fat.student import Student
 
@@ -42,6 +44,7 @@ class FitResult:
         best_step: Steps after which that student was seen; 0: training did not help.
         bias_correction: ``kept``, ``undone`` (it made things worse on the validation images), or
             ``off``.
+        reconstruction: The same for block-wise reconstruction.
         restored: How often a step that gave NaN was undone.
         interrupted: Whether the user stopped it.
     """
@@ -51,6 +54,7 @@ class FitResult:
     best_loss: float
     best_step: int
     bias_correction: str
+    reconstruction: str
     restored: int
     interrupted: bool
 
@@ -152,11 +156,12 @@ def fit(
         "enable_progress_bar": progress,
         **(trainer_options or {}),
     }
-    watchers = [keep, guard, *callbacks, *([Progress()] if options["enable_progress_bar"] else [])]
+    bar = bool(options["enable_progress_bar"])
+    watchers = [keep, guard, *callbacks, *([Progress()] if bar else [])]
     pl.seed_everything(seed, verbose=False)
     module = DistillModule(student, spec)
     trainer = pl.Trainer(callbacks=watchers, **options)
-    correction, interrupted = "off", False
+    correction, reconstruction, interrupted = "off", "off", False
     on_interrupt = signal.getsignal(signal.SIGINT)
     student.eval()
     try:
@@ -173,8 +178,18 @@ def fit(
                         "training: check them, and the float network's logits on them, for NaN and "
                         "infinity."
                     )
+                attempt = partial(
+                    _attempt, validation=validation, module=module, trainer=trainer, keep=keep
+                )
+                if spec.reconstruction.steps:
+                    reconstruction = attempt(
+                        "Block-wise reconstruction",
+                        lambda: reconstruct(
+                            student, train, validation, spec, seed=seed, progress=bar
+                        ),
+                    )
                 if spec.bias_correction:
-                    correction = _correct(student, train, validation, module, trainer, keep)
+                    correction = attempt("Bias correction", lambda: correct_biases(student, train))
             if spec.epochs:
                 trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
@@ -193,28 +208,29 @@ def fit(
         best_loss=keep.best_loss,
         best_step=keep.best_step,
         bias_correction=correction,
+        reconstruction=reconstruction,
         restored=guard.restored,
         interrupted=interrupted or trainer.interrupted,
     )
 
 
-def _correct(
-    student: Student,
-    images: Iterable[AnyBatch],
+def _attempt(
+    what: str,
+    change: Callable[[], object],
     validation: Iterable[AnyBatch],
     module: DistillModule,
     trainer: pl.Trainer,
     keep: KeepBest,
 ) -> str:
-    """Correct the biases in closed form and keep that only if the validation loss fell."""
+    """Change the student and keep that only if the validation loss fell; say which."""
     before = keep.best_loss
-    correct_biases(student, images)
+    change()
     trainer.validate(module, validation, verbose=False)
     if keep.best_loss < before:
-        logger.info("Bias correction: validation loss %.4g -> %.4g.", before, keep.best_loss)
+        logger.info("%s: validation loss %.4g -> %.4g.", what, before, keep.best_loss)
         return "kept"
     keep.restore(module)
-    logger.info("Bias correction did not lower the validation loss (%.4g) and was undone.", before)
+    logger.info("%s did not lower the validation loss (%.4g) and was undone.", what, before)
     return "undone"
 
 

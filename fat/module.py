@@ -6,7 +6,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from fat.batches import AnyBatch, split
@@ -14,6 +14,7 @@ from fat.blocks import Blocks
 from fat.errors import FatError
 from fat.losses import label_loss, make_loss, relative_error
 from fat.metrics import Comparison
+from fat.parameters import parameter_groups
 from fat.schedule import learning_rate, starts_cycle
 from fat.spec import TrainSpec
 from fat.student import Student
@@ -107,20 +108,9 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Adam over everything that is trained."""
-        layers = self.student.layers()
-        factors = [p for thresholds in self.student.thresholds() for p in thresholds.parameters()]
-        weights = [layer.factor for layer in layers if layer.factor is not None]
-        biases = [layer.bias for layer in layers if isinstance(layer.bias, nn.Parameter)]
-        spec = self.spec
-        rounding = self.student.spec.weights == "rounding"
-        weights_lr = spec.rounding_lr if rounding else spec.pointwise_lr
-        groups = [
-            {"params": parameters, "share": rate / spec.lr}
-            for parameters, rate in (
-                (factors, spec.lr), (weights, weights_lr), (biases, spec.bias_lr)
-            )
-            if parameters
-        ]  # fmt: skip
+        groups = parameter_groups(
+            [self.student], self.spec, rounding=self.student.spec.weights == "rounding"
+        )
         if not groups:
             raise FatError(
                 "Nothing to train: thresholds, weights and biases are all frozen. "

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from fat.errors import FatError, unknown_name
 
-__all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec", "TrainSpec"]
+__all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec", "ReconstructSpec", "TrainSpec"]
 
 Granularity = Literal["scalar", "vector"]
 Scheme = Literal["symmetric", "asymmetric"]
@@ -235,6 +235,40 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
+class ReconstructSpec:
+    """Block-wise reconstruction before the distillation, see :mod:`fat.reconstruct`.
+
+    Attributes:
+        steps: Optimizer steps for each block; 0 leaves reconstruction out.
+        images: So many training images are held in memory, as their activations at one block.
+        batch_size: Images per step.
+        rate: The rates of :class:`TrainSpec` are multiplied by this.
+        float_share: Share of a block's input elements that are replaced by the float ones.
+    """
+
+    steps: int = 0
+    images: int = 256
+    batch_size: int = 16
+    rate: float = 1.0
+    float_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("images", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise FatError(
+                    f"optim.reconstruction.{name} is {value}; it must be a whole number, at least "
+                    f"{least}."
+                )
+        if not self.rate > 0.0:
+            raise FatError(f"optim.reconstruction.rate is {self.rate}; it must be above 0.")
+        if not 0.0 <= self.float_share <= 1.0:
+            raise FatError(
+                f"optim.reconstruction.float_share is {self.float_share}; it must lie in 0…1."
+            )
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """How the thresholds are trained.
 
@@ -246,6 +280,7 @@ class TrainSpec:
         bias_lr: The same for biases, in units of the layer's output, where they are trained.
         bias_correction: Whether to start from biases corrected in closed form
             (:func:`fat.correct.correct_biases`), if that is better on the validation images.
+        reconstruction: Block-wise reconstruction before everything else.
         loss: ``rmse`` (the paper's), ``authors_code``, ``mse``, ``kl`` or ``cosine``, see
             :mod:`fat.losses`.
         temperature: What ``kl`` divides the logits by; the other losses have none.
@@ -271,6 +306,7 @@ class TrainSpec:
     rounding_lr: float = 1e-2
     bias_lr: float = 1e-4
     bias_correction: bool = True
+    reconstruction: ReconstructSpec = field(default_factory=ReconstructSpec)
     loss: LossName = "rmse"
     temperature: float = 1.0
     feature_weight: float = 0.0

@@ -18,7 +18,7 @@ from fat.errors import FatError
 from fat.graph.patterns import FUSED_ACTIVATIONS, is_compute, module_of, only_user, source
 from fat.quant.quantizers import ActivationQuantizer
 
-__all__ = ["block_outputs", "counterpart", "cut_points", "with_outputs"]
+__all__ = ["block_outputs", "counterpart", "cut_points", "segment", "with_outputs"]
 
 ACTIVATIONS = (
     *FUSED_ACTIVATIONS, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.GELU,
@@ -142,6 +142,44 @@ def with_outputs(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphMo
     graph.output((result, [copies[node] for node in nodes]))
     shared = fx.GraphModule(module, graph, type(module).__name__)
     return shared.train(module.training)
+
+
+def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) -> fx.GraphModule:
+    """The part of a graph from one cut point (its result is the input) to another (the output).
+
+    It shares submodules and tensors with ``module``.
+
+    Args:
+        module: Any graph with one input; unchanged.
+        start: A cut point; ``None`` is the network's input.
+        end: A later cut point; ``None`` is the network's output.
+
+    Raises:
+        FatError: If the part reads what was computed before ``start``: it was no cut point.
+    """
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    end = end or output.args[0]
+    needed: set[fx.Node] = set()
+    waiting = [end]
+    while waiting:
+        node = waiting.pop()
+        if node in needed or node is start:
+            continue
+        needed.add(node)
+        waiting += node.all_input_nodes
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    if start is not None:
+        copies[start] = graph.placeholder("x")
+    for node in module.graph.nodes:
+        if node not in needed:
+            continue
+        if node.op == "placeholder" and start is not None:
+            raise FatError(f"'{start.name}' is no cut point: what follows reads more than it.")
+        copies[node] = graph.node_copy(node, lambda source: copies[source])
+    graph.output(copies[end])
+    part = fx.GraphModule(module, graph, type(module).__name__)
+    return part.train(module.training)
 
 
 def _flow(module: fx.GraphModule) -> set[fx.Node]:

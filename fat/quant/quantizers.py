@@ -59,14 +59,10 @@ class ActivationQuantizer(nn.Module):
         self.init: InitSpec = spec.activation_init
         self.thresholds = Thresholds(spec, grid, None)
         self.activation = activation
-        bounded = isinstance(activation, nn.Hardtanh)
-        self._grid_clips = (
-            activation is not None
-            and grid.kind == "unsigned"
-            and not (bounded and spec.power_of_two)  # the next power of two may pass the bound
-        )
-        if bounded and grid.kind == "unsigned":
+        self._grid_clips = activation is not None and grid.kind == "unsigned"
+        if self._grid_clips and isinstance(activation, nn.Hardtanh):
             self.thresholds.limit = float(activation.max_val)
+            self._grid_clips = not spec.power_of_two  # the next power of two may pass the bound
         self.enabled = True
         self.may_overwrite = False
         self._statistics: RangeStatistics | None = None

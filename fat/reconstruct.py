@@ -1,0 +1,214 @@
+"""Block-wise reconstruction: train each block to give what its float self gives, one after another.
+
+A short way to a good start for the end-to-end distillation, which then has less to mend: gradients
+pass through one block and not through the whole network, and a block's output says more than logits.
+
+Source: Li et al. 2021 (BRECQ, arXiv 2102.05426); the mixed inputs are those of Wei et al. 2022
+(QDrop, arXiv 2203.05740), here at the block's input.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Adam
+from tqdm.auto import tqdm
+
+from fat.batches import Images, as_batches, split
+from fat.errors import FatError
+from fat.graph.features import block_outputs, counterpart, segment
+from fat.graph.patterns import module_of
+from fat.parameters import parameter_groups
+from fat.quant.quantizers import ActivationQuantizer, QuantLayer
+from fat.spec import TrainSpec
+from fat.student import Student
+
+__all__ = ["BlockResult", "reconstruct"]
+
+logger = logging.getLogger(__name__)
+
+CARRY = 32
+"""Images per forward pass where nothing is trained."""
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What reconstruction did to one block.
+
+    ``before`` and ``after`` are relative squared errors of the block's output on the validation
+    images; where it did not fall, ``kept`` is false and the block is as it was.
+    """
+
+    block: str
+    before: float
+    after: float
+    kept: bool
+
+
+def reconstruct(
+    student: Student,
+    images: Images,
+    validation: Images,
+    spec: TrainSpec,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[BlockResult]:
+    """Train the student's blocks one after another, in place, on ‖f − f_float‖² / ‖f_float‖².
+
+    The float side is the student as it stands with its quantizers off. The block's input in
+    training is the quantized one, of which every element is replaced by the float one with
+    probability ``spec.reconstruction.float_share``.
+
+    Args:
+        student: Calibrated student.
+        images: Training batches.
+        validation: Batches that decide, block by block, whether the result is kept.
+        spec: The rates, and ``spec.reconstruction``.
+        seed: Seeds the choice of images and of mixed elements.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        One result per block, in the order of the network.
+
+    Raises:
+        FatError: If the student is not calibrated, or no image came.
+    """
+    if not bool(student.is_calibrated):
+        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+    options = spec.reconstruction
+    floating = copy.deepcopy(student.network)
+    for module in floating.modules():
+        if isinstance(module, ActivationQuantizer):
+            module.enabled = False
+        elif isinstance(module, QuantLayer):
+            module.weight_quantizer.enabled = False
+    device = next(iter(student.buffers())).device
+    train = _collect(images, options.images).to(device)
+    held = _collect(validation, options.images).to(device)
+    exact, given = [train, held], [train, held]  # float and quantized inputs of the block at hand
+    ends = [counterpart(student.network, node) for node in block_outputs(student.teacher)]
+    ends.append(_logits(student.network))
+    generator = torch.Generator(device).manual_seed(seed)
+    bar = tqdm(
+        total=len(ends) * options.steps, desc="Reconstruct", disable=not progress, leave=False
+    )
+    results = []
+    start: fx.Node | None = None
+    for end in ends:
+        block = segment(student.network, start, end)
+        twin = segment(floating, _same(floating, start), _same(floating, end))
+        wanted = [_carry(twin, x) for x in exact]
+        modules = _parts(block)
+        before = _error(block, given[1], wanted[1])
+        saved = [copy.deepcopy(module.state_dict()) for module in modules]
+        _train(block, modules, (given[0], exact[0], wanted[0]), spec, student, generator, bar)
+        after = _error(block, given[1], wanted[1])
+        kept = after < before
+        if not kept:
+            for module, state in zip(modules, saved, strict=True):
+                module.load_state_dict(state)
+        name = getattr(module_of(student.network, end), "layer", end.name)
+        results.append(BlockResult(str(name), before, after, kept))
+        logger.debug("Block to %s: error %.4f -> %.4f, kept: %s", name, before, after, kept)
+        given, exact = [_carry(block, x) for x in given], wanted
+        start = end
+    bar.close()
+    return results
+
+
+def _train(
+    block: fx.GraphModule,
+    modules: list[nn.Module],
+    data: tuple[Tensor, Tensor, Tensor],
+    spec: TrainSpec,
+    student: Student,
+    generator: torch.Generator,
+    bar: Any,
+) -> None:
+    options = spec.reconstruction
+    groups = parameter_groups(modules, spec, rounding=student.spec.weights == "rounding")
+    if not groups:
+        bar.update(options.steps)
+        return
+    quantized, exact, wanted = data
+    optimizer = Adam(groups, lr=spec.lr)
+    power = wanted.square().mean()
+    for step in range(options.steps):
+        rate = options.rate * spec.lr * 0.5 * (1.0 + math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        device = quantized.device
+        chosen = torch.randint(
+            len(quantized), (options.batch_size,), generator=generator, device=device
+        )
+        x = _dense(quantized[chosen])
+        if options.float_share > 0.0:
+            mask = torch.rand(x.shape, generator=generator, device=device) < options.float_share
+            x = torch.where(mask, exact[chosen], x)
+        optimizer.zero_grad()
+        loss = (block(_dense(x)) - wanted[chosen]).square().mean() / power
+        loss.backward()
+        optimizer.step()
+        for module in modules:
+            if isinstance(module, QuantLayer):
+                module.weight_quantizer.thresholds.project()
+                module.project()
+            elif isinstance(module, ActivationQuantizer):
+                module.thresholds.project()
+        bar.update()
+
+
+def _parts(block: fx.GraphModule) -> list[nn.Module]:
+    """The quantized layers and activation quantizers of a block."""
+    found = (module_of(block, node) for node in block.graph.nodes)
+    return [module for module in found if isinstance(module, (QuantLayer, ActivationQuantizer))]
+
+
+def _collect(images: Images, count: int) -> Tensor:
+    batches: list[Tensor] = []
+    total = 0
+    for batch in as_batches(images):
+        batches.append(split(batch)[0][: count - total])
+        total += len(batches[-1])
+        if total >= count:
+            break
+    if not total:
+        raise FatError("No images came to reconstruct blocks on; give at least one batch.")
+    return torch.cat(batches)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+@torch.no_grad()
+def _carry(block: fx.GraphModule, x: Tensor) -> Tensor:
+    return torch.cat([block(_dense(part)) for part in torch.split(x, CARRY)])
+
+
+def _error(block: fx.GraphModule, x: Tensor, wanted: Tensor) -> float:
+    error = (_carry(block, x).double() - wanted.double()).square().sum()
+    return float(error / wanted.double().square().sum().clamp_min(1e-300))
+
+
+def _logits(network: fx.GraphModule) -> fx.Node:
+    (output,) = (node for node in network.graph.nodes if node.op == "output")
+    result = output.args[0]
+    assert isinstance(result, fx.Node)
+    return result
+
+
+def _same(network: fx.GraphModule, node: fx.Node | None) -> fx.Node | None:
+    """The node of a copy of the network."""
+    if node is None:
+        return None
+    nodes: Iterable[fx.Node] = network.graph.nodes
+    return next(twin for twin in nodes if twin.name == node.name)
