@@ -6,7 +6,7 @@ from fat.errors import FatError
 from fat.evaluate import evaluate
 from fat.fit import FitResult, fit
 from fat.pipeline import prepare
-from fat.spec import EqualizeSpec, InitSpec, QuantSpec, TrainSpec
+from fat.spec import EqualizeSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
 from fat.student import Student
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FitResult",
     "InitSpec",
     "QuantSpec",
+    "ReconstructSpec",
     "Student",
     "TrainSpec",
     "calibrate",
