@@ -102,8 +102,8 @@ class Blocks:
             )
         if other:
             logger.warning(
-                "Equalization changed what %d of %d blocks give; they are left out of the "
-                "comparison of outputs: %s.",
+                "%d of %d blocks do not give in float what the teacher's give, as equalization "
+                "may rescale it; they are left out of the comparison of outputs: %s.",
                 len(other), len(self._theirs), ", ".join(node.name for node in other),
             )  # fmt: skip
         self._theirs = [node for node in self._theirs if node not in other]

@@ -71,9 +71,17 @@ def block_outputs(module: fx.GraphModule) -> list[fx.Node]:
     none, so the list may be empty.
 
     Args:
-        module: Folded canonical float graph; :func:`counterpart` finds the student's places.
+        module: Folded canonical float graph.
+
+    Raises:
+        FatError: For a student's graph, whose places :func:`counterpart` finds by the teacher's.
     """
     nodes = list(module.graph.nodes)
+    if any(isinstance(module_of(module, node), ActivationQuantizer) for node in nodes):
+        raise FatError(
+            "Blocks are found in a float graph, and this one holds quantizers. Ask for "
+            "block_outputs(student.teacher), then for counterpart(student.network, node) of each."
+        )
     last = max((i for i, node in enumerate(nodes) if is_compute(module, node)), default=0)
     cuts, flow = set(cut_points(module)), _flow(module)
     found = []
@@ -140,8 +148,7 @@ def with_outputs(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphMo
     copies: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(module.graph, copies)
     graph.output((result, [copies[node] for node in nodes]))
-    shared = fx.GraphModule(module, graph, type(module).__name__)
-    return shared.train(module.training)
+    return fx.GraphModule(module, graph, type(module).__name__)
 
 
 def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) -> fx.GraphModule:

@@ -183,6 +183,12 @@ def test_counterparts_give_the_teachers_tensors_when_nothing_is_rounded(
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()), msg=node.name)
 
 
+def test_blocks_are_not_looked_for_in_a_students_graph() -> None:
+    student, _ = small_student("resnet18")
+    with pytest.raises(FatError, match=r"holds quantizers.*student\.teacher"):
+        block_outputs(student.network)
+
+
 def test_a_counterpart_is_the_quantizer_of_that_name() -> None:
     student, _ = small_student("mobilenetv2_050")
     for node in block_outputs(student.teacher):
