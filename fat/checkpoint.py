@@ -35,7 +35,7 @@ from fat.student import Student, freeze
 __all__ = ["check_saveable", "load", "save"]
 
 FORMAT = "fat-student"
-VERSION = 1
+VERSION = 2
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module}.{function.__name__}": function

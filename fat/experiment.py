@@ -123,7 +123,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     result: FitResult | None = None
     after = before
     log = None
-    if recipe.epochs:
+    if recipe.trains:
         log = make_logger(
             run_name=config.name or _run_name(source.name, spec),
             folder=directory,
@@ -442,9 +442,9 @@ def _summarise(
         lines.append(f"Accuracy drop: {metrics['accuracy_drop']:.2f} points of top-1.")
     if result is not None:
         lines.append(
-            f"Bias correction {result.bias_correction}; {result.steps} steps, kept the student of "
-            f"step {result.best_step}: validation loss {result.calibrated_loss:.4f} -> "
-            f"{result.best_loss:.4f}."
+            f"Reconstruction {result.reconstruction}; bias correction {result.bias_correction}; "
+            f"{result.steps} steps, kept the student of step {result.best_step}: validation loss "
+            f"{result.calibrated_loss:.4f} -> {result.best_loss:.4f}."
         )
     collapsed = advice(spec, rows["calibrated"], result, [])
     if collapsed is not None:

@@ -318,6 +318,11 @@ class TrainSpec:
     validations: int = 1
     nan_patience: int = 10
 
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained at all, or the network only calibrated."""
+        return self.epochs > 0 or self.reconstruction.steps > 0
+
     def __post_init__(self) -> None:
         _one_of("loss", self.loss, get_args(LossName))
         _one_of("schedule", self.schedule, get_args(ScheduleName))

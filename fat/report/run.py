@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fat import kernels
 from fat.analysis import LayerError
 from fat.files import write_json, write_text
 from fat.fit import FitResult
@@ -82,7 +83,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return {**found, "kernels": kernels.backend()}
 
 
 def format_figures(rows: Mapping[str, Mapping[str, float | None]]) -> str:
