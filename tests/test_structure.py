@@ -20,10 +20,11 @@ ORDER = [
     "graph/trace", "graph/fold", "graph/equalize", "graph/insert",
     "losses", "schedule", "metrics",
     "student", "pipeline", "calibrate", "correct", "analysis", "evaluate", "checkpoint",
+    "sensitivity", "mixed",
     "data/*",
     "module", "callbacks", "fit", "loggers",
     "report/*",
-    "config", "experiment", "cli",
+    "config", "experiment", "analyses", "cli",
 ]  # fmt: skip
 WHERE = {
     "hydra": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},
