@@ -206,7 +206,11 @@ def write_plot(directory: Path, report: SensitivityReport) -> bool:
         loc="left",
     )
     axis.legend(
-        handles=[Patch(color=colour, label=kind) for kind, colour in COLOURS.items()],
+        handles=[
+            Patch(color=colour, label=kind)
+            for kind, colour in COLOURS.items()
+            if any(row.kind == kind for row in rows)
+        ],
         frameon=False,
         loc="lower right",
     )
