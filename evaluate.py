@@ -1,4 +1,4 @@
-"""Judge a finished run again, from its directory alone: python evaluate.py run=DIR."""
+"""Judge, or analyse, a finished run from its directory alone: python evaluate.py run=DIR."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def main(composed: DictConfig) -> dict[str, Any]:
     """Print and return the figures."""
     config = parse(EvaluateConfig, composed)
     # Slow imports wait until the config is known to be good.
+    if config.analysis is not None:
+        from fat.analyses import analyse_run
+
+        return analyse_run(config)
     from fat.experiment import evaluate_run
 
     return evaluate_run(config)

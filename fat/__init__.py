@@ -5,7 +5,9 @@ from fat.checkpoint import load, save
 from fat.errors import FatError
 from fat.evaluate import evaluate
 from fat.fit import FitResult, fit
+from fat.mixed import choose_bits, size_mb
 from fat.pipeline import prepare
+from fat.sensitivity import TensorSensitivity, sensitivity
 from fat.spec import EqualizeSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
 from fat.student import Student
 
@@ -17,11 +19,15 @@ __all__ = [
     "QuantSpec",
     "ReconstructSpec",
     "Student",
+    "TensorSensitivity",
     "TrainSpec",
     "calibrate",
+    "choose_bits",
     "evaluate",
     "fit",
     "load",
     "prepare",
     "save",
+    "sensitivity",
+    "size_mb",
 ]

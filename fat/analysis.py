@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from fat.metrics import sqnr_db
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
 
-__all__ = ["LayerError", "disabled", "float_shift_db", "layer_errors"]
+__all__ = ["LayerError", "disabled", "float_shift_db", "layer_errors", "switched"]
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,22 @@ class LayerError:
 
 
 @contextmanager
-def disabled(student: Student) -> Iterator[None]:
-    """Let the student compute in float for a while: its weights as equalized, no quantizer on."""
+def switched(student: Student, *, on: bool) -> Iterator[None]:
+    """Turn every quantizer on, or off, for a while."""
     quantizers = [quantizer for _, _, quantizer in student.quantizers()]
     states = [quantizer.enabled for quantizer in quantizers]
     for quantizer in quantizers:
-        quantizer.enabled = False
+        quantizer.enabled = on
     try:
         yield
     finally:
         for quantizer, state in zip(quantizers, states, strict=True):
             quantizer.enabled = state
+
+
+def disabled(student: Student) -> AbstractContextManager[None]:
+    """Let the student compute in float for a while: its weights as equalized, no quantizer on."""
+    return switched(student, on=False)
 
 
 @torch.no_grad()

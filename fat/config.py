@@ -78,6 +78,8 @@ class QuantConfig:
     activation: BitsConfig = field(default_factory=BitsConfig)
     first: BitsConfig = field(default_factory=BitsConfig)
     last: BitsConfig = field(default_factory=BitsConfig)
+    mixed: str | None = None
+    budget_mb: float | None = None
     granularity: str = "vector"
     scheme: str = "asymmetric"
     thresholds: str = "fat"
@@ -180,8 +182,12 @@ class RunConfig:
     name: str | None = None
 
     def quant_spec(self) -> QuantSpec:
-        """The frozen, checked form of ``quant`` and ``init``."""
+        """The frozen, checked form of ``quant`` and ``init``.
+
+        What ``quant.mixed`` makes of single layers is added by whoever reads that file.
+        """
         quant = self.quant
+        _check_mixed(quant)
         return QuantSpec(
             bits=quant.bits,
             weight_bits=quant.weight.bits,
@@ -220,6 +226,22 @@ class EvaluateConfig:
     checkpoint: str | None = None
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int | None = None
+    analysis: str | None = None
+    analysis_images: int = 64
+
+
+def _check_mixed(quant: QuantConfig) -> None:
+    if (quant.mixed is None) != (quant.budget_mb is None):
+        raise FatError(
+            f"quant.mixed is {quant.mixed} and quant.budget_mb is {quant.budget_mb}; bits per "
+            "layer need both: type quant.mixed=DIR, the directory of a run that was measured with "
+            "python evaluate.py run=DIR analysis=sensitivity, and quant.budget_mb=MB."
+        )
+    if quant.mixed is not None and quant.weight.bits is not None:
+        raise FatError(
+            f"quant.weight.bits={quant.weight.bits} has no effect beside quant.mixed, which gives "
+            "every layer its bits: leave it out."
+        )
 
 
 def parse(schema: type[T], composed: DictConfig) -> T:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,16 @@ from fat.files import check_writable, write_text
 from fat.fit import FitResult, fit
 from fat.loggers import make_logger, sync_command
 from fat.memory import keep_freed_memory
+from fat.mixed import choose_bits, mean_bits, size_mb
 from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
 from fat.module import NO_LABELS
 from fat.pipeline import prepare
 from fat.report.run import advice, format_figures, versions, write_metrics, write_thresholds
+from fat.report.sensitivity import SensitivityReport, format_bits, read_sensitivity
 from fat.spec import QuantSpec
 from fat.student import Student
 
-__all__ = ["evaluate_run", "run"]
+__all__ = ["FinishedRun", "evaluate_run", "open_run", "run"]
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,9 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         KeyboardInterrupt: After Ctrl-C, when the best student so far has been saved.
     """
     spec, recipe = config.quant_spec(), config.train_spec()
+    measured = read_sensitivity(config.quant.mixed) if config.quant.mixed is not None else None
+    if measured is not None:
+        spec = _with_mixed_bits(spec, measured, config.quant.budget_mb)
     check_writable(directory)
     write_text(directory / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
     _set_up(config.trainer, config.seed)
@@ -73,6 +78,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
 
     with clock("load"):
         source = load_float_network(**asdict(config.model), seed=config.seed)
+        _check_measured(measured, source)
         data = make_data(config.data, source.preprocessing, source.num_classes, config.seed)
         data.setup()
         if recipe.label_weight and recipe.epochs and not data.train.source.labelled:
@@ -81,6 +87,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     with clock("prepare"):
         examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
         student = prepare(source.network, examples or data.example_batch()[0], spec)
+        _check_layers(measured, student)
         student.origin = _origin(source)
         check_saveable(student)
         _say_prepared(student)
@@ -102,7 +109,8 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         "model": source.name,
         "weights": source.weights,
         "data": {"source": config.data.source, "root": config.data.root, **data.summary()},
-        "bits": {"weight": spec.for_weights, "activation": spec.for_activations},
+        "bits": {"weight": mean_bits(student), "activation": spec.for_activations},
+        "size_mb": size_mb(student),
         "granularity": spec.granularity,
         "scheme": spec.scheme,
         "init": {"weight": spec.weight_init.name, "activation": spec.activation_init.name},
@@ -179,14 +187,34 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     return _objective(after)
 
 
-def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge a finished run again, from its directory alone.
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished run, opened again.
+
+    Attributes:
+        directory: Where it is.
+        student: Its student, or that of the checkpoint asked for, on ``device``.
+        data: The images asked for.
+        data_config: What ``data`` was made from.
+        device: Where the student is; ``batches`` brings images there.
+    """
+
+    directory: Path
+    student: Student
+    data: FatDataModule
+    data_config: DataConfig
+    device: torch.device
+
+    def batches(self, loader: Any) -> Any:
+        """Batches of a loader on the student's device."""
+        return _on(self.device, loader)
+
+
+def open_run(config: EvaluateConfig) -> FinishedRun:
+    """Open a finished run from its directory alone.
 
     Args:
         config: What conf/evaluate.yaml composed.
-
-    Returns:
-        What :func:`fat.evaluate` gives.
 
     Raises:
         FatError: If the directory, its student or a given checkpoint is not what it should be.
@@ -216,12 +244,29 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         seed,
     )
     device = _device(config.trainer)
+    return FinishedRun(directory, student.to(device), data, data_config, device)
+
+
+def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge a finished run again, from its directory alone.
+
+    Args:
+        config: What conf/evaluate.yaml composed.
+
+    Returns:
+        What :func:`fat.evaluate` gives.
+
+    Raises:
+        FatError: If the directory, its student or a given checkpoint is not what it should be.
+    """
+    opened = open_run(config)
     bar = "evaluate" if config.trainer.progress else None
-    figures = evaluate(student.to(device), _on(device, data.test_dataloader()), progress=bar)
+    figures = evaluate(opened.student, opened.batches(opened.data.test_dataloader()), progress=bar)
     rows = {"float": figures["float"], "quantized": figures["quantized"]}
     logger.info(
         "%s, %d test images of %s:\n%s",
-        directory, figures["images"], data_config.root or data_config.source, format_figures(rows),
+        opened.directory, figures["images"],
+        opened.data_config.root or opened.data_config.source, format_figures(rows),
     )  # fmt: skip
     return figures
 
@@ -270,6 +315,8 @@ def load_checkpoint(student: Student, path: Path) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         stored, state = content["fat"], content["state_dict"]
+        # Options that a checkpoint of an earlier version lacks have their defaults.
+        stored_spec = QuantSpec.from_dict(stored["spec"]).to_dict()
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise FatError(
             f"{path} is no checkpoint of a FAT run, or it is damaged: "
@@ -277,7 +324,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
         ) from error
     for what, theirs, ours in (
         ("network", stored["origin"].get("name"), student.origin.get("name")),
-        ("quantization", stored["spec"], student.spec.to_dict()),
+        ("quantization", stored_spec, student.spec.to_dict()),
     ):
         if theirs != ours:
             raise FatError(
@@ -374,7 +421,67 @@ def _origin(source: FloatNetwork) -> dict[str, Any]:
 
 
 def _run_name(model: str, spec: QuantSpec) -> str:
-    return f"{model}-w{spec.for_weights}a{spec.for_activations}-{spec.granularity}"
+    return f"{model}-w{_weights(spec)}a{spec.for_activations}-{spec.granularity}"
+
+
+def _weights(spec: QuantSpec) -> str:
+    return "mixed" if spec.layer_bits else str(spec.for_weights)
+
+
+def _with_mixed_bits(
+    spec: QuantSpec, measured: SensitivityReport, budget_mb: float | None
+) -> QuantSpec:
+    assert budget_mb is not None  # QuantConfig was checked
+    chosen = choose_bits(
+        measured.rows, budget_mb, first_bits=spec.first_bits, last_bits=spec.last_bits
+    )
+    logger.info(
+        "Bits of weights for %.3f of %g MB; their noise alone is predicted to leave %.1f dB, and "
+        "no choice is predicted to leave more than %.1f dB:\n%s",
+        chosen.size_mb, budget_mb, chosen.predicted_db, chosen.bound_db, format_bits(chosen.bits),
+    )  # fmt: skip
+    for option in ("granularity", "weight_init", "equalize"):
+        theirs, ours = getattr(measured.spec, option), getattr(spec, option)
+        if theirs != ours:
+            logger.warning(
+                "The sensitivity was measured with %s %s, this run has %s: its prediction may be "
+                "off. Measure a run with the same options.", option, theirs, ours,
+            )  # fmt: skip
+    return replace(spec, layer_bits=chosen.bits)
+
+
+def _check_measured(measured: SensitivityReport | None, source: FloatNetwork) -> None:
+    """Raise a FatError if a sensitivity was measured on another network."""
+    if measured is None:
+        return
+    if measured.model != source.name:
+        raise _of_another_network(f"on {measured.model}, and this run is of {source.name}")
+    if measured.weights != source.weights:
+        logger.warning(
+            "The sensitivity was measured with weights from %s, this run has them from %s.",
+            measured.weights, source.weights,
+        )  # fmt: skip
+
+
+def _check_layers(measured: SensitivityReport | None, student: Student) -> None:
+    """The same for networks of one name, such as one with another number of classes."""
+    if measured is None:
+        return
+    theirs = {row.layer: row.parameters for row in measured.rows if row.kind == "weight"}
+    ours = {layer.layer: layer.weight.numel() for layer in student.layers()}
+    for name in theirs | ours:
+        if theirs.get(name) != ours.get(name):
+            raise _of_another_network(
+                f"where '{name}' has {theirs.get(name, 0)} weights, and here it has "
+                f"{ours.get(name, 0)}"
+            )
+
+
+def _of_another_network(difference: str) -> FatError:
+    return FatError(
+        f"The sensitivity of quant.mixed was measured {difference}. Measure a run of this network: "
+        "python evaluate.py run=DIR analysis=sensitivity."
+    )
 
 
 def _callbacks(directory: Path, *, logging_on: bool) -> list[Callback]:
@@ -434,10 +541,15 @@ def _summarise(
     sync: str | None,
 ) -> None:
     lines = [
-        f"{metrics['model']} ({metrics['weights']}), W{spec.for_weights}A{spec.for_activations} "
+        f"{metrics['model']} ({metrics['weights']}), W{_weights(spec)}A{spec.for_activations} "
         f"{spec.granularity} {spec.scheme}:",
         format_figures(rows),
     ]
+    size = metrics["size_mb"]
+    lines.append(
+        f"Weights and biases: {size['float']:.3f} MB -> {size['quantized']:.3f} MB, "
+        f"{metrics['bits']['weight']:.4g} bits per weight."
+    )
     if metrics["accuracy_drop"] is not None:
         lines.append(f"Accuracy drop: {metrics['accuracy_drop']:.2f} points of top-1.")
     if result is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
@@ -41,6 +41,22 @@ def _range(what: str, given: tuple[float, float], *, inside: float) -> None:
             f"{what} is {list(given)}; it must be two numbers, the lower first, with {inside:g} "
             f"(where training starts) between them, as in {what}=[0.5,1.0]."
         )
+
+
+def _layer_bits(given: Any) -> tuple[tuple[str, int], ...]:
+    try:
+        pairs = [(name, bits) for name, bits in dict(given).items()]
+        valid = len(pairs) == len(given) and all(isinstance(name, str) for name, _ in pairs)
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise FatError(
+            f"layer_bits is {given!r}; allowed are names of layers with a bit-width each, every "
+            "name once, as in layer_bits={'conv_stem': 8}."
+        )
+    for name, bits in pairs:
+        _bits(f"layer_bits[{name!r}]", bits)
+    return tuple(sorted(pairs))
 
 
 @dataclass(frozen=True)
@@ -148,6 +164,8 @@ class QuantSpec:
         activation_bits: Bit-width of activations; ``None`` takes ``bits``.
         first_bits: Bit-width of the first layer's weight and input; ``None`` is as any other.
         last_bits: Bit-width of the last layer's weight and input; ``None`` is as any other.
+        layer_bits: Bit-width of single layers' weights by the layer's name, over any other rule. A
+            mapping or pairs; kept as pairs sorted by name.
         granularity: ``vector``, one threshold per output filter of a weight, or ``scalar``, one per
             tensor. Activations have one per tensor in both.
         scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
@@ -185,6 +203,7 @@ class QuantSpec:
     activation_bits: int | None = None
     first_bits: int | None = None
     last_bits: int | None = None
+    layer_bits: Mapping[str, int] | Sequence[tuple[str, int]] = ()
     granularity: Granularity = "vector"
     scheme: Scheme = "asymmetric"
     thresholds: Thresholds = "fat"
@@ -204,6 +223,7 @@ class QuantSpec:
         for name in ("weight_bits", "activation_bits", "first_bits", "last_bits"):
             if getattr(self, name) is not None:
                 _bits(name, getattr(self, name))
+        object.__setattr__(self, "layer_bits", _layer_bits(self.layer_bits))
         _one_of("granularity", self.granularity, get_args(Granularity))
         _one_of("scheme", self.scheme, get_args(Scheme))
         _one_of("thresholds", self.thresholds, get_args(Thresholds))
@@ -228,6 +248,10 @@ class QuantSpec:
     def for_activations(self) -> int:
         """Bit-width of activations that no other rule touches."""
         return self.bits if self.activation_bits is None else self.activation_bits
+
+    def for_layer(self, layer: str) -> int | None:
+        """Bit-width that ``layer_bits`` gives a layer's weight, or ``None``."""
+        return dict(self.layer_bits).get(layer)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers that JSON can hold; :meth:`from_dict` takes them back."""

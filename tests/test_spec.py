@@ -225,6 +225,7 @@ def _specs() -> st.SearchStrategy[QuantSpec]:
         activation_bits=st.none() | bits,
         first_bits=st.none() | bits,
         last_bits=st.none() | bits,
+        layer_bits=st.dictionaries(st.text(max_size=5), bits, max_size=4),
         granularity=st.sampled_from(["scalar", "vector"]),
         scheme=st.sampled_from(["symmetric", "asymmetric"]),
         thresholds=st.sampled_from(["fat", "frozen"]),
@@ -245,6 +246,30 @@ def test_a_spec_survives_json(spec: QuantSpec) -> None:
     loaded = QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
     assert loaded == spec
     assert hash(loaded) == hash(spec)  # lists in place of tuples would not hash
+
+
+def test_bits_of_layers_are_sorted_pairs() -> None:
+    spec = QuantSpec(layer_bits={"stem": 8, "conv": 3})
+    assert spec.layer_bits == (("conv", 3), ("stem", 8))
+    assert spec == QuantSpec(layer_bits=[("stem", 8), ("conv", 3)])
+    assert (spec.for_layer("stem"), spec.for_layer("head")) == (8, None)
+    assert QuantSpec().layer_bits == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({"stem": 9}, "layer_bits['stem'] is 9; allowed are whole numbers from 2 to 8"),
+        ({"stem": True}, "layer_bits['stem'] is True; allowed are whole numbers"),
+        ({3: 8}, "allowed are names of layers with a bit-width each"),
+        ([("stem", 8), ("stem", 4)], "every name once"),
+        (["stem"], "allowed are names of layers"),
+        (8, "layer_bits is 8; allowed are names of layers"),
+    ],
+)
+def test_bits_of_layers_that_are_none(given: Any, text: str) -> None:
+    with pytest.raises(FatError, match=re.escape(text)):
+        QuantSpec(layer_bits=given)
 
 
 def test_from_dict_checks_again() -> None:

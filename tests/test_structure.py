@@ -13,6 +13,7 @@ PACKAGE = ROOT / "fat"
 # Folders whose files may import each other stand as one row.
 ORDER = [
     "errors", "files", "memory", "spec", "layers", "batches",
+    "kernels/*",
     "quant/functional", "quant/observers", "quant/init", "quant/thresholds", "quant/placement",
     "quant/quantizers",
     "models",
@@ -21,10 +22,11 @@ ORDER = [
     "graph/features",
     "losses", "schedule", "metrics",
     "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate", "checkpoint",
+    "sensitivity", "mixed", "parameters", "reconstruct",
     "data/*",
     "module", "callbacks", "fit", "loggers",
     "report/*",
-    "config", "experiment", "cli",
+    "config", "experiment", "analyses", "cli",
 ]  # fmt: skip
 WHERE = {
     "hydra": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fat.errors import FatError
+from fat.errors import FatError, unknown_name
 from fat.graph.patterns import (
     is_compute,
     is_fused_activation,
@@ -76,7 +76,7 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
 
     Raises:
         FatError: If the graph holds no convolution or linear layer, or one of a kind without an
-            integer form.
+            integer form, or ``spec.layer_bits`` names a layer that is not there.
     """
     mark_data(module, example)
     compute = [node for node in module.graph.nodes if is_compute(module, node)]
@@ -95,9 +95,12 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         name = str(node.target)
         if isinstance(module.get_submodule(name), QuantLayer):
             raise FatError(f"'{name}' is used more than once: give each use a layer of its own.")
-        grid = weight_grid(spec, first=node is first, last=node is last)
+        grid = weight_grid(spec, name, first=node is first, last=node is last)
         module.set_submodule(name, quant_layer(name, module.get_submodule(name), spec, grid))
         layers.append(name)
+    for name in dict(spec.layer_bits):
+        if name not in layers:
+            raise unknown_name("layer in layer_bits", name, layers)
 
     module.add_submodule(QUANTIZERS, nn.Module())
     names: list[str] = []

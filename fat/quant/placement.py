@@ -7,15 +7,17 @@ from fat.spec import Grid, QuantSpec
 __all__ = ["activation_grid", "weight_grid"]
 
 
-def weight_grid(spec: QuantSpec, *, first: bool, last: bool) -> Grid:
+def weight_grid(spec: QuantSpec, layer: str, *, first: bool, last: bool) -> Grid:
     """Grid of a weight: always symmetric signed.
 
     Args:
         spec: What is asked of the network.
+        layer: Name of the layer. A rule for this layer alone wins over all others.
         first: The layer reads the network's input.
         last: The layer gives the network's output. A rule for the last layer wins over the first's.
     """
-    return Grid(_edge_bits(spec, first, last) or spec.for_weights, "signed")
+    bits = spec.for_layer(layer) or _edge_bits(spec, first, last) or spec.for_weights
+    return Grid(bits, "signed")
 
 
 def activation_grid(

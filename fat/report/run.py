@@ -25,6 +25,7 @@ COLLAPSE = 80.0
 METRICS_KEYS = (
     "model", "weights", "data", "bits", "granularity", "scheme", "init", "seed", "versions",
     "float", "calibrated", "trained", "accuracy_drop", "seconds", "equalization", "training",
+    "size_mb",
 )  # fmt: skip
 """Keys of metrics.json in their order; docs/metrics.md says what each holds."""
 
@@ -155,6 +156,8 @@ def _remedy(spec: QuantSpec, errors: Sequence[LayerError]) -> str:
     weights = sum(error.kind == "weight" for error in errors[:5])
     if weights >= 3 and spec.granularity == "scalar":
         return "quant.granularity=vector gives each filter a threshold of its own."
+    if spec.layer_bits and weights >= 3:
+        return "a larger quant.budget_mb."
     if spec.for_weights < 8 and weights >= 3:
         return f"quant.weight.bits={spec.for_weights + 1} or more."
     if spec.for_activations < 8 and weights < 3:

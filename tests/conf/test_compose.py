@@ -116,3 +116,12 @@ def test_run_config_survives_a_round_trip_through_yaml() -> None:
     again = parse(RunConfig, OmegaConf.create(yaml.safe_load(text)))
     assert again == config
     assert {entry.name for entry in fields(RunConfig)} == set(yaml.safe_load(text))
+
+
+def test_mixed_bits_need_a_measurement_and_a_budget() -> None:
+    assert composed("quant.mixed=outputs/x", "quant.budget_mb=2").quant_spec() == QuantSpec()
+    for alone in ("quant.mixed=outputs/x", "quant.budget_mb=2"):
+        with pytest.raises(FatError, match=r"type quant\.mixed=DIR.*quant\.budget_mb=MB"):
+            composed(alone).quant_spec()
+    with pytest.raises(FatError, match=r"quant\.weight\.bits=4 has no effect"):
+        composed("quant.mixed=x", "quant.budget_mb=2", "quant.weight.bits=4").quant_spec()

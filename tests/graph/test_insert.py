@@ -339,3 +339,9 @@ def test_relu_instead_of_relu6_changes_no_place(images: Tensor) -> None:
     assert places(graph) == TINY_PLACES
     graph, _ = inserted(TinyNet(act=nn.Hardswish), images)
     assert len(places(graph)) == len(TINY_PLACES) + 5  # before and after each activation
+
+
+def test_bits_of_a_layer_that_is_not_there(tiny: nn.Module, images: Tensor) -> None:
+    spec = QuantSpec(layer_bits={"stem": 8, "blocks.0.conv_dv": 4})
+    with pytest.raises(FatError, match=r"'blocks.0.conv_dv'. Did you mean 'blocks.0.conv_dw'"):
+        insert_quantizers(trace(tiny), spec, images)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +32,7 @@ def test_the_most_special_rule_wins(
     spec: QuantSpec, first: bool, last: bool, non_negative: bool
 ) -> None:
     edges = [spec.last_bits if last else None, spec.first_bits if first else None]
-    weight = weight_grid(spec, first=first, last=last)
+    weight = weight_grid(spec, "conv", first=first, last=last)
     assert weight == Grid(first_given(*edges, spec.weight_bits, spec.bits), "signed")
     kind = {
         (True, "symmetric"): "unsigned",
@@ -51,6 +53,18 @@ def test_the_most_special_rule_wins(
 )
 def test_the_edges_of_a_network_of_four_bits(first: bool, last: bool, bits: int) -> None:
     spec = QuantSpec(bits=4, first_bits=8, last_bits=6)
-    assert weight_grid(spec, first=first, last=last).bits == bits
+    assert weight_grid(spec, "conv", first=first, last=last).bits == bits
     grid = activation_grid(spec, non_negative=True, feeds_first=first, feeds_last=last)
     assert grid == Grid(bits, "unsigned")
+
+
+@given(spec=SPECS, first=st.booleans(), last=st.booleans(), bits=st.integers(2, 8))
+@settings(deadline=None, max_examples=50)
+def test_a_rule_for_one_layer_wins_there_and_nowhere_else(
+    spec: QuantSpec, first: bool, last: bool, bits: int
+) -> None:
+    ruled = replace(spec, layer_bits={"conv": bits})
+    assert weight_grid(ruled, "conv", first=first, last=last).bits == bits
+    for other in ("con", "conv2"):
+        wanted = weight_grid(spec, other, first=first, last=last)
+        assert weight_grid(ruled, other, first=first, last=last) == wanted
