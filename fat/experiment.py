@@ -30,7 +30,14 @@ from fat.loggers import make_logger, sync_command
 from fat.memory import keep_freed_memory
 from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
 from fat.pipeline import prepare
-from fat.report.run import advice, format_figures, versions, write_metrics, write_thresholds
+from fat.report.run import (
+    advice,
+    format_figures,
+    versions,
+    write_equalization,
+    write_metrics,
+    write_thresholds,
+)
 from fat.spec import QuantSpec
 from fat.student import Student
 
@@ -44,6 +51,7 @@ STUDENT, METRICS, CONFIG, THRESHOLDS = (
     "config.yaml",
     "thresholds.csv",
 )
+EQUALIZATION = "equalization.csv"
 
 
 def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
@@ -81,6 +89,8 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         student.origin = _origin(source)
         check_saveable(student)
         _say_prepared(student)
+        if student.report is not None and student.report.equalize is not None:
+            write_equalization(directory / EQUALIZATION, student.report.equalize)
     student = student.to(device)
 
     with clock("calibrate"):
@@ -398,10 +408,10 @@ def _say_prepared(student: Student) -> None:
     logger.debug("Quantized activations: %s", ", ".join(report.insert.activations))
     if report.equalize is not None:
         logger.info(
-            "Equalized %d depthwise pairs, %.0f %% of the channels locked: %s",
+            "Equalized %d pairs of layers, %.0f %% of the channels locked: spread of filters %s",
             len(report.equalize.pairs), 100 * report.equalize.locked_share,
             "; ".join(
-                f"{pair.depthwise} spread {pair.spread_before:.0f} -> {pair.spread_after:.0f}"
+                f"{pair.first} {pair.first_before:.0f} -> {pair.first_after:.0f}"
                 for pair in report.equalize.pairs
             ),
         )  # fmt: skip
