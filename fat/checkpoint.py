@@ -27,7 +27,7 @@ from fat.errors import FatError
 from fat.files import write_atomic
 from fat.graph.insert import QUANTIZERS, link_inputs
 from fat.graph.patterns import PRESERVING_METHODS
-from fat.layers import SameConv2d
+from fat.layers import ChannelClip, SameConv2d
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
 from fat.spec import Grid, QuantSpec
 from fat.student import Student, freeze
@@ -61,7 +61,7 @@ MODULES: dict[str, type[nn.Module]] = {
         nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus, nn.Softmax, nn.Identity, nn.Flatten,
         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
         nn.ConstantPad2d, nn.PixelShuffle, nn.ChannelShuffle, nn.Upsample, nn.Conv2d, nn.Linear,
-        SameConv2d,
+        SameConv2d, ChannelClip,
     )
 }  # fmt: skip
 MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)

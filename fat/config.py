@@ -67,6 +67,7 @@ class EqualizeConfig:
     method: str = "none"
     locked_from: float = 5.9
     cap: float = 6.0
+    iterations: int = 40
 
 
 @dataclass

@@ -32,7 +32,14 @@ from fat.mixed import choose_bits, mean_bits, size_mb
 from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
 from fat.module import NO_LABELS
 from fat.pipeline import prepare
-from fat.report.run import advice, format_figures, versions, write_metrics, write_thresholds
+from fat.report.run import (
+    advice,
+    format_figures,
+    versions,
+    write_equalization,
+    write_metrics,
+    write_thresholds,
+)
 from fat.report.sensitivity import SensitivityReport, format_bits, read_sensitivity
 from fat.spec import QuantSpec
 from fat.student import Student
@@ -47,6 +54,7 @@ STUDENT, METRICS, CONFIG, THRESHOLDS = (
     "config.yaml",
     "thresholds.csv",
 )
+EQUALIZATION = "equalization.csv"
 
 
 def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
@@ -91,6 +99,8 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         student.origin = _origin(source)
         check_saveable(student)
         _say_prepared(student)
+        if student.report is not None and student.report.equalize is not None:
+            write_equalization(directory / EQUALIZATION, student.report.equalize)
     student = student.to(device)
 
     with clock("calibrate"):
@@ -508,10 +518,10 @@ def _say_prepared(student: Student) -> None:
     logger.debug("Quantized activations: %s", ", ".join(report.insert.activations))
     if report.equalize is not None:
         logger.info(
-            "Equalized %d depthwise pairs, %.0f %% of the channels locked: %s",
+            "Equalized %d pairs of layers, %.0f %% of the channels locked: spread of filters %s",
             len(report.equalize.pairs), 100 * report.equalize.locked_share,
             "; ".join(
-                f"{pair.depthwise} spread {pair.spread_before:.0f} -> {pair.spread_after:.0f}"
+                f"{pair.first} {pair.first_before:.0f} -> {pair.first_after:.0f}"
                 for pair in report.equalize.pairs
             ),
         )  # fmt: skip

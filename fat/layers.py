@@ -1,12 +1,14 @@
-"""The one layer that networks use and torch lacks: TensorFlow's "same" convolution."""
+"""Layers that torch lacks: TensorFlow's "same" convolution, and a clip per channel."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["SameConv2d", "pad_same"]
+__all__ = ["ChannelClip", "SameConv2d", "pad_same"]
 
 
 def pad_same(
@@ -62,3 +64,37 @@ class SameConv2d(nn.Conv2d):
         )
         padded = pad_same(input, kernel, stride, dilation)
         return torch.conv2d(padded, self.weight, self.bias, stride, 0, dilation, self.groups)
+
+
+class ChannelClip(nn.Module):
+    """Clips each channel to a range of its own: y_k = min(max(x_k, 0), bound_k).
+
+    ReLU6 becomes this when channel k is multiplied by s_k: bound_k = 6·s_k keeps the function.
+    A runtime computes it as a minimum with one integer per channel.
+
+    Args:
+        bounds: Upper bounds, one per channel, above 0; channels are the second dimension.
+
+    Examples:
+        >>> ChannelClip([6.0, 1.0])(torch.tensor([[7.0, 7.0], [-1.0, 0.5]])).tolist()
+        [[6.0, 1.0], [0.0, 0.5]]
+    """
+
+    bound: Tensor
+    zero: Tensor
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        super().__init__()
+        # The bounds are part of what the layer is, as 6 is of ReLU6: no state.
+        self.bounds = tuple(float(bound) for bound in bounds)
+        self.register_buffer("bound", torch.tensor(self.bounds), persistent=False)
+        self.register_buffer("zero", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Clip [N, C, ...]."""
+        bound = self.bound.reshape(-1, *[1] * (x.dim() - 2))
+        return torch.clamp(x, self.zero, bound)
+
+    def extra_repr(self) -> str:
+        """Number of channels and the range of their bounds."""
+        return f"channels={len(self.bounds)}, bounds={min(self.bounds):g}…{max(self.bounds):g}"

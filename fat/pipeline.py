@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fat.batches import Images, as_batches, split
 from fat.errors import FatError
-from fat.graph.equalize import EqualizeReport, equalize_depthwise
+from fat.graph.equalize import EqualizeReport, equalize
 from fat.graph.fold import fold_batch_norms
 from fat.graph.insert import insert_quantizers
 from fat.graph.trace import trace
@@ -57,14 +57,14 @@ def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None =
         )
 
     quantized = copy.deepcopy(teacher)
-    equalize: EqualizeReport | None = None
+    equalized: EqualizeReport | None = None
     equalize_sqnr: float | None = None
-    if spec.equalize.method == "depthwise":
-        equalize = equalize_depthwise(quantized, images, spec.equalize)
+    if spec.equalize.methods:
+        equalized = equalize(quantized, images, spec)
         equalize_sqnr = _shift(teacher, quantized, images)
 
     insert = insert_quantizers(quantized, spec, images[0][:1])
-    report = PrepareReport(fold, fold_sqnr, equalize, equalize_sqnr, insert)
+    report = PrepareReport(fold, fold_sqnr, equalized, equalize_sqnr, insert)
     return Student(quantized, teacher, spec, report)
 
 

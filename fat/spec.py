@@ -21,6 +21,7 @@ LossName = Literal["rmse", "authors_code", "mse", "kl", "cosine"]
 ScheduleName = Literal["cosine", "authors_code", "constant"]
 
 BITS = range(2, 9)
+EQUALIZATIONS = ("none", "depthwise", "cross_layer", "balanced", "exact")
 
 
 def _one_of(what: str, given: object, allowed: tuple[str, ...]) -> None:
@@ -132,26 +133,60 @@ class InitSpec:
 
 @dataclass(frozen=True)
 class EqualizeSpec:
-    """How filter ranges are balanced before quantization.
+    """How the ranges of channels are balanced before quantization.
+
+    Channel k of a layer is multiplied by s_k and what reads it divided by s_k. Methods:
+
+    * ``depthwise``: the paper's rescaling of depthwise → convolution pairs.
+    * ``cross_layer``: the ranges of both layers of every pair made equal, over whole chains (Nagel
+      et al. 2019, arXiv 1906.04721).
+    * ``balanced``: the scales with the smallest predicted quantization noise, of weights and
+      activations together, over the whole network (:mod:`fat.graph.balance`).
+    * ``exact``: the same with every ReLU6 replaced by a clip at 6·s_k per channel. The function
+      stays for any s_k, on all images. The runtime must be able to clip per channel: an integer
+      Min with one constant per channel after the layer.
+
+    All but ``exact`` keep ReLU6 and so the function on the images seen only, within ``locked_from``
+    and ``cap``.
 
     Attributes:
-        method: ``none``, or ``depthwise``: the paper's rescaling of depthwise → convolution pairs.
+        method: ``none``, a method, or several joined by ``+`` that are applied in that order, such
+            as ``depthwise+cross_layer``; ``exact`` can only be the last.
         locked_from: A channel whose maximum before ReLU6 reaches this value keeps its scale.
         cap: The largest value that a rescaled channel may take before ReLU6 on the images seen;
             below 6 it leaves a margin for images not seen.
+        iterations: ``cross_layer`` goes over all pairs at most so often.
     """
 
-    method: Literal["none", "depthwise"] = "none"
+    method: str = "none"
     locked_from: float = 5.9
     cap: float = 6.0
+    iterations: int = 40
 
     def __post_init__(self) -> None:
-        _one_of("equalization", self.method, ("none", "depthwise"))
+        if self.method != "none":
+            for name in self.methods:
+                _one_of("equalization", name, EQUALIZATIONS)
+            if len(set(self.methods)) < len(self.methods) or "exact" in self.methods[:-1]:
+                raise FatError(
+                    f"equalize.method={self.method!r}: a method can be named once, and exact only "
+                    "as the last, as in equalize.method=depthwise+cross_layer."
+                )
+        if not isinstance(self.iterations, int) or self.iterations < 1:
+            raise FatError(
+                f"equalize.iterations is {self.iterations!r}; it must be a whole number, "
+                "at least 1."
+            )
         if not 0.0 < self.locked_from <= 6.0 or not 0.0 < self.cap <= 6.0:
             raise FatError(
                 f"equalize.locked_from={self.locked_from!r} and equalize.cap={self.cap!r} must lie "
                 "above 0 and not above 6, the value at which ReLU6 clips."
             )
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The methods in their order; none for ``none``."""
+        return () if self.method == "none" else tuple(self.method.split("+"))
 
 
 @dataclass(frozen=True)

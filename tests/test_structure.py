@@ -17,8 +17,9 @@ ORDER = [
     "quant/functional", "quant/observers", "quant/init", "quant/thresholds", "quant/placement",
     "quant/quantizers",
     "models",
-    "graph/patterns",  # knows torch alone; the passes below ask it
-    "graph/trace", "graph/fold", "graph/equalize", "graph/insert",
+    "graph/patterns",  # knows torch and the layers; the passes below ask it
+    "graph/trace", "graph/fold", "graph/insert",
+    "graph/groups", "graph/sensitivity", "graph/balance", "graph/equalize",
     "graph/features",
     "losses", "schedule", "metrics",
     "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate", "checkpoint",

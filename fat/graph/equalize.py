@@ -1,54 +1,74 @@
-"""Balance the filter ranges of depthwise convolutions and keep the network's function."""
+"""Balance the ranges of channels before quantization and keep the network's function."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 
-from fat.graph.patterns import FUSED_ACTIVATIONS, activation_cap, module_of, only_user
-from fat.spec import EqualizeSpec
+from fat.graph.balance import LOG_LIMIT, NoiseModel, balanced_scales
+from fat.graph.groups import (
+    ScaleGroup,
+    channel_clips,
+    column_ranges,
+    filter_ranges,
+    find_depthwise_pairs,
+    find_groups,
+    find_pairs,
+    rescale,
+)
+from fat.graph.insert import find_quantized
+from fat.graph.sensitivity import gather_statistics
+from fat.graph.trace import mark_data
+from fat.spec import EqualizeSpec, QuantSpec
 
 __all__ = [
-    "DepthwisePair",
     "EqualizeReport",
     "PairReport",
+    "channel_maxima",
+    "cross_layer_scales",
     "depthwise_scales",
-    "equalize_depthwise",
-    "find_depthwise_pairs",
+    "equalize",
 ]
 
 SANE_SCALE = 1e3
 """A channel that never fires may take any scale; further than this from 1 it would gain nothing."""
 DEAD = 1e-8
 """A filter whose largest weight is below this is dead: there is nothing to balance."""
-
-
-@dataclass(frozen=True)
-class DepthwisePair:
-    """A depthwise convolution, the activation after it or none, and the convolution after that."""
-
-    depthwise: str
-    activation: str | None
-    following: str
-    cap: float | None
+TOLERANCE = 1e-3
+"""Cross-layer equalization has settled when no scale of a sweep is further than this from 1."""
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """What equalization did to one pair.
+    """What one method did to one pair, or group of layers whose channels share their scales.
 
-    ``spread`` is the largest filter range over the smallest among filters that are not dead.
+    A spread is the largest range over the smallest among those that are not dead; of several layers
+    the largest spread counts.
+
+    Attributes:
+        method: Name of the method.
+        first: Layers whose output channels were multiplied, joined by ``" + "``.
+        following: Layers whose input channels were divided.
+        channels: How many channels they share.
+        locked: How many kept their scale because they reach ReLU6's bound.
+        first_before: Spread of the filters' ranges of the first layers before.
+        first_after: The same after.
+        following_before: Spread of the ranges of the following layers' input channels before.
+        following_after: The same after.
     """
 
-    depthwise: str
+    method: str
+    first: str
     following: str
     channels: int
     locked: int
-    spread_before: float
-    spread_after: float
+    first_before: float
+    first_after: float
+    following_before: float
+    following_after: float
 
 
 @dataclass(frozen=True)
@@ -64,35 +84,42 @@ class EqualizeReport:
         return sum(pair.locked for pair in self.pairs) / channels if channels else 0.0
 
 
-def find_depthwise_pairs(module: fx.GraphModule) -> list[DepthwisePair]:
-    """Depthwise convolution → ReLU, ReLU6 or nothing → convolution, each the only reader."""
-    pairs = []
-    for node in module.graph.nodes:
-        if not _is_depthwise(module_of(module, node)):
-            continue
-        activation: fx.Node | None = None
-        after = only_user(node)
-        if after is not None and isinstance(module_of(module, after), FUSED_ACTIVATIONS):
-            activation, after = after, only_user(after)
-        if after is None:
-            continue
-        following = module_of(module, after)
-        clip = module_of(module, activation) if activation is not None else None
-        if not isinstance(following, nn.Conv2d):
-            continue
-        if isinstance(clip, nn.Hardtanh) and clip.min_val != 0:
-            continue  # clips from below elsewhere than at 0: no positive scale passes through it
-        if following.groups not in (1, following.in_channels):
-            continue
-        pairs.append(
-            DepthwisePair(
-                str(node.target),
-                None if activation is None else str(activation.target),
-                str(after.target),
-                activation_cap(clip),
-            )
-        )
-    return pairs
+def equalize(module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec) -> EqualizeReport:
+    """Apply the methods that ``spec.equalize`` names, in their order, in place.
+
+    Args:
+        module: Folded canonical graph.
+        images: Batches [N, 3, H, W] from which the methods take the channels' ranges.
+        spec: See :class:`fat.spec.EqualizeSpec`; ``balanced`` and ``exact`` also ask for bits,
+            granularity and scheme.
+    """
+    mark_data(module, images[0][:1])
+    reports: list[PairReport] = []
+    for method in spec.equalize.methods:
+        reports += METHODS[method](module, images, spec, method)
+    return EqualizeReport(tuple(reports))
+
+
+def lock_and_cap(
+    scales: Tensor, maxima: Tensor, cap: float | None, options: EqualizeSpec
+) -> tuple[Tensor, Tensor]:
+    """Keep scales where ReLU6 lets them be: s_k = 1 of locked channels, s_k·m_k ≤ cap of others.
+
+    Args:
+        scales: Wanted scales, [C] float64.
+        maxima: m_k, the largest value of each channel before the activation on the images, [C].
+        cap: Where the activation clips from above, or ``None``.
+        options: ``locked_from`` and ``cap``, both stated for ReLU6 and scaled for other bounds.
+
+    Returns:
+        The scales that are allowed, within a sane range, and which channels are locked, [C] bool.
+    """
+    locked = _locked(maxima, cap, options)
+    if cap is not None:
+        room = _room(maxima, cap, options)
+        scales = torch.where(maxima > 0, torch.minimum(scales, room), scales)
+    scales = scales.clamp(1 / SANE_SCALE, SANE_SCALE)
+    return torch.where(locked, torch.ones_like(scales), scales), locked
 
 
 def depthwise_scales(
@@ -105,9 +132,9 @@ def depthwise_scales(
 
     Args:
         ranges: T_k = max|W_k| of each depthwise filter, [C].
-        maxima: m_k, the largest value of each channel before the activation on the images, [C].
-        cap: Where the activation clips from above, or ``None``.
-        options: ``locked_from`` and ``cap``, both stated for ReLU6 and scaled for other bounds.
+        maxima: See :func:`lock_and_cap`.
+        cap: See :func:`lock_and_cap`.
+        options: See :func:`lock_and_cap`.
 
     Returns:
         s [C] float64, 1 for locked and dead filters, and locked [C] bool.
@@ -116,77 +143,43 @@ def depthwise_scales(
     """
     ranges, maxima = ranges.double(), maxima.double()
     dead = ranges < DEAD
-    locked = torch.zeros_like(dead)
-    if cap is not None:
-        locked = (maxima >= options.locked_from * cap / 6.0) & ~dead
+    locked = _locked(maxima, cap, options) & ~dead
     chosen = ranges[locked] if bool(locked.any()) else ranges[~dead]
     if len(chosen) == 0:
         return torch.ones_like(ranges), locked
-    scales = chosen.mean() / ranges.clamp(min=DEAD)
-    if cap is not None:
-        room = options.cap * cap / 6.0 / maxima.clamp(min=torch.finfo(torch.float64).tiny)
-        scales = torch.where(maxima > 0, torch.minimum(scales, room), scales)
-    scales = scales.clamp(1 / SANE_SCALE, SANE_SCALE)
-    return torch.where(locked | dead, torch.ones_like(scales), scales), locked
+    wanted = chosen.mean() / ranges.clamp(min=DEAD)
+    scales, _ = lock_and_cap(wanted, maxima, cap, options)
+    return torch.where(dead, torch.ones_like(scales), scales), locked
 
 
-def equalize_depthwise(
-    module: fx.GraphModule, images: Iterable[Tensor], options: EqualizeSpec
-) -> EqualizeReport:
-    """Rescale every depthwise → convolution pair in place.
+def cross_layer_scales(first: Tensor, following: Tensor) -> Tensor:
+    """s_k = √(r2_k / r1_k), which makes both ranges √(r1_k·r2_k); 1 where either is dead.
 
     Args:
-        module: Folded canonical graph.
-        images: Batches [N, 3, H, W] on which the channels' maxima are taken.
-        options: See :class:`fat.spec.EqualizeSpec`.
+        first: r1_k, the range of the first layer's filter k, [C].
+        following: r2_k, the range of what reads channel k, [C].
+
+    Source: Nagel et al. 2019 (arXiv 1906.04721), eq. 11.
+
+    Examples:
+        >>> cross_layer_scales(torch.tensor([4.0, 1.0]), torch.tensor([1.0, 9.0])).tolist()
+        [0.5, 3.0]
     """
-    pairs = find_depthwise_pairs(module)
-    maxima = channel_maxima(module, [pair.depthwise for pair in pairs], images)
-    reports = []
-    for pair in pairs:
-        first = module.get_submodule(pair.depthwise)
-        second = module.get_submodule(pair.following)
-        assert isinstance(first, nn.Conv2d)
-        assert isinstance(second, nn.Conv2d)
-        before = _filter_ranges(first)
-        scales, locked = depthwise_scales(before, maxima[pair.depthwise], pair.cap, options)
-        rescale_channels(first, second, scales)
-        reports.append(
-            PairReport(
-                pair.depthwise,
-                pair.following,
-                len(scales),
-                int(locked.sum()),
-                _spread(before),
-                _spread(_filter_ranges(first)),
-            )
-        )
-    return EqualizeReport(tuple(reports))
-
-
-@torch.no_grad()
-def rescale_channels(first: nn.Conv2d, second: nn.Conv2d, scales: Tensor) -> None:
-    """Multiply output channel k of ``first`` by s_k and divide ``second``'s weights for it."""
-    first.weight.mul_(scales.reshape(-1, 1, 1, 1).to(first.weight))
-    if first.bias is not None:
-        first.bias.mul_(scales.to(first.bias))
-    inverse = (1 / scales).to(second.weight)
-    shape = (1, -1, 1, 1) if second.groups == 1 else (-1, 1, 1, 1)
-    if second.groups > 1:  # depthwise: filter k reads channel k // multiplier alone
-        inverse = inverse.repeat_interleave(second.out_channels // second.groups)
-    second.weight.mul_(inverse.reshape(shape))
+    first, following = first.double(), following.double()
+    dead = (first < DEAD) | (following < DEAD)
+    return torch.where(dead, 1.0, (following / first.clamp(min=DEAD)).sqrt())
 
 
 @torch.no_grad()
 def channel_maxima(
-    module: fx.GraphModule, layers: list[str], images: Iterable[Tensor]
+    module: fx.GraphModule, layers: Sequence[str], images: Iterable[Tensor]
 ) -> dict[str, Tensor]:
     """Largest value of each output channel of the named layers over all images, {layer: [C]}."""
     maxima: dict[str, Tensor] = {}
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
         def hook(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            seen = output.amax(dim=(0, 2, 3))
+            seen = output.amax([axis for axis in range(output.dim()) if axis != 1])
             maxima[name] = torch.maximum(maxima[name], seen) if name in maxima else seen
 
         return module.get_submodule(name).register_forward_hook(hook)
@@ -201,18 +194,139 @@ def channel_maxima(
     return maxima
 
 
-def _is_depthwise(layer: nn.Module | None) -> bool:
+def _depthwise(
+    module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec, method: str
+) -> list[PairReport]:
+    pairs = find_depthwise_pairs(module)
+    maxima = channel_maxima(module, [pair.first[0] for pair in pairs], images)
+    before = [_spreads(module, pair) for pair in pairs]
+    locked = []
+    for pair in pairs:
+        ranges = filter_ranges(module.get_submodule(pair.first[0]))
+        scales, fixed = depthwise_scales(ranges, maxima[pair.first[0]], _cap(pair), spec.equalize)
+        rescale(module, pair, scales)
+        locked.append(int(fixed.sum()))
+    return _reports(module, method, pairs, locked, before)
+
+
+def _cross_layer(
+    module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec, method: str
+) -> list[PairReport]:
+    pairs = find_pairs(module)
+    maxima = channel_maxima(module, [pair.first[0] for pair in pairs], images)
+    before = [_spreads(module, pair) for pair in pairs]
+    scales = {pair: maxima[pair.first[0]].double().new_ones(pair.channels) for pair in pairs}
+    locked = [0] * len(pairs)
+    for _ in range(spec.equalize.iterations):
+        moved = 0.0
+        for index, pair in enumerate(pairs):
+            step = cross_layer_scales(
+                filter_ranges(module.get_submodule(pair.first[0])),
+                column_ranges(module.get_submodule(pair.following[0])),
+            )
+            wanted, fixed = lock_and_cap(
+                scales[pair] * step, maxima[pair.first[0]].double(), _cap(pair), spec.equalize
+            )
+            step = wanted / scales[pair]
+            rescale(module, pair, step)
+            scales[pair], locked[index] = wanted, int(fixed.sum())
+            moved = max(moved, float(step.log().abs().max()))
+        if moved < TOLERANCE:
+            break
+    return _reports(module, method, pairs, locked, before)
+
+
+def _balanced(
+    module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec, method: str
+) -> list[PairReport]:
+    groups = find_groups(module)
+    names = {name for group in groups for name in group.tensors}
+    quantized = {node.name for node in find_quantized(module)}
+    statistics = gather_statistics(module, images, names, quantized)
+    model = NoiseModel(module, groups, statistics, spec)
+    locked = [0] * len(groups)
+    lower, upper = model.zeros() - LOG_LIMIT, model.zeros() + LOG_LIMIT
+    if method == "balanced":
+        for index, (group, place) in enumerate(zip(groups, model.places, strict=True)):
+            fixed = torch.zeros(group.channels, dtype=torch.bool, device=upper.device)
+            for clip in group.clips:
+                maxima = statistics.high[clip.before]
+                # 1 is always allowed: what is past the margin already is not forced under it.
+                room = _room(maxima, clip.cap, spec.equalize).log().clamp(min=0.0)
+                upper[place] = torch.where(
+                    maxima > 0, torch.minimum(upper[place], room), upper[place]
+                )
+                fixed |= _locked(maxima, clip.cap, spec.equalize)
+            lower[place] = torch.where(fixed, 0.0, lower[place])
+            upper[place] = torch.where(fixed, 0.0, upper[place])
+            locked[index] = int(fixed.sum())
+    log_scales = balanced_scales(model, lower, upper)
+    before = [_spreads(module, group) for group in groups]
+    for group, place in zip(groups, model.places, strict=True):
+        scales = log_scales[place].exp()
+        rescale(module, group, scales)
+        if method == "exact":
+            channel_clips(module, group, scales)
+    return _reports(module, method, groups, locked, before)
+
+
+Method = Callable[[fx.GraphModule, Sequence[Tensor], QuantSpec, str], list[PairReport]]
+METHODS: dict[str, Method] = {
+    "depthwise": _depthwise,
+    "cross_layer": _cross_layer,
+    "balanced": _balanced,
+    "exact": _balanced,
+}
+
+
+def _cap(pair: ScaleGroup) -> float | None:
+    return pair.clips[0].cap if pair.clips else None
+
+
+def _locked(maxima: Tensor, cap: float | None, options: EqualizeSpec) -> Tensor:
+    if cap is None:
+        return torch.zeros_like(maxima, dtype=torch.bool)
+    return maxima >= options.locked_from * cap / 6.0
+
+
+def _room(maxima: Tensor, cap: float, options: EqualizeSpec) -> Tensor:
+    """The largest scale under the cap, of channels that fire at all."""
+    return options.cap * cap / 6.0 / maxima.clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _spreads(module: fx.GraphModule, group: ScaleGroup) -> tuple[float, float]:
     return (
-        isinstance(layer, nn.Conv2d)
-        and layer.groups == layer.in_channels == layer.out_channels
-        and layer.groups > 1
+        max(_spread(filter_ranges(module.get_submodule(name))) for name in group.first),
+        max(_spread(column_ranges(module.get_submodule(name))) for name in group.following),
     )
-
-
-def _filter_ranges(layer: nn.Conv2d) -> Tensor:
-    return layer.weight.detach().abs().amax(dim=(1, 2, 3))
 
 
 def _spread(ranges: Tensor) -> float:
     alive = ranges[ranges >= DEAD]
     return float(alive.max() / alive.min()) if len(alive) else 1.0
+
+
+def _reports(
+    module: fx.GraphModule,
+    method: str,
+    groups: Sequence[ScaleGroup],
+    locked: Sequence[int],
+    before: Sequence[tuple[float, float]],
+) -> list[PairReport]:
+    reports = []
+    for group, count, (first, following) in zip(groups, locked, before, strict=True):
+        after = _spreads(module, group)
+        reports.append(
+            PairReport(
+                method,
+                " + ".join(group.first),
+                " + ".join(group.following),
+                group.channels,
+                count,
+                first,
+                after[0],
+                following,
+                after[1],
+            )
+        )
+    return reports

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from fat.errors import FatError, unknown_name
 from fat.graph.patterns import (
+    feeding,
     is_compute,
     is_fused_activation,
     is_value_preserving,
@@ -84,7 +85,7 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         raise FatError("The network holds no convolution or linear layer: nothing to quantize.")
     first, last = compute[0], compute[-1]
     quantized = find_quantized(module)
-    feeds_first, feeds_last = _feeding(module, first), _feeding(module, last)
+    feeds_first, feeds_last = feeding(module, first), feeding(module, last)
     # Asked before any quantizer stands between an operation and what it reads.
     non_negatives = {node for node in quantized if _float_non_negative(module, node)}
 
@@ -189,14 +190,6 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
     return value[0], value[1]
-
-
-def _feeding(module: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
-    """The node whose grid the layer's input lives on."""
-    before = source(layer)
-    while before is not None and before.op != "placeholder" and is_value_preserving(module, before):
-        before = source(before)
-    return before
 
 
 def _float_non_negative(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -10,9 +10,12 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fat.layers import ChannelClip
+
 __all__ = [
     "FUSED_ACTIVATIONS",
     "activation_cap",
+    "feeding",
     "is_compute",
     "is_fused_activation",
     "is_value_preserving",
@@ -22,7 +25,7 @@ __all__ = [
     "source",
 ]
 
-FUSED_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
+FUSED_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, ChannelClip)
 """Activations that only clip: integer runtimes do them in the convolution's own rescaling."""
 
 PRESERVING_MODULES = (
@@ -56,7 +59,9 @@ PRESERVING_METHODS = frozenset(
         "split", "contiguous", "expand",
     }
 )  # fmt: skip
-POSITIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax)
+POSITIVE_MODULES = (
+    nn.ReLU, nn.ReLU6, ChannelClip, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
+)  # fmt: skip
 MEAN_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -76,6 +81,14 @@ def source(node: fx.Node) -> fx.Node | None:
 def only_user(node: fx.Node) -> fx.Node | None:
     """The one node that reads this one, or ``None`` when there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def feeding(module: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
+    """The node whose grid the layer's input lives on."""
+    before = source(layer)
+    while before is not None and before.op != "placeholder" and is_value_preserving(module, before):
+        before = source(before)
+    return before
 
 
 def is_compute(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat.errors import FatError
-from fat.layers import pad_same
+from fat.layers import ChannelClip, pad_same
 from fat.quant.functional import (
     INT32_MAX,
     Adjust,
@@ -37,13 +37,15 @@ class ActivationQuantizer(nn.Module):
 
     It also does the clipping activation (ReLU, ReLU6) that runtimes fuse: an unsigned grid whose
     upper threshold does not pass the clip's bound clips by itself, so that nothing is computed and
-    nothing kept for the clip; elsewhere it is applied before rounding.
+    nothing kept for the clip; elsewhere it is applied before rounding. So is a clip per channel:
+    the grid knows the largest bound alone.
 
     Args:
         layer: Name of the operation whose output this is, for messages and tables.
         spec: What is asked of the network.
         grid: The integers of this tensor.
-        activation: The fused activation, a ReLU or Hardtanh (ReLU6 is one), or ``None``.
+        activation: The fused activation, a ReLU, Hardtanh (ReLU6 is one) or
+            :class:`fat.layers.ChannelClip`, or ``None``.
 
     Attributes:
         enabled: When false the tensor passes the activation only.
@@ -59,10 +61,13 @@ class ActivationQuantizer(nn.Module):
         self.init: InitSpec = spec.activation_init
         self.thresholds = Thresholds(spec, grid, None)
         self.activation = activation
-        self._grid_clips = activation is not None and grid.kind == "unsigned"
-        if self._grid_clips and isinstance(activation, nn.Hardtanh):
+        unsigned = activation is not None and grid.kind == "unsigned"
+        self._grid_clips = unsigned and not isinstance(activation, ChannelClip)
+        if unsigned and isinstance(activation, nn.Hardtanh):
             self.thresholds.limit = float(activation.max_val)
             self._grid_clips = not spec.power_of_two  # the next power of two may pass the bound
+        elif unsigned and isinstance(activation, ChannelClip):
+            self.thresholds.limit = max(activation.bounds)
         self.enabled = True
         self.may_overwrite = False
         self._statistics: RangeStatistics | None = None

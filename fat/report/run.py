@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,18 @@ from fat import kernels
 from fat.analysis import LayerError
 from fat.files import write_json, write_text
 from fat.fit import FitResult
+from fat.graph.equalize import EqualizeReport, PairReport
 from fat.spec import QuantSpec
 from fat.student import Student
 
-__all__ = ["advice", "format_figures", "versions", "write_metrics", "write_thresholds"]
+__all__ = [
+    "advice",
+    "format_figures",
+    "versions",
+    "write_equalization",
+    "write_metrics",
+    "write_thresholds",
+]
 
 COLLAPSE = 80.0
 """Agreement with the float network, in percent, below which plain calibration has collapsed."""
@@ -71,6 +80,22 @@ def write_thresholds(path: Path, student: Student) -> None:
                 f"{float(scale.max()):.6g}",
                 int(zero_point.max()),
             )
+        )
+    write_text(path, text.getvalue())
+
+
+def write_equalization(path: Path, report: EqualizeReport) -> None:
+    """Write one row per equalized pair as CSV, the columns of :class:`PairReport`.
+
+    Spreads are the largest range over the smallest.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column.name for column in fields(PairReport)])
+    for pair in report.pairs:
+        writer.writerow(
+            f"{value:.6g}" if isinstance(value, float) else value
+            for value in (getattr(pair, column.name) for column in fields(PairReport))
         )
     write_text(path, text.getvalue())
 
