@@ -169,7 +169,7 @@ def _at_every_width(site: Site, spec: QuantSpec) -> dict[int, WeightQuantizer]:
     """
     if not isinstance(site, QuantLayer):
         return {}
-    weight = site.scaled_weight()
+    weight = site.adjusted_weight()
     quantizers = {}
     for bits in BITS:
         quantizer = WeightQuantizer(spec, Grid(bits, "signed"), weight.shape).to(weight.device)

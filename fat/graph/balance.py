@@ -119,7 +119,7 @@ class NoiseModel:
                     writes.get(name),
                     reads.get(name),
                     is_grouped(layer),
-                    weight_grid(spec, first=node is compute[0], last=node is compute[-1]),
+                    weight_grid(spec, name, first=node is compute[0], last=node is compute[-1]),
                 )
             )
         feeds_last = feeding(module, compute[-1])
