@@ -76,18 +76,23 @@ class Blocks:
             FatError: If there is no such place.
         """
         if self._networks is None:
-            images = images.contiguous(memory_format=torch.channels_last)
-            wanted = self._pair(self._theirs)[0](images)[1]
-            with disabled(self._student):
-                given = self._pair(self._theirs)[1](images)[1]
-            other = [
-                node
-                for node, exact, moved in zip(self._theirs, wanted, given, strict=True)
-                if float(relative_error([exact], [moved])) >= OTHER
-            ]
-            self._leave_out(other)
+            # Without equalization all tensors are the teacher's, also where training moved them.
+            if self._student.spec.equalize.methods:
+                self._leave_out(self._rescaled(images))
             self._networks = self._pair(self._theirs)
         return self._networks
+
+    def _rescaled(self, images: Tensor) -> list[fx.Node]:
+        images = images.contiguous(memory_format=torch.channels_last)
+        teacher, student = self._pair(self._theirs)
+        wanted = teacher(images)[1]
+        with disabled(self._student):
+            given = student(images)[1]
+        return [
+            node
+            for node, exact, moved in zip(self._theirs, wanted, given, strict=True)
+            if float(relative_error([exact], [moved])) >= OTHER
+        ]
 
     def _pair(self, theirs: list[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
         teacher, student = self._student.teacher, self._student.network

@@ -1,7 +1,7 @@
 """Block-wise reconstruction: train each block to give what its float self gives, one after another.
 
 A short way to a good start for the end-to-end distillation, which then has less to mend: gradients
-pass through one block and not through the whole network, and a block's output says more than logits.
+pass through one block and not through the whole network, and its output says more than logits do.
 
 Source: Li et al. 2021 (BRECQ, arXiv 2102.05426); the mixed inputs are those of Wei et al. 2022
 (QDrop, arXiv 2203.05740), here at the block's input.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import fat
 from fat import FatError, QuantSpec, Student, TrainSpec
 from fat.module import DistillModule
-from fat.spec import LossName
+from fat.spec import EqualizeSpec, LossName
 
 QUIET: dict[str, Any] = {"progress": False, "bias_correction": False}
 CLASSES = 10
@@ -222,6 +223,7 @@ def rescaled(student: Student, first: str, second: str) -> Student:
     layers[first].weight.mul_(scales.view(-1, 1, 1, 1))
     layers[first].bias.data.mul_(scales)
     layers[second].weight.div_(scales.view(1, -1, 1, 1))
+    student.spec = replace(student.spec, equalize=EqualizeSpec("cross_layer"))
     return student
 
 
