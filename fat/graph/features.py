@@ -185,8 +185,7 @@ def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) 
             raise FatError(f"'{start.name}' is no cut point: what follows reads more than it.")
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(copies[end])
-    part = fx.GraphModule(module, graph, type(module).__name__)
-    return part.train(module.training)
+    return fx.GraphModule(module, graph, type(module).__name__)
 
 
 def _flow(module: fx.GraphModule) -> set[fx.Node]:
