@@ -95,6 +95,8 @@ class StrategyConfig:
 
     name: str = "minmax"
     percentile: float = 99.999
+    exponent: float = 2.4
+    candidates: int = 100
 
 
 @dataclass

@@ -16,7 +16,7 @@ Thresholds = Literal["fat", "frozen"]
 Weights = Literal["frozen", "pointwise"]
 Bias = Literal["trained", "frozen"]
 GridKind = Literal["signed", "unsigned", "asymmetric"]
-InitName = Literal["minmax", "percentile"]
+InitName = Literal["minmax", "percentile", "mse", "lp", "entropy", "aciq", "lsq"]
 LossName = Literal["rmse", "authors_code"]
 ScheduleName = Literal["cosine", "authors_code", "constant"]
 
@@ -81,10 +81,18 @@ class InitSpec:
     Attributes:
         name: The strategy: a function of :mod:`fat.quant.init`.
         percentile: For ``percentile``: the share of values, in percent, inside the thresholds.
+        exponent: For ``lp``: the power of the error that is summed.
+        candidates: For ``mse``, ``lp`` and ``entropy``: how many thresholds are tried first, evenly
+            spaced; those around the best are then tried ten times as densely.
+
+    Raises:
+        FatError: If a value is outside what is allowed.
     """
 
     name: InitName = "minmax"
     percentile: float = 99.999
+    exponent: float = 2.4
+    candidates: int = 100
 
     def __post_init__(self) -> None:
         _one_of("init strategy", self.name, get_args(InitName))
@@ -92,6 +100,17 @@ class InitSpec:
             raise FatError(
                 f"init percentile is {self.percentile!r}; allowed is more than 50 and at most 100, "
                 "in percent, as in init.activation.percentile=99.99."
+            )
+        if not 1.0 <= self.exponent <= 10.0:
+            raise FatError(
+                f"init exponent is {self.exponent!r}; allowed is 1 to 10, as in "
+                "init.activation.exponent=2.4."
+            )
+        whole = isinstance(self.candidates, int) and not isinstance(self.candidates, bool)
+        if not whole or not 10 <= self.candidates <= 10_000:
+            raise FatError(
+                f"init candidates is {self.candidates!r}; allowed are whole numbers from 10 to "
+                "10000, as in init.activation.candidates=100."
             )
 
 
