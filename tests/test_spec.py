@@ -15,6 +15,7 @@ from fat.errors import FatError
 from fat.spec import (
     EqualizeSpec,
     Grid,
+    InitName,
     InitSpec,
     LossName,
     QuantSpec,
@@ -131,6 +132,18 @@ def test_percentile_out_of_range(value: float) -> None:
         InitSpec("percentile", value)
 
 
+@pytest.mark.parametrize("value", [0.9, 10.1, -2.0, math.nan, math.inf])
+def test_exponent_out_of_range(value: float) -> None:
+    with pytest.raises(FatError, match=r"exponent is .*allowed is 1 to 10.*exponent=2\.4"):
+        InitSpec("lp", exponent=value)
+
+
+@pytest.mark.parametrize("value", [9, 0, -1, 10_001, 99.5, True])
+def test_candidates_out_of_range(value: int) -> None:
+    with pytest.raises(FatError, match=r"candidates is .*whole numbers from 10.*candidates=100"):
+        InitSpec("mse", candidates=value)
+
+
 @pytest.mark.parametrize("value", [50.1, 99.99, 100.0])
 def test_percentile_in_range(value: float) -> None:
     assert InitSpec("percentile", value).percentile == value
@@ -216,7 +229,11 @@ def test_narrower_bits_win_over_bits(
 def _specs() -> st.SearchStrategy[QuantSpec]:
     bits = st.integers(2, 8)
     init = st.builds(
-        InitSpec, name=st.sampled_from(["minmax", "percentile"]), percentile=st.floats(51.0, 100.0)
+        InitSpec,
+        name=st.sampled_from(get_args(InitName)),
+        percentile=st.floats(51.0, 100.0),
+        exponent=st.floats(1.0, 10.0),
+        candidates=st.integers(10, 10_000),
     )
     return st.builds(
         QuantSpec,

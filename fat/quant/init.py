@@ -194,6 +194,7 @@ def initial_thresholds(
 
 
 _INF = math.inf
+_NOTHING = 1e-12
 _JOINTLY = [[0, 1]]
 _THEN_APART = [[0, 1], [0], [1], [0], [1]]
 _BLOCK = 2**16
@@ -316,14 +317,18 @@ def _divergence(
     # and a single value in a long tail would forbid every threshold below it.
     at_ends = counts.gather(1, torch.cat([first, last - 1], dim=1).clamp(min=0))
     filled[:, [0, -1]] += ((at_ends == 0.0) & (outside > 0.0)).double()
-    held[:, [0, -1]] += 0.5 * ((held[:, [0, -1]] == 0.0) & (outside > 0.0)).double()
+    kept = held.clone()
+    kept[:, [0, -1]] += 0.5 * ((held[:, [0, -1]] == 0.0) & (outside > 0.0)).double()
     joined = at_ends + outside
     own[:, [0, -1]] += torch.xlogy(joined, joined) - torch.xlogy(at_ends, at_ends)
-    average = (held / filled).nan_to_num_(0.0)
+    average = (kept / filled).nan_to_num_(0.0)
     cross = torch.xlogy(held, average)
     cross[:, [0, -1]] += torch.xlogy(outside, average[:, [0, -1]])
     total = seen[:, -1]
-    return (own - cross).sum(dim=1) / total - total.log() + held.sum(dim=1).log()
+    divergence = (own - cross).sum(dim=1) / total - total.log() + kept.sum(dim=1).log()
+    # Rounding must not decide between ranges that lose nothing; one with nothing inside is none.
+    divergence = torch.where(divergence > _NOTHING, divergence, 0.0)
+    return torch.where(held.sum(dim=1) > 0.0, divergence, _INF)
 
 
 def _laplace_clip(bits: int) -> float:

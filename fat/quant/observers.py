@@ -209,7 +209,7 @@ class HistogramStatistics(RangeStatistics):
             bins = torch.mul(values, half / self._limit).floor_().add_(half).int()
             counts += torch.bincount(bins, minlength=self._bins)
             zeros, total, square = (part == 0).sum(), values.sum(), torch.dot(values, values)
-            sums += torch.stack([zeros.double(), total, values.abs_().sum(), square])
+            sums += torch.stack([zeros.double(), total, values.abs().sum(), square])
         self._counts, self._sums = counts.cpu(), sums.cpu()
 
     def _double(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 from fat.config import EvaluateConfig, RunConfig, parse, suggest_key
 from fat.errors import FatError
 from fat.loggers import LOGGERS
-from fat.spec import QuantSpec, TrainSpec
+from fat.spec import InitName, InitSpec, QuantSpec, TrainSpec
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
@@ -70,6 +71,19 @@ def test_paper_presets_train_thresholds_alone() -> None:
 
 def test_every_logger_has_a_file() -> None:
     assert {path.stem for path in (CONF / "logger").glob("*.yaml")} == set(LOGGERS)
+
+
+@pytest.mark.parametrize("name", get_args(InitName))
+def test_every_init_strategy_has_a_file(name: str) -> None:
+    spec = composed(f"init={name}").quant_spec()
+    assert spec.activation_init == InitSpec(name)  # type: ignore[arg-type]
+    assert spec.weight_init.name in (name, "minmax")
+
+
+def test_options_of_a_strategy_come_through() -> None:
+    spec = composed("init=lp", "init.weight.exponent=3", "init.activation.candidates=50")
+    assert spec.quant_spec().weight_init == InitSpec("lp", exponent=3.0)
+    assert spec.quant_spec().activation_init == InitSpec("lp", candidates=50)
 
 
 def test_evaluate_composes() -> None:

@@ -92,8 +92,8 @@ def test_other_types_of_numbers(dtype: torch.dtype) -> None:
     before = x.clone()
     statistics = HistogramStatistics(256)
     fill(statistics, x, [100, 101])
-    check_counts(statistics, x)
     assert torch.equal(x, before)
+    check_counts(statistics, x)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -268,3 +268,87 @@ def test_samples_are_numpys(seed: int, rows: int, count: int, share: float) -> N
     ):
         assert found.dtype == torch.float64
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9, atol=1e-12)
+
+
+@given(seed=st.integers(0, 2**31), rows=st.integers(1, 4), count=st.integers(1, 80))
+@settings(deadline=None, max_examples=40)
+def test_moments_and_histogram_of_samples_are_numpys(seed: int, rows: int, count: int) -> None:
+    x = heavy_tailed(seed, rows * count).reshape(rows, count)
+    x[0, count // 2] = 0.0
+    values = x.double().numpy()
+    statistics = SampleStatistics(x)
+    for found, wanted in (
+        (statistics.mean(), values.mean(axis=1)),
+        (statistics.mean_magnitude(), np.abs(values).mean(axis=1)),
+        (statistics.mean_square(), np.square(values).mean(axis=1)),
+        (
+            statistics.mean_deviation(),
+            np.abs(values - values.mean(axis=1, keepdims=True)).mean(axis=1),
+        ),
+    ):
+        assert found.dtype == torch.float64
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-9, atol=1e-12)
+    points, times = statistics.points()
+    assert torch.equal(points, x.double())
+    assert times is None
+    counts, width = statistics.histogram()
+    half = counts.shape[1] // 2
+    for row, own, step in zip(values, counts.numpy(), width.tolist(), strict=True):
+        # The last bin of numpy is closed, as is the one that holds the largest value.
+        wanted, _ = np.histogram(row[row != 0.0], bins=(np.arange(2 * half + 1) - half) * step)
+        assert own.sum() == wanted.sum() == np.count_nonzero(row)
+        # A value on an edge may round to either side of it.
+        assert np.abs(np.cumsum(own) - np.cumsum(wanted)).max() <= 1
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 3000),
+    cuts=st.lists(st.integers(0, 3000), max_size=5),
+    scale=st.sampled_from([1e-40, 1e-30, 1.0, 1e30]),
+)
+@settings(deadline=None, max_examples=40)
+def test_moments_and_points_of_a_stream(
+    seed: int, count: int, cuts: list[int], scale: float
+) -> None:
+    x = heavy_tailed(seed, count).clamp(-1e4, 1e4) * scale
+    x[::3] = 0.0
+    values = x.double().numpy()
+    statistics = HistogramStatistics()
+    fill(statistics, x, cuts)
+    for found, wanted in (
+        (statistics.mean(), values.mean()),
+        (statistics.mean_magnitude(), np.abs(values).mean()),
+        (statistics.mean_square(), np.square(values).mean()),
+    ):
+        assert found.shape == (1,)
+        assert found.item() == pytest.approx(wanted, rel=1e-9, abs=1e-12 * np.abs(values).max())
+    width = statistics.histogram()[1].item()
+    deviation = np.abs(values - values.mean()).mean()
+    assert statistics.mean_deviation().item() == pytest.approx(deviation, abs=width)
+
+    points, times = statistics.points()
+    assert times[0, 0].item() == np.count_nonzero(values == 0.0)
+    # The middle of a bin is at most half a bin from what it stands for.
+    repeated = np.sort(np.repeat(points[0].numpy(), times[0].long().numpy()))
+    assert np.abs(repeated - np.sort(values)).max() <= 0.51 * width
+
+
+def test_an_outlier_does_not_move_the_moments() -> None:
+    bulk = torch.linspace(-1, 1, 10_001)
+    statistics = HistogramStatistics()
+    statistics.update(bulk)
+    statistics.update(torch.tensor([1e9]))
+    values = np.append(bulk.double().numpy(), 1e9)
+    assert statistics.mean_magnitude().item() == pytest.approx(np.abs(values).mean(), rel=1e-12)
+    assert statistics.mean().item() == pytest.approx(values.mean(), rel=1e-12)
+
+
+def test_zeros_are_kept_apart_also_when_they_come_first() -> None:
+    statistics = HistogramStatistics(64)
+    for part in (torch.zeros(5), torch.tensor([0.001, -0.0, 1.0]), torch.zeros(2)):
+        statistics.update(part)
+    points, times = statistics.points()
+    assert times.tolist() == [[8.0, 1.0, 1.0]]
+    assert points[0, 0].item() == 0.0
+    assert statistics.histogram()[0].sum().item() == 2.0
