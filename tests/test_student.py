@@ -32,7 +32,7 @@ def test_teacher_is_frozen_and_not_in_the_state(student: Student, images: Tensor
     assert not student.training
 
 
-@pytest.mark.parametrize("thresholds", ["fat", "frozen"])
+@pytest.mark.parametrize("thresholds", ["fat", "lsq", "tqt", "frozen"])
 @pytest.mark.parametrize("bias", ["trained", "frozen"])
 def test_parameters_are_exactly_what_is_trained(
     tiny: nn.Module, images: Tensor, thresholds: str, bias: str
@@ -47,7 +47,7 @@ def test_parameters_are_exactly_what_is_trained(
     }
     biases = {f"network.{layer.layer}.bias" for layer in student.layers()}
     assert len(factors) == 20
-    assert names == (factors if thresholds == "fat" else set()) | (
+    assert names == (set() if thresholds == "frozen" else factors) | (
         biases if bias == "trained" else set()
     )
 
