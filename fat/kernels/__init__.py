@@ -48,13 +48,14 @@ FLAGS = (
 SWITCH = "FAT_KERNELS"
 """Environment variable; ``off`` leaves the work to torch's operations."""
 
-P, F, I, L = ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int64
+POINTER, FLOAT, INT, LONG = ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int64
+ROWS = (LONG, LONG, FLOAT, INT, FLOAT, FLOAT)
 SIGNATURES = {
-    "fat_forward": (P, P, L, F, F, F, I),
-    "fat_forward_code": (P, P, P, L, F, F, F, I),
-    "fat_backward_code": (P, P, P, P, L, F, F, I),
-    "fat_forward_rows": (P, P, P, P, L, L, F, I, F, F),
-    "fat_backward_rows": (P, P, P, P, P, P, L, L, F, I, F, F),
+    "fat_forward": (POINTER, POINTER, LONG, FLOAT, FLOAT, FLOAT, INT),
+    "fat_forward_code": (POINTER, POINTER, POINTER, LONG, FLOAT, FLOAT, FLOAT, INT),
+    "fat_backward_code": (POINTER, POINTER, POINTER, POINTER, LONG, FLOAT, FLOAT, INT),
+    "fat_forward_rows": (POINTER, POINTER, POINTER, POINTER, *ROWS),
+    "fat_backward_rows": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, *ROWS),
 }
 
 
@@ -85,7 +86,7 @@ def _dense(x: Tensor) -> bool:
 
 
 def forward(x: Tensor, out: Tensor, scale: float, low: float, high: float) -> None:
-    """out = scale · clip(round(x / scale), low, high); ``out`` may be ``x``."""
+    """Out = scale · clip(round(x / scale), low, high); ``out`` may be ``x``."""
     _call("fat_forward", x, out, x.numel(), scale, low, high, torch.get_num_threads())
 
 

@@ -47,7 +47,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         enabled: When false the tensor passes the activation only.
-        may_overwrite: Whether nothing but this reads its input, the operation that gave it included.
+        may_overwrite: Whether nothing but this needs its input, not even for a backward pass.
     """
 
     def __init__(
@@ -59,14 +59,15 @@ class ActivationQuantizer(nn.Module):
         self.init: InitSpec = spec.activation_init
         self.thresholds = Thresholds(spec, grid, None)
         self.activation = activation
-        bounded = isinstance(activation, nn.Hardtanh)
+        bound = float(activation.max_val) if isinstance(activation, nn.Hardtanh) else None
+        unsigned = grid.kind == "unsigned"
         self._grid_clips = (
             activation is not None
-            and grid.kind == "unsigned"
-            and not (bounded and spec.power_of_two)  # the next power of two may pass the bound
+            and unsigned
+            and not (bound is not None and spec.power_of_two)  # the grid may pass the bound
         )
-        if bounded and grid.kind == "unsigned":
-            self.thresholds.limit = float(activation.max_val)
+        if bound is not None and unsigned:
+            self.thresholds.limit = bound
         self.enabled = True
         self.may_overwrite = False
         self._statistics: RangeStatistics | None = None

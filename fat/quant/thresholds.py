@@ -6,10 +6,11 @@ A parametrization is a module whose parameters exist from ``__init__`` and whose
 * ``fat``: f = clip(α, lo, hi) (arXiv 1812.07872, eqs. 13 and 17);
 * ``lsq``: f = s, the step in units of its calibrated value, any s > 0, with the gradient scaled by
   1/√(N·q) for N elements on a grid of q positive levels (arXiv 1902.08153, section 3.1);
-* ``tqt``: f = 2^l, l the logarithm of the threshold against its calibrated value (arXiv 1903.08066).
+* ``tqt``: f = 2^l, l the logarithm of threshold over calibrated threshold (arXiv 1903.08066).
 
-Asymmetric grids train the lower threshold too, T_l,adj = T_l + shift·R. Measured from the calibrated
-values, one learning rate suits all tensors, whatever their size; ``frozen`` trains nothing.
+Asymmetric grids train the lower threshold too, T_l,adj = T_l + shift·R. Measured from the
+calibrated values, one learning rate suits all tensors, whatever their size; ``frozen`` trains
+nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class _PowerOfTwo(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (ratio,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * ratio
+        result: Tensor = grad * ratio
+        return result
 
 
 def power_of_two_ste(step: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class Thresholds(nn.Module):
     """The calibrated range of a tensor on a grid, with the factors that training moves it by.
 
     Args:
-        spec: Parametrization (``spec.thresholds``), its ranges, and whether steps are powers of two.
+        spec: Parametrization (``spec.thresholds``), its ranges, whether steps are powers of two.
         grid: The integers of the tensor.
         rows: One threshold per row (output filter); ``None`` is one for the tensor, 0-dim.
 

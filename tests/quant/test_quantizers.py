@@ -494,7 +494,10 @@ def rounding_layer(
     weight: Tensor, granularity: str, bits: int, reach: tuple[float, float]
 ) -> QuantLinear:
     spec = QuantSpec(
-        weights="rounding", thresholds="frozen", granularity=granularity, rounding_range=reach  # type: ignore[arg-type]
+        weights="rounding",
+        thresholds="frozen",
+        granularity=granularity,
+        rounding_range=reach,  # type: ignore[arg-type]
     )
     layer = QuantLinear("linear", weight, None, spec, Grid(bits, "signed"))
     layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1), spec))
@@ -530,7 +533,9 @@ def test_learned_rounding_stays_near_the_weight(
     found = np.rint(layer.quantized()[0].detach().numpy() / step)
     assert np.all(np.abs(found) <= q)
     lowest, highest = ratio + reach[0] - 0.5, ratio + reach[1] + 0.5
-    assert np.all((found >= np.maximum(lowest - 1e-4, -q)) & (found <= np.minimum(highest + 1e-4, q)))
+    assert np.all(
+        (found >= np.maximum(lowest - 1e-4, -q)) & (found <= np.minimum(highest + 1e-4, q))
+    )
     assert np.all(np.abs(found - np.rint(ratio)) <= math.ceil(max(-reach[0], reach[1])))
     wanted = np.clip(np.rint(ratio + np.clip(layer.factor.detach().numpy(), *reach)), -q, q)
     assert np.mean(found != wanted) < 0.05  # float32 may round a half otherwise
@@ -554,7 +559,9 @@ def test_gradient_of_learned_rounding(granularity: str) -> None:
     assert not inside.all()
     passes = np.array([[1, 1, 1, 1, 0, 0]])
     np.testing.assert_allclose(
-        layer.factor.grad.numpy(), grad.numpy() * inside * passes * step, rtol=1e-6  # type: ignore[union-attr]
+        layer.factor.grad.numpy(),
+        grad.numpy() * inside * passes * step,
+        rtol=1e-6,  # type: ignore[union-attr]
     )
 
 
@@ -566,7 +573,7 @@ def test_weights_share_a_threshold_among_so_many(granularity: str, wanted: int) 
     spec = spec_of(thresholds="lsq", granularity=granularity)
     weight = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[1] *= 1e-30
-    layer = QuantConv2d("conv", weight, 1e6 * torch.ones(5), spec, WEIGHT_GRID)
+    layer = QuantConv2d("conv", weight, torch.ones(5), spec, WEIGHT_GRID)
     layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1, 2, 3, 3), spec))
     assert layer.calibrate() == (1 if granularity == "vector" else 0)  # widening keeps the number
     assert layer.weight_quantizer.thresholds.elements.item() == wanted

@@ -51,9 +51,7 @@ def calibrated(
     return thresholds
 
 
-def symmetric(
-    grid: Grid, top: Tensor, alpha: Tensor | float = 1.0, **options: Any
-) -> Thresholds:
+def symmetric(grid: Grid, top: Tensor, alpha: Tensor | float = 1.0, **options: Any) -> Thresholds:
     thresholds = calibrated(grid, -top if grid.kind == "signed" else 0 * top, top, **options)
     thresholds.get_parameter("alpha").data.copy_(torch.as_tensor(alpha))
     return thresholds
@@ -633,9 +631,7 @@ def test_parameters_exist_from_the_start(thresholds: str, kind: str, rows: int |
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_calibrating_again_starts_anew(name: str) -> None:
-    thresholds = asymmetric(
-        8, torch.tensor(-1.0), torch.tensor(1.0), 0.6, 0.2, thresholds=name
-    )
+    thresholds = asymmetric(8, torch.tensor(-1.0), torch.tensor(1.0), 0.6, 0.2, thresholds=name)
     thresholds.calibrated(torch.tensor([-2.0]), torch.tensor([3.0]))
     values = {key: value.item() for key, value in thresholds.named_parameters()}
     assert values == {"alpha": START[name], "shift": 0.0}
