@@ -17,7 +17,7 @@ Weights = Literal["frozen", "pointwise", "rounding"]
 Bias = Literal["trained", "frozen"]
 GridKind = Literal["signed", "unsigned", "asymmetric"]
 InitName = Literal["minmax", "percentile", "mse", "lp", "entropy", "aciq", "lsq"]
-LossName = Literal["rmse", "authors_code"]
+LossName = Literal["rmse", "authors_code", "mse", "kl", "cosine"]
 ScheduleName = Literal["cosine", "authors_code", "constant"]
 
 BITS = range(2, 9)

@@ -99,7 +99,7 @@ def reaches(student: Student, images: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def note(layer: QuantLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        name, x = f"network.{layer.layer}.pointwise", inputs[0]
+        name, x = f"network.{layer.layer}.factor", inputs[0]
         output.register_hook(lambda grad: found.update({name: reach(layer, x, grad)}))
 
     handles = [layer.register_forward_hook(note) for layer in student.layers()]
@@ -650,18 +650,20 @@ def test_after_a_reset_a_step_is_one_from_rest(
     assert float((steps[1] - 1e-3).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("weights", ["pointwise", "rounding"])
 def test_each_kind_of_parameter_has_its_own_rate(
-    tiny: nn.Module, images: Tensor, batches: list[Tensor]
+    tiny: nn.Module, images: Tensor, batches: list[Tensor], weights: str
 ) -> None:
-    student = prepared(tiny, images, weights="pointwise", alpha_range=(0.01, 9.0))
+    student = prepared(tiny, images, weights=weights, alpha_range=(0.01, 9.0))
     before = trained(student)
     after: dict[str, Tensor] = {}
     fat.fit(
-        student, batches, validation=batches, epochs=1, lr=4e-3, pointwise_lr=2e-3, bias_lr=1e-3,
-        bias_correction=False, callbacks=[AtStep(1, lambda _, s: after.update(trained(s)))],
-        **QUIET,
+        student, batches, validation=batches, epochs=1, lr=4e-3, pointwise_lr=2e-3,
+        rounding_lr=5e-3, bias_lr=1e-3, bias_correction=False,
+        callbacks=[AtStep(1, lambda _, s: after.update(trained(s)))], **QUIET,
     )  # fmt: skip
-    rates = {"alpha": 4e-3, "shift": 4e-3, "pointwise": 2e-3, "bias": 1e-3}
+    factor = {"pointwise": 2e-3, "rounding": 5e-3}[weights]
+    rates = {"alpha": 4e-3, "shift": 4e-3, "factor": factor, "bias": 1e-3}
     kinds = set()
     for name, value in after.items():
         kind = name.rsplit(".", 1)[1]
@@ -669,7 +671,7 @@ def test_each_kind_of_parameter_has_its_own_rate(
         largest = float((value - before[name]).abs().max())
         if largest:
             assert largest == pytest.approx(rates[kind], rel=2e-2), name
-    assert {"alpha", "pointwise", "bias"} <= kinds
+    assert {"alpha", "factor", "bias"} <= kinds
 
 
 def test_gradient_clipping_changes_the_course(

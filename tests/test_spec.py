@@ -91,8 +91,8 @@ def test_bits_on_a_grid() -> None:
             "Unknown scheme 'asymetric'. Did you mean 'asymmetric' or 'symmetric'?",
         ),
         (
-            lambda: QuantSpec(thresholds="lsq"),  # type: ignore[arg-type]
-            "Unknown thresholds 'lsq'. Allowed: fat, frozen.",
+            lambda: QuantSpec(thresholds="lsc"),  # type: ignore[arg-type]
+            "Unknown thresholds 'lsc'. Did you mean 'lsq'? Allowed: fat, lsq, tqt, frozen.",
         ),
         (
             lambda: QuantSpec(bias="train"),  # type: ignore[arg-type]
@@ -100,7 +100,8 @@ def test_bits_on_a_grid() -> None:
         ),
         (
             lambda: QuantSpec(weights="pointwize"),  # type: ignore[arg-type]
-            "Unknown weights 'pointwize'. Did you mean 'pointwise'? Allowed: frozen, pointwise.",
+            "Unknown weights 'pointwize'. Did you mean 'pointwise'? Allowed: frozen, pointwise, "
+            "rounding.",
         ),
         (
             lambda: InitSpec(name="percentil"),  # type: ignore[arg-type]
@@ -169,6 +170,8 @@ def test_equalization_outside_relu6(name: str, value: float) -> None:
         ("shift_range", (0.1, 0.4), "0"),
         ("shift_range", (-0.2, -0.1), "0"),
         ("pointwise_range", (1.05, 1.25), "1"),
+        ("rounding_range", (0.1, 1.0), "0"),
+        ("rounding_range", (-1.0,), "0"),
     ],
 )
 def test_ranges_must_hold_their_start(name: str, value: tuple[float, ...], inside: str) -> None:
@@ -197,6 +200,7 @@ def test_alpha_must_stay_above_zero(low: float) -> None:
         ("lr", 0.0, "optim.lr is 0.0; it must be above 0."),
         ("bias_lr", -1e-3, "optim.bias_lr is -0.001; it must be above 0."),
         ("pointwise_lr", 0.0, "optim.pointwise_lr is 0.0; it must be above 0."),
+        ("rounding_lr", -1.0, "optim.rounding_lr is -1.0; it must be above 0."),
         ("gradient_clip", 0.0, "optim.gradient_clip is 0.0; it must be above 0."),
         ("lr", math.nan, "optim.lr is nan; it must be above 0."),
         ("temperature", 0.0, "optim.temperature is 0.0; it must be above 0."),
@@ -245,10 +249,12 @@ def _specs() -> st.SearchStrategy[QuantSpec]:
         layer_bits=st.dictionaries(st.text(max_size=5), bits, max_size=4),
         granularity=st.sampled_from(["scalar", "vector"]),
         scheme=st.sampled_from(["symmetric", "asymmetric"]),
-        thresholds=st.sampled_from(["fat", "frozen"]),
-        weights=st.sampled_from(["frozen", "pointwise"]),
+        thresholds=st.sampled_from(["fat", "lsq", "tqt", "frozen"]),
+        power_of_two=st.booleans(),
+        weights=st.sampled_from(["frozen", "pointwise", "rounding"]),
         bias=st.sampled_from(["trained", "frozen"]),
         pointwise_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
+        rounding_range=st.tuples(st.floats(-1.0, 0.0), st.floats(0.0, 1.0)),
         alpha_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
         shift_range=st.tuples(st.floats(-1.0, 0.0), st.floats(0.0, 1.0)),
         weight_init=init,

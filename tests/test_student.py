@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,7 +34,7 @@ def test_teacher_is_frozen_and_not_in_the_state(student: Student, images: Tensor
     assert not student.training
 
 
-@pytest.mark.parametrize("thresholds", ["fat", "frozen"])
+@pytest.mark.parametrize("thresholds", ["fat", "lsq", "tqt", "frozen"])
 @pytest.mark.parametrize("bias", ["trained", "frozen"])
 def test_parameters_are_exactly_what_is_trained(
     tiny: nn.Module, images: Tensor, thresholds: str, bias: str
@@ -47,7 +49,7 @@ def test_parameters_are_exactly_what_is_trained(
     }
     biases = {f"network.{layer.layer}.bias" for layer in student.layers()}
     assert len(factors) == 20
-    assert names == (factors if thresholds == "fat" else set()) | (
+    assert names == (set() if thresholds == "frozen" else factors) | (
         biases if bias == "trained" else set()
     )
 
@@ -85,6 +87,31 @@ def test_projection_brings_factors_back_to_their_edge(student: Student) -> None:
     for index, thresholds in enumerate(student.thresholds()):
         edge = torch.full_like(thresholds.alpha, (0.5, 0.7, 1.0)[index % 3])
         assert torch.equal(thresholds.alpha, edge)
+
+
+@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+def test_a_saved_student_trains_on_with_lsqs_scale(
+    tiny: nn.Module, images: Tensor, tmp_path: Path, granularity: str
+) -> None:
+    """The gradient's 1/√(N·q) is known after loading, without a calibration."""
+    student = fat.prepare(tiny, images, QuantSpec(thresholds="lsq", granularity=granularity))
+    fat.calibrate(student, images)
+    path = tmp_path / "student.safetensors"
+    fat.save(student, path)
+    loaded = fat.load(path)
+    gradients = []
+    for one in (student, loaded):
+        one(images).square().sum().backward()
+        gradients.append({name: p.grad for name, p in one.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, wanted in gradients[0].items():
+        assert torch.equal(gradients[1][name], wanted), name
+    counts = {q.layer: q.thresholds.elements.item() for q in loaded.activation_quantizers()}
+    assert counts["input"] == 3 * 16 * 16
+    assert counts["blocks.0.act1"] == 32 * 8 * 8
+    assert counts["classifier"] == 10
+    weights = {x.layer: x.weight_quantizer.thresholds.elements.item() for x in loaded.layers()}
+    assert weights["blocks.0.conv_pw"] == (8 if granularity == "vector" else 8 * 32)
 
 
 def test_memory_format_of_the_images_does_not_matter(student: Student, images: Tensor) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -37,21 +38,24 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("fake_quantize.c")
+BLOCK = 4096
+"""Elements that the kernels add up before the next block starts."""
 FLAGS = (
-    "-O3", "-march=native", "-mprefer-vector-width=256", "-funroll-loops", "-fno-math-errno",
-    "-fno-trapping-math", "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC",
+    "-O3", "-march=native", "-funroll-loops", "-fno-math-errno", "-fno-trapping-math",
+    "-ffp-contract=off", "-fopenmp", "-shared", "-fPIC", f"-DBLOCK={BLOCK}",
+    *(["-mprefer-vector-width=256"] if platform.machine() in ("x86_64", "AMD64") else []),
 )  # fmt: skip
 SWITCH = "FAT_KERNELS"
 """Environment variable; ``off`` leaves the work to torch's operations."""
 
-BLOCK = 4096
-P, F, I, L = ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int64
+POINTER, FLOAT, INT, LONG = ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int64
+ROWS = (LONG, LONG, FLOAT, INT, FLOAT, FLOAT)
 SIGNATURES = {
-    "fat_forward": (P, P, L, F, F, F, I),
-    "fat_forward_code": (P, P, P, L, F, F, F, I),
-    "fat_backward_code": (P, P, P, P, L, F, F, I),
-    "fat_forward_rows": (P, P, P, P, L, L, F, I, F, F),
-    "fat_backward_rows": (P, P, P, P, P, P, L, L, F, I, F, F),
+    "fat_forward": (POINTER, POINTER, LONG, FLOAT, FLOAT, FLOAT, INT),
+    "fat_forward_code": (POINTER, POINTER, POINTER, LONG, FLOAT, FLOAT, FLOAT, INT),
+    "fat_backward_code": (POINTER, POINTER, POINTER, POINTER, LONG, FLOAT, FLOAT, INT),
+    "fat_forward_rows": (POINTER, POINTER, POINTER, POINTER, *ROWS),
+    "fat_backward_rows": (POINTER, POINTER, POINTER, POINTER, POINTER, POINTER, *ROWS),
 }
 
 
@@ -82,14 +86,14 @@ def _dense(x: Tensor) -> bool:
 
 
 def forward(x: Tensor, out: Tensor, scale: float, low: float, high: float) -> None:
-    """out = scale · clip(round(x / scale), low, high); ``out`` may be ``x``."""
+    """Out = scale · clip(round(x / scale), low, high); ``out`` may be ``x``."""
     _call("fat_forward", x, out, x.numel(), scale, low, high, torch.get_num_threads())
 
 
 def forward_code(x: Tensor, out: Tensor, scale: float, low: float, high: float) -> Tensor:
     """The same; returns int8 of ``x``'s layout, the rounding error in 1/252 of a step.
 
-    ±127 marks values outside the grid, whose gradient is another.
+    ±127 marks values outside the grid and −128 NaN, whose gradients are others.
     """
     code = torch.empty_like(x, dtype=torch.int8)
     _call("fat_forward_code", x, out, code, x.numel(), scale, low, high, torch.get_num_threads())
@@ -101,10 +105,11 @@ def backward_code(
 ) -> tuple[Tensor, float, float]:
     """(∂/∂x, ∂/∂scale, sum of the gradient that fell outside the grid)."""
     grad_x = torch.empty_like(grad)
-    sums = torch.empty(-(-grad.numel() // BLOCK), 2, dtype=torch.float64)
+    blocks = -(-grad.numel() // BLOCK)
+    sums = torch.empty(blocks + 1, 2, dtype=torch.float64)  # the totals last
     threads = torch.get_num_threads()
     _call("fat_backward_code", code, grad, grad_x, sums, grad.numel(), low, high, threads)
-    scale, outside = sums.sum(0).tolist()
+    scale, outside = sums[-1].tolist()
     return grad_x, scale, outside
 
 
@@ -154,12 +159,13 @@ def _library() -> ctypes.CDLL | None:
     if os.environ.get(SWITCH, "").lower() in ("off", "0", "false"):
         return None
     try:
-        library = ctypes.CDLL(str(_built()))
+        library = _load()
     except (OSError, FatError, subprocess.SubprocessError) as error:
+        lines = str(error).strip().splitlines()
         logger.info(
             "No compiled kernels (%s): torch's operations quantize instead, with the same numbers; "
             "a training step then takes about a third longer.",
-            str(error).strip().splitlines()[0][:200] or type(error).__name__,
+            lines[0][:200] if lines else type(error).__name__,
         )
         return None
     for name, signature in SIGNATURES.items():
@@ -168,33 +174,71 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
-def _built() -> Path:
-    """The shared library for this source, compiler and processor, built if it is not there."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
-    if not compiler:
-        raise OSError("no C compiler found")
-    source = SOURCE.read_bytes()
-    told = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60)
-    key = hashlib.sha256(
-        b"\0".join((source, " ".join(FLAGS).encode(), told.stdout, _processor().encode()))
-    ).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fat"
-    target = cache / f"fake_quantize-{key}.so"
-    if target.is_file():
-        return target
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written: built anew by each process
-        target = Path(tempfile.mkdtemp(prefix="fat-")) / target.name
+def _load() -> ctypes.CDLL:
+    """The library for this source, compiler and processor; built if it is not in the cache.
 
-    def build(temporary: Path) -> None:
-        command = [compiler, *FLAGS, "-x", "c", str(SOURCE), "-o", str(temporary), "-lm"]
+    Raises:
+        OSError: If there is no compiler, or what it gave cannot be loaded.
+        subprocess.SubprocessError: If it does not compile.
+    """
+    compiler = _compiler()
+    name = f"fake_quantize-{_key(compiler)}.so"
+    cache = _cache()
+    if cache is not None:
+        if _intact(cache / name):
+            return ctypes.CDLL(str(cache / name))
+        try:
+            return ctypes.CDLL(str(_build(compiler, cache / name)))
+        except FatError:  # it cannot be written
+            pass
+    # Built anew by each process; once loaded, the file may go.
+    with tempfile.TemporaryDirectory(prefix="fat-") as folder:
+        return ctypes.CDLL(str(_build(compiler, Path(folder) / name)))
+
+
+def _compiler() -> list[str]:
+    given = shlex.split(os.environ.get("CC", ""))
+    found = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not given and not found:
+        raise OSError("no C compiler found")
+    return given or [str(found)]
+
+
+def _cache() -> Path | None:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fat"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def _key(compiler: list[str]) -> str:
+    """A name for everything that the library depends on."""
+    told = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60)
+    parts = (SOURCE.read_bytes(), *(text.encode() for text in (*FLAGS, *compiler, _processor())))
+    return hashlib.sha256(b"\0".join((told.stdout, *parts))).hexdigest()[:16]
+
+
+def _build(compiler: list[str], target: Path) -> Path:
+    """Compile; a checksum follows the code, which loaders ignore."""
+
+    def write(temporary: Path) -> None:
+        command = [*compiler, *FLAGS, "-x", "c", str(SOURCE), "-o", str(temporary), "-lm"]
         done = subprocess.run(command, capture_output=True, timeout=120)
         if done.returncode:
-            raise FatError(done.stderr.decode(errors="replace"))
+            raise subprocess.SubprocessError(done.stderr.decode(errors="replace"))
+        with temporary.open("ab") as file:
+            file.write(hashlib.sha256(temporary.read_bytes()).digest())
 
-    write_atomic(target, build)
-    return target
+    return write_atomic(target, write)
+
+
+def _intact(library: Path) -> bool:
+    """Whether it is there as it was built: loading half a file would kill the process."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
 def _processor() -> str:

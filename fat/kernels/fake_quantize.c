@@ -1,16 +1,16 @@
 /* Fake quantization on CPUs, one pass over memory where torch's operations need four and more.
  *
  * Same arithmetic as fat/quant/functional.py, bit for bit: true division, rounding half to even, no
- * fused multiply-add (build with -ffp-contract=off). Sums are taken in blocks of fixed size and
- * added in order, so that results do not depend on the number of threads.
+ * fused multiply-add (build with -ffp-contract=off). Sums are taken in blocks of BLOCK elements (set
+ * when building) and added in order, so that results do not depend on the number of threads.
  */
 #include <math.h>
 #include <stdint.h>
 
-#define BLOCK 4096
-/* A rounding error of half a step is kept as +-126; +-127 marks values outside the grid. */
+/* A rounding error of half a step is kept as +-126; +-127 marks values outside the grid, -128 NaN. */
 #define FINE 252.0f
 #define OUTSIDE 127
+#define UNKNOWN (-128)
 
 static inline float clip(float x, float low, float high)
 {
@@ -45,14 +45,15 @@ void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, float d
             float error = (r - v) * FINE;
             error = r < low ? -(float)OUTSIDE : error;
             error = r > high ? (float)OUTSIDE : error;
+            error = v != v ? (float)UNKNOWN : error;
             code[i] = (int8_t)(int32_t)rintf(error);
             y[i] = clip(r, low, high) * d;
         }
     }
 }
 
-/* grad_x, and per block of BLOCK elements sums[2b] = part of d out/d scale . grad and
- * sums[2b+1] = the gradient that fell outside the grid. */
+/* grad_x, and per block b of BLOCK elements sums[2b] = its part of d out/d scale . grad and
+ * sums[2b+1] = the gradient that fell outside the grid; the totals come last. */
 void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, double *sums,
                        int64_t n, float low, float high, int threads)
 {
@@ -71,8 +72,18 @@ void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, dou
             scale += g * slope;
             outside += g - inside;
         }
-        sums[2 * b] = scale;
+        int8_t least = 0;
+#pragma omp simd reduction(min : least)
+        for (int64_t i = b * BLOCK; i < end; i++)
+            least = code[i] < least ? code[i] : least;
+        sums[2 * b] = least == UNKNOWN ? NAN : scale;
         sums[2 * b + 1] = outside;
+    }
+    double *total = sums + 2 * blocks;
+    total[0] = total[1] = 0.0;
+    for (int64_t b = 0; b < blocks; b++) {
+        total[0] += sums[2 * b];
+        total[1] += sums[2 * b + 1];
     }
 }
 

@@ -304,7 +304,8 @@ class _FusedWeight(Function):
         )
         if ctx.shared:  # type: ignore[attr-defined]
             grad_scale = grad_scale.sum()
-        return None, grad_factor if len(grad_factor) else None, grad_scale, None, None, None
+        wanted = ctx.needs_input_grad[1]  # type: ignore[attr-defined]
+        return None, grad_factor if wanted else None, grad_scale, None, None, None
 
 
 def fake_quantize_weight(
@@ -328,10 +329,11 @@ def fake_quantize_weight(
         adjust: What f does.
         bounds: (low, high) of f.
     """
-    if kernels.usable(weight, weight if factor is None else factor):
-        fused: Tensor = _FusedWeight.apply(
-            weight, weight if factor is None else factor, scale, qmax, adjust, bounds
-        )
+    if factor is None or adjust is Adjust.NOTHING:
+        factor, adjust = None, Adjust.NOTHING
+    given = weight if factor is None else factor
+    if kernels.usable(weight, given):
+        fused: Tensor = _FusedWeight.apply(weight, given, scale, qmax, adjust, bounds)
         return fused
     step = scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() else scale
     if factor is not None:

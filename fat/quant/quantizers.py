@@ -49,7 +49,7 @@ class ActivationQuantizer(nn.Module):
 
     Attributes:
         enabled: When false the tensor passes the activation only.
-        may_overwrite: Whether nothing but this reads its input, the operation that gave it included.
+        may_overwrite: Whether nothing but this needs its input, not even for a backward pass.
     """
 
     def __init__(

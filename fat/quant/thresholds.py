@@ -6,10 +6,11 @@ A parametrization is a module whose parameters exist from ``__init__`` and whose
 * ``fat``: f = clip(α, lo, hi) (arXiv 1812.07872, eqs. 13 and 17);
 * ``lsq``: f = s, the step in units of its calibrated value, any s > 0, with the gradient scaled by
   1/√(N·q) for N elements on a grid of q positive levels (arXiv 1902.08153, section 3.1);
-* ``tqt``: f = 2^l, l the logarithm of the threshold against its calibrated value (arXiv 1903.08066).
+* ``tqt``: f = 2^l, l the logarithm of threshold over calibrated threshold (arXiv 1903.08066).
 
-Asymmetric grids train the lower threshold too, T_l,adj = T_l + shift·R. Measured from the calibrated
-values, one learning rate suits all tensors, whatever their size; ``frozen`` trains nothing.
+Asymmetric grids train the lower threshold too, T_l,adj = T_l + shift·R. Measured from the
+calibrated values, one learning rate suits all tensors, whatever their size; ``frozen`` trains
+nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ __all__ = ["Thresholds", "power_of_two_ste"]
 SMALLEST_FACTOR = 2.0**-10
 """No trained factor makes a range smaller than this share of the calibrated one."""
 LARGEST_FACTOR = 2.0**10
+LARGEST_EXPONENT = 127
+"""Of float32's powers of two."""
 
 
 class _PowerOfTwo(Function):
@@ -36,7 +39,7 @@ class _PowerOfTwo(Function):
     def forward(ctx: FunctionCtx, step: Tensor) -> Tensor:
         mantissa, exponent = torch.frexp(step)  # step = mantissa · 2^exponent, mantissa in [½, 1)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-        result = torch.ldexp(torch.ones_like(step), exponent)
+        result = torch.ldexp(torch.ones_like(step), exponent.clamp(max=LARGEST_EXPONENT))
         ctx.save_for_backward(result / step)
         return result
 
@@ -44,7 +47,8 @@ class _PowerOfTwo(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (ratio,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * ratio
+        result: Tensor = grad * ratio
+        return result
 
 
 def power_of_two_ste(step: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ class Thresholds(nn.Module):
     """The calibrated range of a tensor on a grid, with the factors that training moves it by.
 
     Args:
-        spec: Parametrization (``spec.thresholds``), its ranges, and whether steps are powers of two.
+        spec: Parametrization (``spec.thresholds``), its ranges, whether steps are powers of two.
         grid: The integers of the tensor.
         rows: One threshold per row (output filter); ``None`` is one for the tensor, 0-dim.
 
@@ -138,16 +142,20 @@ class Thresholds(nn.Module):
 
         On asymmetric grids they contain 0 as long as :meth:`project` is called after each step.
         """
+        low, extent = self._adjusted()
+        return low, low + extent if self.grid.kind == "asymmetric" else extent
+
+    def _adjusted(self) -> tuple[Tensor, Tensor]:
+        """(T_l, what the grid's steps share): R on asymmetric grids, T on symmetric ones."""
+        asymmetric = self.grid.kind == "asymmetric"
+        extent = self.high - self.low if asymmetric else self.high
         if self.alpha is None:
-            return self.low, self.high
+            return self.low, extent
         factor = self._factor(self.alpha)
-        if self.grid.kind != "asymmetric":
-            return self.low * factor, self.high * factor
-        extent = self.high - self.low
-        low = self.low
-        if self.shift is not None:
-            low = low + self._scaled(clip_inclusive(self.shift, *self.shift_range)) * extent
-        return low, low + factor * extent
+        if self.shift is None:
+            return self.low * factor, extent * factor
+        shift = self._scaled(clip_inclusive(self.shift, *self.shift_range))
+        return self.low + shift * extent, extent * factor
 
     def _factor(self, alpha: Tensor) -> Tensor:
         clipped = clip_inclusive(alpha, *self.alpha_range)
@@ -168,12 +176,11 @@ class Thresholds(nn.Module):
         Symmetric: d = T/q. Asymmetric: d = (T_r − T_l)/(2^n−1), z = round(−T_l/d) kept inside the
         grid, so that 0.0 is always represented exactly. A tensor that is all zero gets d = 1.
         """
-        low, high = self.range()
-        symmetric = self.grid.kind != "asymmetric"
-        scale = _step(high if symmetric else high - low, self.grid.qmax)
+        low, extent = self._adjusted()
+        scale = _step(extent, self.grid.qmax)
         if self.power_of_two:
             scale = power_of_two_ste(scale)
-        if symmetric:
+        if self.grid.kind != "asymmetric":
             return scale, torch.zeros_like(self.high)
         zero_point = clip_inclusive(round_ste(-low / scale), self.grid.qmin, self.grid.qmax)
         return scale, zero_point

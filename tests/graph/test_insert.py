@@ -345,3 +345,69 @@ def test_bits_of_a_layer_that_is_not_there(tiny: nn.Module, images: Tensor) -> N
     spec = QuantSpec(layer_bits={"stem": 8, "blocks.0.conv_dv": 4})
     with pytest.raises(FatError, match=r"'blocks.0.conv_dv'. Did you mean 'blocks.0.conv_dw'"):
         insert_quantizers(trace(tiny), spec, images)
+
+
+# --- what is written over its input --------------------------------------------------------------
+
+
+def overwriting(graph: fx.GraphModule) -> set[str]:
+    return {name for name, quantizer in quantizer_table(graph).items() if quantizer.may_overwrite}
+
+
+def test_results_of_layers_and_additions_may_be_overwritten(
+    tiny: nn.Module, images: Tensor
+) -> None:
+    """Not the caller's images, and not what a pool's backward pass may look at again."""
+    graph, report = inserted(tiny, images)
+    assert overwriting(graph) == set(report.activations) - {"input", "pool"}
+
+
+def test_what_another_operation_reads_is_not_overwritten(images: Tensor) -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.act = nn.Hardswish()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.a(x))
+            return (self.b(y) + y) * torch.sigmoid(y)
+
+    graph, _ = inserted(Shared(), images)
+    # Hard-swish and sigmoid keep what they read or gave; the product keeps its factors.
+    assert overwriting(graph) == {"a", "b", "add"}
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return F.relu(y) + y
+
+    graph, _ = inserted(Twice(), images)
+    assert overwriting(graph) == {"a", "add"}
+
+
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.ReLU, nn.Hardswish])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_overwriting_changes_neither_the_output_nor_a_gradient(
+    images: Tensor, act: type[nn.Module], scheme: str
+) -> None:
+    graph, _ = inserted(TinyNet(act=act), images, QuantSpec(bits=6, scheme=scheme))  # type: ignore[arg-type]
+    assert overwriting(graph)
+    kept = images.clone()
+    results = []
+    for on in (True, False):
+        if not on:
+            for quantizer in quantizer_table(graph).values():
+                quantizer.may_overwrite = False
+        graph.zero_grad()
+        logits = graph(images)
+        logits.square().sum().backward()
+        results.append([logits, *(parameter.grad for parameter in graph.parameters())])
+        assert torch.equal(images, kept)
+    assert len(results[0]) == 1 + len(list(graph.parameters())) > 30
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)

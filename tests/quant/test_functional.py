@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fat import kernels
 from fat.quant.functional import (
     INT32_MAX,
     clip_inclusive,
@@ -48,6 +49,12 @@ def draw(seed: int, shape: tuple[int, ...], grid: Grid, scale: float, per_channe
     return tuple(  # type: ignore[return-value]
         torch.from_numpy(np.asarray(a, dtype=np.float32)) for a in (x, steps, zeros, grad)
     )
+
+
+def rounding_of_a_byte(x: Tensor, scale: Tensor, grad: Tensor) -> float:
+    """What the gradient of one scale may be off by where the compiled kernels gave it."""
+    fused = not scale.dim() and kernels.usable(x.detach())
+    return float(grad.abs().sum()) / 504 if fused else 0.0
 
 
 def closed_form(
@@ -100,13 +107,12 @@ def test_value_and_gradients_are_the_closed_form(
     # What x gets is the incoming gradient or nothing, without any rounding.
     assert inputs[0].grad is not None
     np.testing.assert_array_equal(inputs[0].grad.numpy(), wanted[1])
-    reach = float(grad.abs().sum()) * grid.qmax
-    for tensor, gradient, unit in zip(inputs[1:], wanted[2:], (1.0, scale), strict=True):
+    reach = 1e-6 * float(grad.abs().sum()) * grid.qmax
+    rooms = (reach + rounding_of_a_byte(x, step, grad), reach * scale)
+    for tensor, gradient, room in zip(inputs[1:], wanted[2:], rooms, strict=True):
         assert tensor.grad is not None
         assert tensor.grad.shape == tensor.shape
-        np.testing.assert_allclose(
-            tensor.grad.numpy(), gradient, rtol=1e-4, atol=1e-6 * reach * unit
-        )
+        np.testing.assert_allclose(tensor.grad.numpy(), gradient, rtol=1e-4, atol=room)
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (2, 3, 4, 5), (2, 2, 3, 2, 3)])
@@ -152,12 +158,13 @@ def test_value_and_gradients_are_torchs_own(
         )
     reference.backward(grad)
     torch.testing.assert_close(out, reference, rtol=1e-5, atol=1e-5 * scale)
-    reach = float(grad.abs().sum()) * grid.qmax
-    for mine, theirs, unit in zip(own, other, (1.0, 1.0, scale), strict=True):
+    reach = 1e-6 * float(grad.abs().sum()) * grid.qmax
+    rooms = (reach, reach + rounding_of_a_byte(x, step, grad), reach * scale)
+    for mine, theirs, room in zip(own, other, rooms, strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None
         torch.testing.assert_close(
-            mine.grad.reshape(theirs.grad.shape), theirs.grad, rtol=1e-4, atol=1e-6 * reach * unit
+            mine.grad.reshape(theirs.grad.shape), theirs.grad, rtol=1e-4, atol=room
         )
 
 
@@ -169,8 +176,10 @@ def test_an_expanded_gradient(layout: str) -> None:
     step.requires_grad_()
     fake_quantize(x, step, zero_point, grid.qmin, grid.qmax).sum().backward()
     assert step.grad is not None
-    wanted = closed_form(x, step, zero_point, torch.ones_like(x), grid)[2]
-    np.testing.assert_allclose(step.grad.numpy(), wanted, rtol=1e-4)
+    ones = torch.ones_like(x)
+    wanted = closed_form(x, step, zero_point, ones, grid)[2]
+    room = rounding_of_a_byte(x, step, ones)
+    np.testing.assert_allclose(step.grad.numpy(), wanted, rtol=1e-4, atol=room)
 
 
 @pytest.mark.parametrize(

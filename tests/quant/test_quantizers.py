@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from fat.quant.quantizers import (
     QuantLinear,
     WeightQuantizer,
 )
+from fat.quant.thresholds import Thresholds
 from fat.spec import Grid, InitSpec, QuantSpec
 
 INT32_MAX = 2**31 - 1
@@ -38,15 +40,39 @@ def watching(grid: Grid, x: Tensor, spec: QuantSpec) -> ActivationQuantizer:
     return quantizer
 
 
+TRAINED = ["fat", "lsq", "tqt"]
+ALPHAS = {"fat": (0.5, 1.0), "lsq": (0.4, 1.3), "tqt": (-1.2, 0.4)}
+
+
 def move_factors(module: nn.Module, seed: int) -> None:
     """Trained factors somewhere in their ranges."""
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        low, high = {"alpha": (0.5, 1.0), "shift": (-0.2, 0.2), "pointwise": (0.75, 1.25)}.get(
-            name.split(".")[-1], (0.0, 0.0)
-        )
-        if high:
+
+    def draw(parameter: Tensor | None, low: float, high: float) -> None:
+        if parameter is not None:
             parameter.data = low + (high - low) * torch.rand(parameter.shape, generator=generator)
+
+    for part in module.modules():
+        if isinstance(part, Thresholds) and part.alpha is not None:
+            draw(part.alpha, *ALPHAS[part.kind])
+            draw(part.shift, -0.2, 0.2)
+        if isinstance(part, QuantLayer):
+            draw(part.factor, *part._bounds)
+
+
+def adjusted(layer: QuantLayer, steps: Tensor) -> Tensor:
+    """The layer's weight as its factors move it, in float32; ``steps`` broadcast to the weight."""
+    weight = layer.weight.numpy()
+    if layer.factor is None:
+        return layer.weight
+    factor = layer.factor.detach().numpy()
+    moved = {1: weight * factor, 2: weight + factor * steps.detach().numpy()}[int(layer.adjust)]
+    assert moved.dtype == np.float32
+    return torch.from_numpy(moved)
+
+
+def is_power_of_two(values: Tensor) -> bool:
+    return bool(np.all(np.frexp(values.detach().numpy())[0] == 0.5))
 
 
 # The pure integer reference: numpy, int64, nothing of the package.
@@ -113,6 +139,18 @@ def check_against_integers(
     np.testing.assert_array_equal(np.rint(found).astype(np.int64), accumulators)
 
 
+def check_not_a_bit_differs(
+    out: Tensor, sums: np.ndarray, magnitudes: np.ndarray, weight_scale: Tensor, input_scale: Tensor
+) -> None:
+    """With steps that are powers of two the rescale is a shift, and float32 holds every sum."""
+    assert is_power_of_two(weight_scale)
+    assert is_power_of_two(input_scale)
+    assert magnitudes.max() < 2**24
+    step = (weight_scale * input_scale).detach().numpy()
+    channels = step.reshape(-1, *[1] * (out.dim() - 2)) if step.ndim else step
+    np.testing.assert_array_equal(out.detach().numpy(), (sums * channels).astype(np.float32))
+
+
 BITS = st.integers(2, 8)
 PAIR = st.tuples(st.integers(1, 2), st.integers(1, 2))
 ACTIVATIONS = st.sampled_from(["signed", "unsigned", "asymmetric"])
@@ -124,7 +162,9 @@ ACTIVATIONS = st.sampled_from(["signed", "unsigned", "asymmetric"])
     activation_bits=BITS,
     kind=ACTIVATIONS,
     granularity=st.sampled_from(["scalar", "vector"]),
-    weights=st.sampled_from(["frozen", "pointwise"]),
+    thresholds=st.sampled_from([*TRAINED, "frozen"]),
+    power_of_two=st.booleans(),
+    weights=st.sampled_from(["frozen", "pointwise", "rounding"]),
     bias=st.sampled_from([None, "frozen", "trained"]),
     shape=st.sampled_from([(1, 3, 4), (2, 4, 6), (4, 4, 4), (4, 4, 8)]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -133,13 +173,15 @@ ACTIVATIONS = st.sampled_from(["signed", "unsigned", "asymmetric"])
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)) | st.just("dynamic_same"),
     channels_last=st.booleans(),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=200)
 def test_convolution_is_the_integer_reference(
     seed: int,
     weight_bits: int,
     activation_bits: int,
     kind: str,
     granularity: str,
+    thresholds: str,
+    power_of_two: bool,
     weights: str,
     bias: str | None,
     shape: tuple[int, int, int],
@@ -151,7 +193,10 @@ def test_convolution_is_the_integer_reference(
 ) -> None:
     groups, channels, filters = shape
     generator = torch.Generator().manual_seed(seed)
-    spec = spec_of(granularity=granularity, weights=weights, bias=bias or "frozen")
+    spec = spec_of(
+        granularity=granularity, weights=weights, bias=bias or "frozen", thresholds=thresholds,
+        power_of_two=power_of_two,
+    )  # fmt: skip
     grid = Grid(weight_bits, "signed")
     x = torch.randn(2, channels, 7, 6, generator=generator)
     x = x.relu() if kind == "unsigned" else x + 0.5
@@ -178,8 +223,7 @@ def test_convolution_is_the_integer_reference(
     input_scale, zero_point = source.thresholds()
     weight_scale = layer.weight_quantizer.scale()
     columns = weight_scale.reshape(-1, 1, 1, 1) if granularity == "vector" else weight_scale
-    scaled = layer.weight if layer.pointwise is None else layer.weight * layer.pointwise
-    w = integers(scaled, columns, torch.zeros(()), grid)
+    w = integers(adjusted(layer, columns), columns, torch.zeros(()), grid)
     q = integers(x, input_scale, zero_point, source.grid)
     step = (weight_scale * input_scale).detach().numpy()
     b = bias_integers(layer.bias, step, filters)
@@ -191,14 +235,12 @@ def test_convolution_is_the_integer_reference(
     else:
         sides = tuple((p, p) for p in padding)
     geometry: Any = (sides, stride, dilation, groups)
-    magnitudes = integer_convolution(np.abs(q), np.abs(w), *geometry)
-    check_against_integers(
-        out,
-        integer_convolution(q, w, *geometry) + b[:, None, None],
-        magnitudes + np.abs(b)[:, None, None],
-        step.reshape(-1, 1, 1) if step.ndim else step,
-        w[0].size,
-    )
+    magnitudes = integer_convolution(np.abs(q), np.abs(w), *geometry) + np.abs(b)[:, None, None]
+    sums = integer_convolution(q, w, *geometry) + b[:, None, None]
+    step = step.reshape(-1, 1, 1) if step.ndim else step
+    check_against_integers(out, sums, magnitudes, step, w[0].size)
+    if power_of_two:
+        check_not_a_bit_differs(out, sums, magnitudes, weight_scale, input_scale)
 
 
 @given(
@@ -207,21 +249,29 @@ def test_convolution_is_the_integer_reference(
     activation_bits=BITS,
     kind=ACTIVATIONS,
     granularity=st.sampled_from(["scalar", "vector"]),
+    thresholds=st.sampled_from([*TRAINED, "frozen"]),
+    power_of_two=st.booleans(),
+    weights=st.sampled_from(["frozen", "pointwise", "rounding"]),
     bias=st.booleans(),
     lead=st.sampled_from([(5,), (2, 3), (1, 2, 2)]),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 def test_linear_is_the_integer_reference(
     seed: int,
     weight_bits: int,
     activation_bits: int,
     kind: str,
     granularity: str,
+    thresholds: str,
+    power_of_two: bool,
+    weights: str,
     bias: bool,
     lead: tuple[int, ...],
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    spec = spec_of(granularity=granularity)
+    spec = spec_of(
+        granularity=granularity, weights=weights, thresholds=thresholds, power_of_two=power_of_two
+    )
     grid = Grid(weight_bits, "signed")
     x = torch.randn(*lead, 11, generator=generator)
     x = x.relu() if kind == "unsigned" else x - 0.4
@@ -240,13 +290,16 @@ def test_linear_is_the_integer_reference(
     input_scale, zero_point = source.thresholds()
     weight_scale = layer.weight_quantizer.scale()
     columns = weight_scale.reshape(-1, 1) if granularity == "vector" else weight_scale
-    w = integers(layer.weight, columns, torch.zeros(()), grid)
+    w = integers(adjusted(layer, columns), columns, torch.zeros(()), grid)
     q = integers(x, input_scale, zero_point, source.grid)
     step = (weight_scale * input_scale).detach().numpy()
     b = bias_integers(layer.bias, step, 7)
-    check_against_integers(
-        layer(source(x)), q @ w.T + b, np.abs(q) @ np.abs(w).T + np.abs(b), step, 11
-    )
+    sums, magnitudes = q @ w.T + b, np.abs(q) @ np.abs(w).T + np.abs(b)
+    out = layer(source(x))
+    check_against_integers(out, sums, magnitudes, step, 11)
+    if power_of_two:
+        flat = (a.reshape(-1, 7) for a in (sums, magnitudes))
+        check_not_a_bit_differs(out.reshape(-1, 7), *flat, weight_scale, input_scale)
 
 
 @given(
@@ -415,26 +468,124 @@ def test_gradient_of_pointwise_factors_and_their_projection() -> None:
     source = watching(Grid(8, "unsigned"), torch.ones(1), spec)
     layer.reads_from(source)
     layer.calibrate()
-    assert layer.pointwise is not None
-    assert torch.equal(layer.pointwise.detach(), torch.ones_like(weight))
+    assert layer.factor is not None
+    assert torch.equal(layer.factor.detach(), torch.ones_like(weight))
     before = layer(torch.eye(6)).detach()
-    layer.pointwise.data = torch.tensor([[0.75, 1.25, 0.7, 1.1, 1.3, 0.9]])
+    layer.factor.data = torch.tensor([[0.75, 1.25, 0.7, 1.1, 1.3, 0.9]])
     out = layer(torch.eye(6))
-    scaled = weight[0].numpy() * np.clip(layer.pointwise.detach().numpy()[0], 0.75, 1.25)
+    scaled = weight[0].numpy() * np.clip(layer.factor.detach().numpy()[0], 0.75, 1.25)
     wanted = np.clip(np.rint(scaled * 127), -127, 127) / 127
     np.testing.assert_allclose(out.detach().numpy()[:, 0], wanted, atol=1e-6)
     out.backward(torch.arange(1.0, 7.0)[:, None])
     # The ends pass, what lies outside does not; 1.0·1.1 is past the threshold, so clipped.
     inside = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
     torch.testing.assert_close(
-        layer.pointwise.grad, (torch.arange(1.0, 7.0) * inside * weight[0])[None]
+        layer.factor.grad, (torch.arange(1.0, 7.0) * inside * weight[0])[None]
     )
     layer.project()
     np.testing.assert_array_equal(
-        layer.pointwise.detach().numpy(), np.float32([[0.75, 1.25, 0.75, 1.1, 1.25, 0.9]])
+        layer.factor.detach().numpy(), np.float32([[0.75, 1.25, 0.75, 1.1, 1.25, 0.9]])
     )
     layer.calibrate()
     torch.testing.assert_close(layer(torch.eye(6)).detach(), before, rtol=0, atol=0)
+
+
+def rounding_layer(
+    weight: Tensor, granularity: str, bits: int, reach: tuple[float, float]
+) -> QuantLinear:
+    spec = QuantSpec(
+        weights="rounding",
+        thresholds="frozen",
+        granularity=granularity,
+        rounding_range=reach,  # type: ignore[arg-type]
+    )
+    layer = QuantLinear("linear", weight, None, spec, Grid(bits, "signed"))
+    layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1), spec))
+    layer.calibrate()
+    return layer
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    bits=BITS,
+    granularity=st.sampled_from(["scalar", "vector"]),
+    reach=st.sampled_from([(-1.0, 1.0), (-0.5, 0.5), (-0.25, 0.0), (0.0, 2.0)]),
+)
+@settings(deadline=None, max_examples=60)
+def test_learned_rounding_stays_near_the_weight(
+    seed: int, bits: int, granularity: str, reach: tuple[float, float]
+) -> None:
+    """No integer is further from weight/step than the range and a half, and some are not nearest.
+
+    So with a range of one step every weight goes to one of the integers around it or the next.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layer = rounding_layer(torch.randn(5, 12, generator=generator), granularity, bits, reach)
+    assert layer.factor is not None
+    q = layer.weight_quantizer.grid.qmax
+    scale = layer.weight_quantizer.scale()
+    step = (scale.reshape(-1, 1) if scale.dim() else scale).numpy()
+    ratio = layer.weight.numpy().astype(np.float64) / step
+    found = layer.quantized()[0].detach().numpy() / step
+    np.testing.assert_allclose(found, np.rint(ratio), atol=1e-4)  # it starts at the nearest
+    # Also where an optimizer's step has left the range.
+    layer.factor.data = 3 * torch.randn(layer.factor.shape, generator=generator)
+    found = np.rint(layer.quantized()[0].detach().numpy() / step)
+    assert np.all(np.abs(found) <= q)
+    lowest, highest = ratio + reach[0] - 0.5, ratio + reach[1] + 0.5
+    assert np.all(
+        (found >= np.maximum(lowest - 1e-4, -q)) & (found <= np.minimum(highest + 1e-4, q))
+    )
+    assert np.all(np.abs(found - np.rint(ratio)) <= math.ceil(max(-reach[0], reach[1])))
+    wanted = np.clip(np.rint(ratio + np.clip(layer.factor.detach().numpy(), *reach)), -q, q)
+    assert np.mean(found != wanted) < 0.05  # float32 may round a half otherwise
+    layer.project()
+    assert float(layer.factor.detach().min()) >= reach[0]
+    assert float(layer.factor.detach().max()) <= reach[1]
+
+
+@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+def test_gradient_of_learned_rounding(granularity: str) -> None:
+    """∂out/∂f = the step, inside the grid and inside the range, its ends included."""
+    weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4], [0.1, 0.2, -0.3, 0.1, 0.0, 0.25]])
+    layer = rounding_layer(weight, granularity, 4, (-1.0, 1.0))
+    assert layer.factor is not None
+    layer.factor.data = torch.tensor([[1.0, -1.0, 0.3, 0.9, 1.2, -1.1]]).repeat(2, 1)
+    grad = torch.arange(1.0, 13.0).reshape(2, 6)
+    layer.quantized()[0].backward(grad)
+    step = np.array([[1.0], [0.3 if granularity == "vector" else 1.0]]) / 7
+    moved = weight.double().numpy() / step + np.clip(layer.factor.detach().numpy(), -1, 1)
+    inside = np.abs(np.rint(moved)) <= 7
+    assert not inside.all()
+    passes = np.array([[1, 1, 1, 1, 0, 0]])
+    np.testing.assert_allclose(
+        layer.factor.grad.numpy(),
+        grad.numpy() * inside * passes * step,
+        rtol=1e-6,  # type: ignore[union-attr]
+    )
+
+
+# LSQ's number of elements.
+
+
+@pytest.mark.parametrize(("granularity", "wanted"), [("vector", 18), ("scalar", 90)])
+def test_weights_share_a_threshold_among_so_many(granularity: str, wanted: int) -> None:
+    spec = spec_of(thresholds="lsq", granularity=granularity)
+    weight = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight[1] *= 1e-30
+    layer = QuantConv2d("conv", weight, torch.ones(5), spec, WEIGHT_GRID)
+    layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1, 2, 3, 3), spec))
+    assert layer.calibrate() == (1 if granularity == "vector" else 0)  # widening keeps the number
+    assert layer.weight_quantizer.thresholds.elements.item() == wanted
+    other = QuantConv2d("conv", torch.zeros(5, 2, 3, 3), torch.zeros(5), spec, WEIGHT_GRID)
+    other.load_state_dict(layer.state_dict())
+    assert other.weight_quantizer.thresholds.elements.item() == wanted
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_activations_count_the_elements_of_one_image(batch: int) -> None:
+    quantizer = watching(Grid(8, "unsigned"), torch.rand(batch, 3, 4, 5), spec_of(thresholds="lsq"))
+    assert quantizer.thresholds.elements.item() == 60
 
 
 # What is trained and what is kept.
@@ -448,8 +599,11 @@ def test_gradient_of_pointwise_factors_and_their_projection() -> None:
         ({"thresholds": "fat", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
         (
             {"thresholds": "fat", "bias": "trained", "weights": "pointwise"},
-            {"bias", "pointwise", "weight_quantizer.thresholds.alpha"},
+            {"bias", "factor", "weight_quantizer.thresholds.alpha"},
         ),
+        ({"thresholds": "frozen", "bias": "frozen", "weights": "rounding"}, {"factor"}),
+        ({"thresholds": "lsq", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
+        ({"thresholds": "tqt", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
     ],
 )
 def test_parameters_are_exactly_what_is_trained(options: dict[str, str], wanted: set[str]) -> None:
@@ -655,6 +809,57 @@ def test_no_threshold_passes_the_bound_of_its_clip_whatever_alpha_may_do() -> No
     assert float(quantizer.thresholds.range()[1].detach()) == pytest.approx(6.0)
     huge = torch.full((1, 3, 1, 1), 7.0)
     assert float(quantizer(huge).max()) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("thresholds", [*TRAINED, "frozen"])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_nothing_above_6_comes_out_after_relu6(
+    thresholds: str, bits: int, power_of_two: bool
+) -> None:
+    """Also where the grid's upper end, a power of two times 2^n − 1, lies above 6."""
+    x = torch.linspace(-9, 9, 2001).reshape(1, 1, 3, 667)
+    spec = QuantSpec(thresholds=thresholds, power_of_two=power_of_two, alpha_range=(0.5, 1.3))  # type: ignore[arg-type]
+    for top in (0.3, 3.1, 9.0):
+        quantizer = ActivationQuantizer("layer", spec, Grid(bits, "unsigned"), nn.ReLU6())
+        quantizer.start_observing()
+        quantizer(x.clamp(max=top))
+        quantizer.stop_observing(keep=True)
+        for alpha in (None, -1e4, 0.9, 1.2, 1e4):
+            if alpha is not None and quantizer.thresholds.alpha is not None:
+                quantizer.thresholds.alpha.data.fill_(alpha)
+                quantizer.thresholds.project()
+            out = quantizer(x).detach()
+            assert float(out.min()) == 0.0
+            assert float(out.max()) <= (6.0 if power_of_two else 6.0 * (1 + 1e-6))
+            step = float(quantizer.thresholds()[0].detach())
+            inside = (x >= 0) & (x <= min(6.0, step * quantizer.grid.qmax))
+            assert float((out - x)[inside].abs().max()) <= 0.5001 * step
+            assert power_of_two is False or math.frexp(step)[0] == 0.5
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("activation", [None, nn.ReLU(), nn.ReLU6()])
+def test_overwriting_the_input_changes_neither_values_nor_gradients(
+    activation: nn.Module | None, power_of_two: bool
+) -> None:
+    x = 5 * torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+    spec = QuantSpec(power_of_two=power_of_two)
+    quantizer = ActivationQuantizer("layer", spec, Grid(4, "unsigned"), activation)
+    quantizer.start_observing()
+    quantizer(x)
+    quantizer.stop_observing(keep=True)
+    results = []
+    for quantizer.may_overwrite in (False, True):
+        quantizer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        out = quantizer(leaf * 1.0)
+        out.backward(grad)
+        assert quantizer.thresholds.alpha is not None
+        results.append((out.detach(), leaf.grad, quantizer.thresholds.alpha.grad))
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_a_clip_that_the_grid_does_not_do_is_applied_before_rounding() -> None:

@@ -1,0 +1,90 @@
+"""Every grid and every way to train it, through a whole network: one step moves everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fat
+from fat import InitSpec, QuantSpec, Student, TrainSpec
+from fat.losses import rmse
+from fat.module import DistillModule
+from fat.quant.quantizers import ActivationQuantizer
+from fat.quant.thresholds import LARGEST_FACTOR
+
+CUT = InitSpec("percentile", 98.0)
+"""Leaves some values outside most grids: else the shift of a lower threshold has no gradient."""
+
+
+@torch.no_grad()
+def shifts_inside(student: Student, images: Tensor) -> set[str]:
+    """Names of the shifts of grids that hold all values: nothing depends on them."""
+    found: set[str] = set()
+
+    def note(quantizer: ActivationQuantizer, inputs: tuple[Tensor, ...], _: Tensor) -> None:
+        scale, zero_point = quantizer.thresholds()
+        q = (inputs[0] / scale).round() + zero_point
+        if bool(((q >= quantizer.grid.qmin) & (q <= quantizer.grid.qmax)).all()):
+            key = quantizer.layer.replace(".", "_")
+            found.add(f"network.activation_quantizers.{key}.thresholds.shift")
+
+    handles = [q.register_forward_hook(note) for q in student.activation_quantizers()]
+    student(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("thresholds", ["fat", "lsq", "tqt", "frozen"])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+def test_one_step_moves_every_parameter(
+    tiny: nn.Module, images: Tensor, granularity: str, scheme: str, thresholds: str
+) -> None:
+    """At all bit-widths; both ways to train weights and both kinds of steps meet each of them."""
+    for bits in range(2, 9):
+        options: dict[str, Any] = {
+            "bits": bits,
+            "weights": ("pointwise", "rounding")[bits % 2],
+            # At 2 and 3 bits coarser steps would round whole layers to 0, and nothing passes those.
+            "power_of_two": bits > 3 and bits % 3 == 0,
+        }
+        spec = QuantSpec(
+            granularity=granularity,  # type: ignore[arg-type]
+            scheme=scheme,  # type: ignore[arg-type]
+            thresholds=thresholds,  # type: ignore[arg-type]
+            alpha_range=(0.5, 1.3),  # room above 1, so that a factor may go either way
+            activation_init=CUT,
+            **options,
+        )
+        student = fat.prepare(tiny, images[:2], spec)
+        fat.calibrate(student, images)
+        kinds = {quantizer.grid.kind for quantizer in student.activation_quantizers()}
+        assert kinds == {"unsigned", "signed" if scheme == "symmetric" else "asymmetric"}
+        wanted = {"factor", "bias"} | ({"alpha"} if thresholds != "frozen" else set())
+        if "alpha" in wanted and scheme == "asymmetric":
+            wanted.add("shift")
+        assert {name.rsplit(".", 1)[1] for name, _ in student.named_parameters()} == wanted
+
+        inside = shifts_inside(student, images)
+        optimizer = DistillModule(student, TrainSpec()).configure_optimizers()
+        before = {name: value.detach().clone() for name, value in student.named_parameters()}
+        loss = rmse(student.float_logits(images), student(images))
+        loss.backward()
+        assert loss.isfinite()
+        optimizer.step()
+        student.project()
+        assert rmse(student.float_logits(images), student(images)).isfinite()
+        still = set()
+        for name, value in student.named_parameters():
+            assert value.grad is not None, name
+            assert value.grad.isfinite().all(), name
+            assert value.isfinite().all(), name
+            assert value.abs().max() <= LARGEST_FACTOR, name
+            if torch.equal(value, before[name]):
+                assert not value.grad.any(), name
+                still.add(name)
+        assert still == inside & before.keys(), options
