@@ -109,7 +109,8 @@ def test_bits_on_a_grid() -> None:
         ),
         (
             lambda: EqualizeSpec(method="depthwize"),  # type: ignore[arg-type]
-            "Unknown equalization 'depthwize'. Did you mean 'depthwise'? Allowed: none, depthwise.",
+            "Unknown equalization 'depthwize'. Did you mean 'depthwise'? Allowed: none, depthwise, "
+            "cross_layer, balanced, exact.",
         ),
         (
             lambda: TrainSpec(loss="rms"),  # type: ignore[arg-type]

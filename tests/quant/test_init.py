@@ -14,8 +14,8 @@ from torch import Tensor
 from fat.quant.functional import fake_quantize
 from fat.quant.init import HISTOGRAM_STRATEGIES, STRATEGIES, initial_thresholds
 from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics, Statistics
-from fat.quant.thresholds import FrozenThresholds
-from fat.spec import Grid, GridKind, InitName, InitSpec
+from fat.quant.thresholds import Thresholds
+from fat.spec import Grid, GridKind, InitName, InitSpec, QuantSpec
 
 KINDS: tuple[GridKind, ...] = get_args(GridKind)
 NAMES: tuple[InitName, ...] = get_args(InitName)
@@ -198,7 +198,7 @@ def numpy_error(
 
 def student_error(x: Tensor, low: Tensor, high: Tensor, grid: Grid, exponent: float) -> Tensor:
     """The error [rows] that a network with these thresholds makes."""
-    thresholds = FrozenThresholds(grid, len(x))
+    thresholds = Thresholds(QuantSpec(thresholds="frozen"), grid, len(x))
     thresholds.calibrated(low, high)
     scale, zero_point = (t[:, None] for t in thresholds())
     out = fake_quantize(x, scale, zero_point, grid.qmin, grid.qmax)
