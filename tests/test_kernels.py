@@ -118,7 +118,7 @@ def test_activations_as_torch_computes_them(
     found = run(x, scale, zero_point, grad, grid)
     same_bits(found[0], wanted[0])
     same_bits(found[1], wanted[1])
-    assert found[0].stride() == x.stride()
+    assert kernels.usable(x, found[0])  # it lies as x does
 
     # Without a graph, and written over the input.
     same_bits(fake_quantize(x, scale, zero_point, grid.qmin, grid.qmax), wanted[0])
