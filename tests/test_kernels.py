@@ -355,9 +355,12 @@ def test_weights_as_torch_computes_them(
     )
     terms = grad * np.where(inside, integers - ratio, integers)
     axes = tuple(range(1, len(shape))) if per_filter else None
-    np.testing.assert_allclose(
-        found[1].numpy(), terms.sum(axis=axes), rtol=1e-5, atol=1e-5 * np.abs(terms).sum() + 1e-30
-    )
+    total, room = terms.sum(axis=axes), 1e-5 * np.abs(terms).sum() + 1e-30
+    np.testing.assert_allclose(found[1].numpy(), total, rtol=1e-5, atol=room)
+    # torch's path subtracts out and W', each known to 2^-24 of itself, so up to 2^-24 of q steps.
+    room += 1e-6 * qmax * np.abs(grad).sum()
+    if step > 1e-30:  # below, that difference has no digits left
+        np.testing.assert_allclose(wanted[1].numpy(), total, rtol=1e-5, atol=room)
     if adjust is Adjust.NOTHING:
         return
     assert torch.equal(found[2], wanted[2])
