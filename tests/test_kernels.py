@@ -118,7 +118,7 @@ def test_activations_as_torch_computes_them(
     found = run(x, scale, zero_point, grad, grid)
     same_bits(found[0], wanted[0])
     same_bits(found[1], wanted[1])
-    assert found[0].stride() == x.stride()
+    assert kernels.usable(x, found[0])  # it lies as x does
 
     # Without a graph, and written over the input.
     same_bits(fake_quantize(x, scale, zero_point, grid.qmin, grid.qmax), wanted[0])
@@ -355,9 +355,12 @@ def test_weights_as_torch_computes_them(
     )
     terms = grad * np.where(inside, integers - ratio, integers)
     axes = tuple(range(1, len(shape))) if per_filter else None
-    np.testing.assert_allclose(
-        found[1].numpy(), terms.sum(axis=axes), rtol=1e-5, atol=1e-5 * np.abs(terms).sum() + 1e-30
-    )
+    total, room = terms.sum(axis=axes), 1e-5 * np.abs(terms).sum() + 1e-30
+    np.testing.assert_allclose(found[1].numpy(), total, rtol=1e-5, atol=room)
+    # torch's path subtracts out and W', each known to 2^-24 of itself, so up to 2^-24 of q steps.
+    room += 1e-6 * qmax * np.abs(grad).sum()
+    if step > 1e-30:  # below, that difference has no digits left
+        np.testing.assert_allclose(wanted[1].numpy(), total, rtol=1e-5, atol=room)
     if adjust is Adjust.NOTHING:
         return
     assert torch.equal(found[2], wanted[2])

@@ -66,22 +66,13 @@ def backend() -> str:
 
 def usable(*tensors: Tensor) -> bool:
     """Whether the kernels can work on these: float32 on the CPU, dense, all laid out alike."""
-    first = tensors[0]
     return (
-        all(
-            tensor.dtype == torch.float32
-            and tensor.device.type == "cpu"
-            and tensor.stride() == first.stride()
-            for tensor in tensors
+        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        and (
+            all(tensor.is_contiguous() for tensor in tensors)
+            or all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors)
         )
-        and _dense(first)
         and _library() is not None
-    )
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (
-        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     )
 
 

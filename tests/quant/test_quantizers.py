@@ -391,12 +391,13 @@ def test_without_widening_that_bias_would_be_lost() -> None:
 @settings(deadline=None, max_examples=30)
 def test_ordinary_filters_are_not_widened(seed: int, granularity: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(5, 3, generator=generator) * 10.0 ** torch.randint(
-        -3, 3, (5, 1), generator=generator
+    # The least bias whose filter is widened is 2^28 steps: above 80 for the smallest filter here.
+    weight = (1.0 + torch.randn(5, 3, generator=generator).abs()) * 10.0 ** torch.randint(
+        -2, 3, (5, 1), generator=generator
     )
     spec = spec_of(granularity=granularity, thresholds="frozen")
     layer = QuantLinear(
-        "linear", weight, 3 * torch.randn(5, generator=generator), spec, Grid(bits, "signed")
+        "linear", weight, 6 * torch.rand(5, generator=generator) - 3, spec, Grid(bits, "signed")
     )
     layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1), spec))
     assert layer.calibrate() == 0
