@@ -63,7 +63,7 @@ def test_equalization_changes_the_student_and_not_the_teacher() -> None:
     network = realistic(TinyNet(), images)
     spec = QuantSpec(equalize=EqualizeSpec("depthwise"))
     plain, student = fat.prepare(network, images), fat.prepare(network, images, spec)
-    assert [pair.depthwise for pair in student.report.equalize.pairs] == [
+    assert [pair.first for pair in student.report.equalize.pairs] == [
         "blocks.0.conv_dw", "blocks.1.conv_dw",
     ]  # fmt: skip
     name = "blocks.0.conv_dw"

@@ -150,18 +150,21 @@ def test_nothing_changes_when_it_breaks_off(
     student: Student, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = snapshot(student)
-    for broken, after in ((WeightQuantizer, 90), (ActivationQuantizer, 200)):
-        calls, forward = 0, broken.forward
+    for broken, name, after in (
+        (WeightQuantizer, "scale", 90),
+        (ActivationQuantizer, "forward", 200),
+    ):
+        calls, method = 0, getattr(broken, name)
 
-        def interrupted(self: Any, x: Tensor, forward: Any = forward, after: int = after) -> Tensor:
+        def interrupted(self: Any, *x: Tensor, method: Any = method, after: int = after) -> Tensor:
             nonlocal calls
             calls += 1
             if calls > after:
                 raise KeyboardInterrupt
-            return forward(self, x)
+            return method(self, *x)
 
         with monkeypatch.context() as patched:
-            patched.setattr(broken, "forward", interrupted)
+            patched.setattr(broken, name, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 measure(student, images)
         assert same(dict(before), snapshot(student))
@@ -171,9 +174,9 @@ def test_pointwise_factors_belong_to_the_reference(tiny: nn.Module, images: Tens
     """Off means unrounded, not untrained."""
     student = calibrated(tiny, images, QuantSpec())
     layer = student.layers()[-1]
-    assert layer.pointwise is not None
+    assert layer.factor is not None
     with torch.no_grad():
-        layer.pointwise.fill_(1.25)
+        layer.factor.fill_(1.25)
     row = next(r for r in measure(student, images) if (r.layer, r.kind) == ("classifier", "weight"))
     # Without the factor in reference and thresholds the error would be a quarter of the signal,
     # 12 dB, or the largest weights would saturate.
