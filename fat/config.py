@@ -68,6 +68,7 @@ class EqualizeConfig:
     locked_from: float = 5.9
     cap: float = 6.0
     iterations: int = 40
+    shift_weight: float = 4.0
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -140,14 +141,16 @@ class EqualizeSpec:
     * ``depthwise``: the paper's rescaling of depthwise → convolution pairs.
     * ``cross_layer``: the ranges of both layers of every pair made equal, over whole chains (Nagel
       et al. 2019, arXiv 1906.04721).
-    * ``balanced``: the scales with the smallest predicted quantization noise, of weights and
-      activations together, over the whole network (:mod:`fat.graph.balance`).
+    * ``balanced``: the scales with the smallest predicted noise of the logits, from rounding
+      weights and activations and from moving the bound of ReLU6, over the whole network
+      (:mod:`fat.graph.balance`). Any runtime can run it; the float function moves as far as that
+      makes the whole noise smaller.
     * ``exact``: the same with every ReLU6 replaced by a clip at 6·s_k per channel. The function
       stays for any s_k, on all images. The runtime must be able to clip per channel: an integer
       Min with one constant per channel after the layer.
 
-    All but ``exact`` keep ReLU6 and so the function on the images seen only, within ``locked_from``
-    and ``cap``.
+    ``depthwise`` and ``cross_layer`` keep ReLU6, and the function on the images seen, by
+    ``locked_from`` and ``cap``.
 
     Attributes:
         method: ``none``, a method, or several joined by ``+`` that are applied in that order, such
@@ -156,12 +159,15 @@ class EqualizeSpec:
         cap: The largest value that a rescaled channel may take before ReLU6 on the images seen;
             below 6 it leaves a margin for images not seen.
         iterations: ``cross_layer`` goes over all pairs at most so often.
+        shift_weight: What ``balanced`` multiplies the noise from moving the function with. Above 1,
+            since correcting biases and training take out noise from rounding, but not this.
     """
 
     method: str = "none"
     locked_from: float = 5.9
     cap: float = 6.0
     iterations: int = 40
+    shift_weight: float = 4.0
 
     def __post_init__(self) -> None:
         if self.method != "none":
@@ -176,6 +182,10 @@ class EqualizeSpec:
             raise FatError(
                 f"equalize.iterations is {self.iterations!r}; it must be a whole number, "
                 "at least 1."
+            )
+        if not (0.0 < self.shift_weight < math.inf):
+            raise FatError(
+                f"equalize.shift_weight is {self.shift_weight!r}; it must be above 0 and finite."
             )
         if not 0.0 < self.locked_from <= 6.0 or not 0.0 < self.cap <= 6.0:
             raise FatError(

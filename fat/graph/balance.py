@@ -13,9 +13,13 @@ steps follow the scales too:
 * activations: d = (max_k s_k·M_k − min_k s_k·m_k) / q for ranges m_k…M_k, on signed grids the
   larger side over q.
 
+Behind a ReLU6 that stays, s_k moves its bound from 6 to 6/s_k as seen by the channel, and the float
+function with it. What that costs is noise as well: w·Σ_k D_k(s_k) is added to P, with w the option
+``shift_weight`` and D_k = E ‖Σ_pixels ∂z/∂x_k·Δx_k‖², tabled for values of s_k from the images.
+
 So a scale that helps a weight is charged for what it costs the activations, in the same unit. All
-is made of sums, products and maxima of powers of s with positive factors: log P is convex in log s
-(a geometric program), and a descent finds the one minimum. Bounds on log s keep it convex.
+but D is made of sums, products and maxima of powers of s with positive factors: log P is convex in
+log s (a geometric program), and where no clip stays a descent finds the one minimum.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ from torch import Tensor, fx
 from fat.graph.groups import ScaleGroup, is_grouped
 from fat.graph.insert import find_quantized
 from fat.graph.patterns import feeding, is_compute, module_of, non_negative
-from fat.graph.sensitivity import ChannelStatistics
+from fat.graph.sensitivity import LOG_LIMIT, LOG_SCALES, ChannelStatistics
 from fat.quant.placement import activation_grid, weight_grid
 from fat.spec import Grid, QuantSpec
 
@@ -43,8 +47,6 @@ STEPS = 100
 """Adam's steps with each p."""
 RATE = 0.1
 """Adam's largest step in log s."""
-LOG_LIMIT = math.log(1e3)
-"""No scale moves further than this from 1."""
 SMALLEST = 1e-300
 """Keeps the root of an all-zero filter's norm differentiable."""
 
@@ -81,6 +83,7 @@ class NoiseModel:
         groups: The groups whose scales are free.
         statistics: Of every tensor of the groups and every layer.
         spec: Bits, granularity and scheme.
+        keeps_clips: Whether clips stay as they are, so that scales move the function.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class NoiseModel:
         groups: Sequence[ScaleGroup],
         statistics: ChannelStatistics,
         spec: QuantSpec,
+        *,
+        keeps_clips: bool,
     ) -> None:
         self.places: list[slice] = []
         start = 0
@@ -139,6 +144,12 @@ class NoiseModel:
             for node in find_quantized(module)
             if node.name in tensors
         ]
+        self._shifts = [
+            (place, statistics.shift[clip.node] * spec.equalize.shift_weight)
+            for group, place in zip(groups, self.places, strict=True)
+            for clip in group.clips
+            if keeps_clips
+        ]
         self._device = self._weights[0].ranges.device if self._weights else torch.device("cpu")
 
     def zeros(self) -> Tensor:
@@ -157,6 +168,13 @@ class NoiseModel:
             total = total + self._weight_noise(weight, log_scales, p)
         for activation in self._activations:
             total = total + _activation_noise(activation, log_scales, p)
+        return total + self.shift(log_scales)
+
+    def shift(self, log_scales: Tensor) -> Tensor:
+        """The part of P from moving the float function, where clips stay, 0-dim float64."""
+        total = log_scales.new_zeros(())
+        for place, table in self._shifts:
+            total = total + _interpolated(table, log_scales[place]).sum()
         return total
 
     def _weight_noise(self, weight: _Weight, log_scales: Tensor, p: int | None) -> Tensor:
@@ -179,26 +197,19 @@ class NoiseModel:
         return (_norm(ranges, p) / weight.grid.qmax).square() * power.sum() / 12
 
 
-def balanced_scales(
-    model: NoiseModel, lower: Tensor | None = None, upper: Tensor | None = None
-) -> Tensor:
-    """Log s with the smallest predicted noise, by Adam on log P from s = 1; never worse than that.
+def balanced_scales(model: NoiseModel) -> Tensor:
+    """The log s of least predicted noise, by Adam on log P from s = 1; never worse than that.
 
     Args:
         model: What is made small.
-        lower: Lower bounds of log s, [size], at most 0, if there are any.
-        upper: Upper bounds of log s, [size].
 
     Returns:
         log s, float64 [size]. The same in every run.
     """
-    start = model.zeros()
-    lower = torch.full_like(start, -LOG_LIMIT) if lower is None else lower.clamp(min=-LOG_LIMIT)
-    upper = torch.full_like(start, LOG_LIMIT) if upper is None else upper.clamp(max=LOG_LIMIT)
-    best = start.clamp(lower, upper)
+    best = model.zeros()
     least = float(model(best))
     if not least > 0.0:
-        return start  # nothing to scale, or nothing that the logits depend on
+        return best  # nothing to scale, or nothing that the logits depend on
     position = best.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([position], lr=RATE, betas=(0.9, 0.99))
     total = STEPS * len(POWERS)
@@ -209,7 +220,7 @@ def balanced_scales(
             model(position, POWERS[step // STEPS]).log().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         with torch.no_grad():
-            position.copy_(torch.clamp(position, lower, upper))
+            position.clamp_(-LOG_LIMIT, LOG_LIMIT)
             if step % 10 == 9:
                 noise = float(model(position))
                 if noise < least:
@@ -227,6 +238,16 @@ def _activation_noise(activation: _Activation, log_scales: Tensor, p: int | None
         extent = _norm(low, p) + _norm(high, p)
     noise = (activation.power * (-2 * logs).exp()).sum()
     return (extent / activation.grid.qmax).square() * noise / 12
+
+
+def _interpolated(table: Tensor, logs: Tensor) -> Tensor:
+    """Values of [C, scales] tables at log s between the entries, [C]."""
+    spacing = 2 * LOG_LIMIT / (len(LOG_SCALES) - 1)
+    place = (logs + LOG_LIMIT) / spacing
+    left = place.detach().floor().clamp(0, len(LOG_SCALES) - 2).long()
+    share = place - left
+    ends = table.gather(1, torch.stack([left, left + 1], 1))
+    return ends[:, 0] * (1 - share) + ends[:, 1] * share
 
 
 def _norm(values: Tensor, p: int | None) -> Tensor:

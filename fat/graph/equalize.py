@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fat.graph.balance import LOG_LIMIT, NoiseModel, balanced_scales
+from fat.graph.balance import NoiseModel, balanced_scales
 from fat.graph.groups import (
     ScaleGroup,
     channel_clips,
@@ -242,32 +242,17 @@ def _balanced(
     groups = find_groups(module)
     names = {name for group in groups for name in group.tensors}
     quantized = {node.name for node in find_quantized(module)}
-    statistics = gather_statistics(module, images, names, quantized)
-    model = NoiseModel(module, groups, statistics, spec)
-    locked = [0] * len(groups)
-    lower, upper = model.zeros() - LOG_LIMIT, model.zeros() + LOG_LIMIT
-    if method == "balanced":
-        for index, (group, place) in enumerate(zip(groups, model.places, strict=True)):
-            fixed = torch.zeros(group.channels, dtype=torch.bool, device=upper.device)
-            for clip in group.clips:
-                maxima = statistics.high[clip.before]
-                # 1 is always allowed: what is past the margin already is not forced under it.
-                room = _room(maxima, clip.cap, spec.equalize).log().clamp(min=0.0)
-                upper[place] = torch.where(
-                    maxima > 0, torch.minimum(upper[place], room), upper[place]
-                )
-                fixed |= _locked(maxima, clip.cap, spec.equalize)
-            lower[place] = torch.where(fixed, 0.0, lower[place])
-            upper[place] = torch.where(fixed, 0.0, upper[place])
-            locked[index] = int(fixed.sum())
-    log_scales = balanced_scales(model, lower, upper)
+    clips = [clip for group in groups for clip in group.clips if method == "balanced"]
+    statistics = gather_statistics(module, images, names, quantized, clips)
+    model = NoiseModel(module, groups, statistics, spec, keeps_clips=method == "balanced")
+    log_scales = balanced_scales(model)
     before = [_spreads(module, group) for group in groups]
     for group, place in zip(groups, model.places, strict=True):
         scales = log_scales[place].exp()
         rescale(module, group, scales)
         if method == "exact":
             channel_clips(module, group, scales)
-    return _reports(module, method, groups, locked, before)
+    return _reports(module, method, groups, [0] * len(groups), before)
 
 
 Method = Callable[[fx.GraphModule, Sequence[Tensor], QuantSpec, str], list[PairReport]]
