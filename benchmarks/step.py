@@ -1,83 +1,297 @@
-"""What a training step of the student costs, as a ratio to a float fine-tuning step.
+"""What a training step of the student costs beside a float fine-tuning step of the same network.
 
-    python benchmarks/step.py [--model efficientnet_lite0] [--batch 16] [--repeats 7]
+    python benchmarks/step.py [--model mobilenet_v2] [--weights frozen pointwise rounding] [--peers]
 
-Both steps run in this process, alternating, on the same folded network and the same batch; medians
-and the ratio are printed. The student's step includes the teacher's forward pass in the last row.
+A step is what a training repeats for each batch: gradients cleared, forward pass, RMSE of the
+logits, backward pass, Adam. All steps take the same batch and the same folded network (random
+weights: the cost does not depend on them).
+
+* ``float fine-tuning``: all weights and biases are trained; ReLU6 works in place, as in timm.
+* ``student, W``: thresholds, biases and what ``--weights`` names are trained, with the optimizer and
+  the projection of :class:`fat.module.DistillModule`. The targets are known already.
+* ``teacher alone``: the forward pass that gives such targets, which a distillation adds.
+* ``--peers``: the training steps of Brevitas and torchao, see peers.py; they train all weights.
+
+Time: medians over ``--repeats`` rounds in this process; in each round the steps take turns, and the
+first round only warms up. Memory: a process of its own for each step. It loads the networks and the
+batch, then does three steps; counted is the peak of its resident memory above what it was before
+them, so: activations, gradients, optimizer's state, temporaries and what the allocator wastes, but
+not the networks. It needs Linux. On a GPU both run under bf16 autocast, and the memory is that of
+torch's allocator. MB are 10^6 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from peers import PEERS
+from torch import Tensor, fx, nn
+from torch.optim import Adam, Optimizer
 
 import fat
+from fat import kernels
 from fat.graph.fold import fold_batch_norms
 from fat.graph.trace import trace
 from fat.losses import rmse
 from fat.memory import keep_freed_memory
 from fat.models import load_float_network
+from fat.module import DistillModule
 
 NETWORKS = {"efficientnet_lite0": "tf_efficientnet_lite0", "mobilenet_v2": "mobilenetv2_100"}
+WEIGHTS = ("frozen", "pointwise", "rounding")
+FLOAT, TEACHER, STUDENT = "float fine-tuning", "teacher alone", "student, "
+HEADINGS = ("network", "step", "median s", "min", "max", "ratio", "peak MB", "ratio")
+FORM = "{:20}{:21}{:>9}{:>9}{:>9}{:>8}{:>9}{:>8}"
+STEPS_FOR_MEMORY = 3
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+Step = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """What was measured of one step, or why it could not be."""
+
+    seconds: list[float] = field(default_factory=list)
+    peak: int | None = None
+    failure: str = ""
 
 
 def main() -> None:
     """Measure and print."""
+    options = parse()
+    print(machine(options), flush=True)
+    print(FORM.format(*HEADINGS))
+    for model in options.model:
+        rows = {name: Row() for name in names(options)}
+        measure_time(model, rows, options)
+        if options.memory:
+            measure_memory(model, rows, options)
+        for name, row in rows.items():
+            print(line(model, name, row, rows[FLOAT]), flush=True)
+
+
+def parse() -> argparse.Namespace:
+    """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="efficientnet_lite0", choices=NETWORKS)
+    parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--weights", default="frozen", choices=("frozen", "pointwise"))
+    parser.add_argument("--repeats", type=int, default=7, help="0 leaves time out")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--threads", type=int, help="torch's own choice by default")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--peers", action="store_true", help="Brevitas and torchao too")
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's default")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave the option out.")
+    return options
+
+
+def names(options: argparse.Namespace) -> list[str]:
+    """The steps that are asked for, in the order of the table."""
+    students = [STUDENT + weights for weights in options.weights]
+    return [FLOAT, *students, TEACHER, *(PEERS if options.peers else ())]
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Where, and with what, the figures come from."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        known = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = [line.partition(":")[2].strip() for line in known if line.startswith("model name")]
+        processor = next(iter(found), processor)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    parts = [f"{processor}, {torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+    if options.device == "cuda":
+        parts += [torch.cuda.get_device_name(), "bf16 autocast, channels last"]
+    else:
+        parts += [f"kernels {kernels.backend()}", "float32, channels last"]
+    return ", ".join([*parts, f"batch {options.batch}", f"{options.size} px"])
+
+
+@dataclass
+class Setting:
+    """What all steps of one network share."""
+
+    network: nn.Module
+    folded: fx.GraphModule
+    images: Tensor
+    target: Tensor
+
+
+def setting(model: str, options: argparse.Namespace) -> Setting:
+    """Load a network and draw a batch and logits to train towards."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    network = load_float_network(NETWORKS[model], weights="random").network.to(options.device)
+    images = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    folded = trace(network)
+    fold_batch_norms(folded)
+    folded.to(memory_format=torch.channels_last).requires_grad_(True)
+    for module in folded.modules():
+        if isinstance(module, nn.Hardtanh):  # alone reads a convolution, which needs no output
+            module.inplace = True
+    with torch.no_grad():
+        target = folded(images) + torch.randn(options.batch, 1, device=options.device)
+    return Setting(network, folded, images, target)
+
+
+def make_step(name: str, given: Setting) -> Step:
+    """Build what one step needs, its own copy of the network with it, and return the step."""
+    if name in PEERS:
+        return fine_tuning(PEERS[name](given.folded, given.images), given)
+    if name == FLOAT:
+        return fine_tuning(given.folded, given)
+    weights = WEIGHTS[0] if name == TEACHER else name.removeprefix(STUDENT)
+    student = fat.prepare(given.network, given.images[:2], fat.QuantSpec(weights=weights))
+    fat.calibrate(student, given.images)
+    if name == TEACHER:
+        return lambda: forward(student.float_logits, given.images)
+    optimizer = DistillModule(student, fat.TrainSpec()).configure_optimizers()
+    return training(student, optimizer, given, student.project)
+
+
+def fine_tuning(model: nn.Module, given: Setting) -> Step:
+    """A step that trains every parameter."""
+    return training(model, Adam(model.parameters(), lr=1e-6), given)
+
+
+def training(
+    model: nn.Module, optimizer: Optimizer, given: Setting, project: Step | None = None
+) -> Step:
+    """One training step, as the module's text says."""
+
+    def step() -> None:
+        optimizer.zero_grad()
+        rmse(given.target, forward(model, given.images)).backward()
+        optimizer.step()
+        if project is not None:
+            project()
+
+    return step
+
+
+def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Logits, under bf16 autocast on a GPU."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        return model(images).float()
+
+
+def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:
+    """Fill in the seconds of ``--repeats`` rounds in which the steps take turns."""
+    if not options.repeats:
+        return
     if not options.plain_malloc:
         keep_freed_memory()
-
-    torch.manual_seed(0)
-    network = load_float_network(NETWORKS[options.model], weights="random").network
-    images = torch.randn(options.batch, 3, options.size, options.size)
-    images = images.contiguous(memory_format=torch.channels_last)
-    student = fat.prepare(network, images[:2], fat.QuantSpec(weights=options.weights))
-    fat.calibrate(student, images)
-    floating = trace(network)
-    fold_batch_norms(floating)
-    floating.to(memory_format=torch.channels_last).requires_grad_(True)
-    target = student.float_logits(images)
-
-    def step(model: Callable[[Tensor], Tensor], with_teacher: bool = False) -> None:
-        for parameter in [*student.parameters(), *floating.parameters()]:
-            parameter.grad = None
-        wanted = student.float_logits(images) if with_teacher else target
-        rmse(wanted, model(images)).backward()
-
-    steps: dict[str, Callable[[], None]] = {
-        "float fine-tuning step": lambda: step(floating),
-        "student step": lambda: step(student),
-        "student step with teacher": lambda: step(student, with_teacher=True),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    given = setting(model, options)
+    steps: dict[str, Step] = {}
+    for name, row in rows.items():
+        with noted(name, row):
+            steps[name] = make_step(name, given)
     for repeat in range(options.repeats + 1):
-        for name, run in steps.items():
-            started = time.perf_counter()
-            run()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    base = medians["float fine-tuning step"]
-    print(
-        f"{options.model}, batch {options.batch}, {options.size} px, weights {options.weights}, "
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
-    )
-    for name, median in medians.items():
-        low, high = min(seconds[name]), max(seconds[name])
-        print(f"{name:28} {median:7.3f} s ({low:.3f} to {high:.3f})  {median / base:5.2f}x")
+        for name, step in steps.items():
+            if rows[name].failure:
+                continue
+            with noted(name, rows[name]):
+                wait(options.device)
+                started = time.perf_counter()
+                step()
+                wait(options.device)
+                if repeat:  # the first round warms up
+                    rows[name].seconds.append(time.perf_counter() - started)
+
+
+def measure_memory(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:
+    """Fill in the peak memory, from a fresh process for each step."""
+    for name, row in rows.items():
+        if row.failure:
+            continue
+        with noted(name, row), ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+            row.peak = fresh.submit(peak_memory, model, name, options).result()
+
+
+def peak_memory(model: str, name: str, options: argparse.Namespace) -> int | None:
+    """Bytes that some steps take at their peak, above what is there before the first."""
+    step = make_step(name, setting(model, options))
+    gc.collect()
+    if options.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR_REFS.exists():
+        ctypes.CDLL(None).malloc_trim(0)  # what loading freed must not pass for memory in use
+        if not options.plain_malloc:
+            keep_freed_memory()
+        CLEAR_REFS.write_text("5")  # the peak starts anew, see proc(5)
+        before = resident("VmRSS")
+    else:
+        return None
+    for _ in range(STEPS_FOR_MEMORY):
+        step()
+    wait(options.device)
+    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else resident("VmHWM")
+    return peak - before
+
+
+def resident(what: str) -> int:
+    """A line of /proc/self/status in bytes: ``VmRSS`` is now, ``VmHWM`` the peak."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (value,) = (line.split()[1] for line in status if line.startswith(f"{what}:"))
+    return int(value) * 1024
+
+
+def wait(device: str) -> None:
+    """Wait until the GPU has done what it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def noted(name: str, row: Row) -> Iterator[None]:
+    """Turn the failure of a peer, in whose code anything may happen, into a line of the table."""
+    try:
+        yield
+    except Exception as error:
+        if name not in PEERS:
+            raise
+        reason = (str(error).strip().splitlines() or [""])[0][:120]
+        row.failure = (
+            f"not installed ({reason}); type: pip install -e '.[peers]'"
+            if isinstance(error, ImportError)
+            else f"failed with {type(error).__name__}: {reason}"
+        )
+
+
+def line(model: str, name: str, row: Row, base: Row) -> str:
+    """One line of the table."""
+    if row.failure:
+        return f"{model:20}{name:21}{row.failure}"
+    cells = ["-"] * 6
+    if row.seconds:
+        median = statistics.median(row.seconds)
+        values = (median, min(row.seconds), max(row.seconds))
+        cells[:3] = [f"{value:.3f}" for value in values]
+        cells[3] = f"{median / statistics.median(base.seconds):.2f}x"
+    if row.peak is not None and base.peak:
+        cells[4:] = [f"{row.peak / 1e6:.0f}", f"{row.peak / base.peak:.2f}x"]
+    return FORM.format(model, name, *cells)
 
 
 if __name__ == "__main__":
