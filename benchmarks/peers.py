@@ -9,7 +9,6 @@ filter for weights and one per tensor for activations, as the student's default.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -45,7 +44,7 @@ def brevitas(network: fx.GraphModule, images: Tensor) -> nn.Module:
 
 
 def torchao(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """torchao's PT2E flow: ``torch.export``, ``prepare_qat_pt2e`` with its x86 quantizer.
+    """Torchao's PT2E flow: ``torch.export``, ``prepare_qat_pt2e`` with its x86 quantizer.
 
     Its moving averages of ranges stay on, as throughout a training by its documentation.
     """

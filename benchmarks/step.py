@@ -7,7 +7,7 @@ logits, backward pass, Adam. All steps take the same batch and the same folded n
 weights: the cost does not depend on them).
 
 * ``float fine-tuning``: all weights and biases are trained; ReLU6 works in place, as in timm.
-* ``student, W``: thresholds, biases and what ``--weights`` names are trained, with the optimizer and
+* ``student, W``: thresholds, biases and what ``--weights`` names are trained, with optimizer and
   the projection of :class:`fat.module.DistillModule`. The targets are known already.
 * ``teacher alone``: the forward pass that gives such targets, which a distillation adds.
 * ``--peers``: the training steps of Brevitas and torchao, see peers.py; they train all weights.
