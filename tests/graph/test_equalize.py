@@ -254,7 +254,7 @@ def test_scales_are_always_safe(
     channels: list[tuple[float, float]], cap: float | None, margin: float
 ) -> None:
     options = EqualizeSpec("depthwise", cap=margin)
-    t, m = (torch.tensor(values, dtype=torch.float32) for values in zip(*channels, strict=True))
+    t, m = (torch.tensor(values, dtype=torch.float64) for values in zip(*channels, strict=True))
     scales, locked = depthwise_scales(t, m, cap, options)
     assert bool(torch.isfinite(scales).all())
     assert bool((scales > 0).all())
