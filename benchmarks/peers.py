@@ -22,7 +22,7 @@ __all__ = ["PEERS"]
 
 
 def brevitas(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """Brevitas' graph flow: ``preprocess_for_quantize``, ``quantize``, calibration.
+    """Graph flow of Brevitas: ``preprocess_for_quantize``, ``quantize``, calibration.
 
     Weights have a scale per filter instead of its default, one per tensor. ReLU6 stays itself
     instead of becoming ReLU, so that the network is the same. After calibration the scales of
@@ -44,7 +44,7 @@ def brevitas(network: fx.GraphModule, images: Tensor) -> nn.Module:
 
 
 def torchao(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """Torchao's PT2E flow: ``torch.export``, ``prepare_qat_pt2e`` with its x86 quantizer.
+    """PT2E flow of torchao: ``torch.export``, ``prepare_qat_pt2e`` with its x86 quantizer.
 
     Its moving averages of ranges stay on, as throughout a training by its documentation.
     """

@@ -6,9 +6,10 @@ A step is what a training repeats for each batch: gradients cleared, forward pas
 logits, backward pass, Adam. All steps take the same batch and the same folded network (random
 weights: the cost does not depend on them).
 
-* ``float fine-tuning``: all weights and biases are trained; ReLU6 works in place, as in timm.
+* ``float fine-tuning``: all weights and biases are trained. ReLU6 does not work in place: torch
+  would copy its input first, which takes the same memory and more time.
 * ``student, W``: thresholds, biases and what ``--weights`` names are trained, with optimizer and
-  the projection of :class:`fat.module.DistillModule`. The targets are known already.
+  projection as in :class:`fat.module.DistillModule`. The targets are known already.
 * ``teacher alone``: the forward pass that gives such targets, which a distillation adds.
 * ``--peers``: the training steps of Brevitas and torchao, see peers.py; they train all weights.
 
@@ -146,9 +147,6 @@ def setting(model: str, options: argparse.Namespace) -> Setting:
     folded = trace(network)
     fold_batch_norms(folded)
     folded.to(memory_format=torch.channels_last).requires_grad_(True)
-    for module in folded.modules():
-        if isinstance(module, nn.Hardtanh):  # alone reads a convolution, which needs no output
-            module.inplace = True
     with torch.no_grad():
         target = folded(images) + torch.randn(options.batch, 1, device=options.device)
     return Setting(network, folded, images, target)
