@@ -14,11 +14,15 @@ weights: the cost does not depend on them).
 * ``--peers``: the training steps of Brevitas and torchao, see peers.py; they train all weights.
 
 Time: medians over ``--repeats`` rounds in this process; in each round the steps take turns, and the
-first round only warms up. Memory: a process of its own for each step. It loads the networks and the
-batch, then does three steps; counted is the peak of its resident memory above what it was before
-them, so: activations, gradients, optimizer's state, temporaries and what the allocator wastes, but
-not the networks. It needs Linux. On a GPU both run under bf16 autocast, and the memory is that of
-torch's allocator. MB are 10^6 bytes.
+first round only warms up. On a machine that does other work too, compare CPU seconds of one thread:
+``--threads 1 --cpu-time``.
+
+Memory: a process of its own for each step. It loads the networks and the batch, then does three
+steps; counted is the peak of its resident memory above what it was before them, so: activations,
+gradients, optimizer's state, temporaries and what the allocator wastes, but not the networks. It
+needs Linux. MB are 10^6 bytes.
+
+On a GPU forward passes run under bf16 autocast, and the memory is that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -96,6 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch's own choice by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--peers", action="store_true", help="Brevitas and torchao too")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of a clock's")
     parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's default")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -123,6 +128,8 @@ def machine(options: argparse.Namespace) -> str:
         parts += [torch.cuda.get_device_name(), "bf16 autocast, channels last"]
     else:
         parts += [f"kernels {kernels.backend()}", "float32, channels last"]
+    if options.cpu_time:
+        parts.append("CPU seconds")
     return ", ".join([*parts, f"batch {options.batch}", f"{options.size} px"])
 
 
@@ -199,6 +206,7 @@ def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) 
         return
     if not options.plain_malloc:
         keep_freed_memory()
+    clock = time.process_time if options.cpu_time else time.perf_counter
     given = setting(model, options)
     steps: dict[str, Step] = {}
     for name, row in rows.items():
@@ -210,11 +218,11 @@ def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) 
                 continue
             with noted(name, rows[name]):
                 wait(options.device)
-                started = time.perf_counter()
+                started = clock()
                 step()
                 wait(options.device)
                 if repeat:  # the first round warms up
-                    rows[name].seconds.append(time.perf_counter() - started)
+                    rows[name].seconds.append(clock() - started)
 
 
 def measure_memory(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:

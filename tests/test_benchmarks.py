@@ -1,0 +1,147 @@
+"""The benchmark of the step: the table's form, and that peers get the same network. No times."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from fat.graph.fold import fold_batch_norms
+from fat.graph.trace import trace
+from fat.layers import SameConv2d
+from fat.models import load_float_network
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+ARGUMENTS = (
+    "--size", "32", "--batch", "2", "--repeats", "1", "--threads", "1",
+    "--model", "mobilenet_v2", "--weights", "frozen", "rounding",
+)  # fmt: skip
+
+
+def benchmark(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    folders = [str(path)] if path else []
+    folders += [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, FOLDER / "step.py", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The table where one peer is missing and the other breaks."""
+    folder = tmp_path_factory.mktemp("peers")
+    for name, error in (("brevitas", "ImportError"), ("torchao", "ZeroDivisionError")):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise {error}('none here\\nsecond line')\n")
+    result = benchmark(*ARGUMENTS, "--peers", path=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_the_first_line_names_the_machine(lines: list[str]) -> None:
+    assert f"1 threads, torch {torch.__version__}, kernels " in lines[0]
+    assert lines[0].endswith("batch 2, 32 px")
+
+
+@pytest.mark.slow
+def test_each_step_is_a_row_of_figures(lines: list[str]) -> None:
+    assert lines[1].split() == [
+        "network", "step", "median", "s", "min", "max", "ratio", "peak", "MB", "ratio",
+    ]  # fmt: skip
+    steps = [line[20:41].strip() for line in lines[2:]]
+    assert steps == [
+        "float fine-tuning", "student, frozen", "student, rounding", "teacher alone",
+        "Brevitas", "torchao",
+    ]  # fmt: skip
+    for line in lines[2:6]:
+        assert line.startswith("mobilenet_v2 ")
+        median, low, high, ratio, peak, share = line[41:].split()
+        assert 0.0 < float(low) <= float(median) <= float(high)
+        assert float(ratio.removesuffix("x")) > 0.0
+        if sys.platform.startswith("linux"):
+            assert float(peak) > 0.0
+            assert float(share.removesuffix("x")) > 0.0
+    assert lines[2].count("1.00x") == 2
+    if sys.platform.startswith("linux"):
+        # Adam's two moments and the gradient of 3.5 million factors.
+        frozen, rounding = (float(line[41:].split()[4]) for line in lines[3:5])
+        assert rounding - frozen > 30.0
+
+
+@pytest.mark.slow
+def test_a_peer_that_fails_is_a_line_of_the_table(lines: list[str]) -> None:
+    assert lines[6][41:] == "not installed (none here); type: pip install -e '.[peers]'"
+    assert lines[7][41:] == "failed with ZeroDivisionError: none here"
+
+
+def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    result = benchmark("--device", "cuda")
+    assert result.returncode == 2
+    assert "--device cuda: torch finds no GPU here" in result.stderr
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import peers
+
+    yield peers
+    sys.modules.pop("peers")
+
+
+@pytest.fixture
+def same_padded() -> tuple[fx.GraphModule, Tensor]:
+    """A folded network with "same" convolutions, and images of an odd and an even side."""
+    torch.manual_seed(0)
+    network = trace(load_float_network("tf_efficientnet_lite0", weights="random").network)
+    fold_batch_norms(network)
+    return network.requires_grad_(True), torch.randn(2, 3, 33, 64)
+
+
+def layers(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if isinstance(child, (nn.Conv2d, nn.Linear))]
+
+
+def test_peers_get_the_same_network(
+    peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor]
+) -> None:
+    network, images = same_padded
+    plain = peers._plain(network, images)
+    assert any(isinstance(layer, SameConv2d) for layer in layers(network))
+    assert not any(isinstance(layer, SameConv2d) for layer in layers(plain))
+    assert torch.equal(plain(images), network(images))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "library"), [("Brevitas", "brevitas"), ("torchao", "torchao")])
+def test_a_peer_quantizes_every_layer(
+    peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor], name: str, library: str
+) -> None:
+    pytest.importorskip(library)
+    network, images = same_padded
+    model = peers.PEERS[name](network, images)
+    result, expected = model(images), network(images)
+    assert 0.0 < (result - expected).norm() / expected.norm() < 0.5
+    result.square().mean().backward()
+    trained = list(model.parameters())
+    assert len(trained) >= len(list(network.parameters()))
+    assert all(parameter.grad is not None for parameter in trained)
+    # One quantizer that sees each layer's weight, whatever it is called.
+    kind = "FusedMovingAvgObsFakeQuantize" if name == "torchao" else "WeightQuantProxyFromInjector"
+    weights = [child for child in model.modules() if type(child).__name__ == kind]
+    per_filter = [child for child in weights if name == "Brevitas" or child.ch_axis == 0]
+    assert len(per_filter) >= len(layers(network))
