@@ -173,10 +173,11 @@ class EqualizeSpec:
         if self.method != "none":
             for name in self.methods:
                 _one_of("equalization", name, EQUALIZATIONS)
-            if len(set(self.methods)) < len(self.methods) or "exact" in self.methods[:-1]:
+            repeated = len(set(self.methods)) < len(self.methods)
+            if repeated or "exact" in self.methods[:-1] or "none" in self.methods:
                 raise FatError(
-                    f"equalize.method={self.method!r}: a method can be named once, and exact only "
-                    "as the last, as in equalize.method=depthwise+cross_layer."
+                    f"equalize.method={self.method!r}: a method can be named once, exact only as "
+                    "the last, none only alone, as in equalize.method=depthwise+cross_layer."
                 )
         if not isinstance(self.iterations, int) or self.iterations < 1:
             raise FatError(

@@ -102,7 +102,9 @@ SPECS = {
     "inits": QuantSpec(
         weight_init=InitSpec("percentile", 99.0), activation_init=InitSpec("percentile", 99.9)
     ),
-    "equalized": QuantSpec(equalize=EqualizeSpec("depthwise", cap=5.0)),
+    "equalized": QuantSpec(equalize=EqualizeSpec("depthwise+cross_layer", cap=5.0, iterations=3)),
+    "balanced": QuantSpec(granularity="scalar", equalize=EqualizeSpec("balanced")),
+    "exact": QuantSpec(granularity="scalar", equalize=EqualizeSpec("exact")),
 }
 
 
@@ -126,6 +128,11 @@ def test_every_kind_of_spec_comes_back(
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     wants = {name: p.requires_grad for name, p in student.named_parameters()}
     assert {name: p.requires_grad for name, p in loaded.named_parameters()} == wants
+    for here, there in zip(
+        student.activation_quantizers(), loaded.activation_quantizers(), strict=True
+    ):
+        assert repr(here.activation) == repr(there.activation)
+        assert here.thresholds.limit == there.thresholds.limit
     for one, other in zip(student.layers(), loaded.layers(), strict=True):
         assert one.input_quantizer.layer == other.input_quantizer.layer
     # And once more: a file of a loaded student is the same file.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from fat.layers import SameConv2d, pad_same
+from fat.layers import ChannelClip, SameConv2d, pad_same
 
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
@@ -75,3 +75,13 @@ def test_same_convolution_copies_its_source(bias: bool) -> None:
     with torch.no_grad():
         source.weight.zero_()
     torch.testing.assert_close(own(torch.ones(1, 2, 5, 5)), before)
+
+
+def test_a_clip_per_channel_is_relu6_of_the_scaled_channel() -> None:
+    x = 10 * torch.randn(4, 5, 3, 3)
+    scales = torch.logspace(-2, 2, 5)
+    clip = ChannelClip((6 * scales).tolist())
+    scaled = scales.reshape(1, 5, 1, 1)
+    torch.testing.assert_close(clip(scaled * x), scaled * nn.functional.relu6(x))
+    assert torch.equal(clip(x[:, :, 0, 0]), clip(x)[:, :, 0, 0])
+    assert clip.state_dict() == {}  # the bounds are what the layer is, as 6 is of ReLU6

@@ -19,7 +19,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("method", ["none", "depthwise"])
+@pytest.mark.parametrize("method", ["none", "depthwise", "cross_layer", "balanced", "exact"])
 def test_the_argument_is_left_as_it_was(tiny: nn.Module, images: Tensor, method: str) -> None:
     before = {key: value.clone() for key, value in tiny.state_dict().items()}
     kinds = [type(module) for module in tiny.modules()]

@@ -160,6 +160,35 @@ def test_equalization_outside_relu6(name: str, value: float) -> None:
         EqualizeSpec(**{name: value})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("method", ["", "none+exact+", "depthwise cross_layer", "exact+exactly"])
+def test_every_part_of_a_joined_equalization_is_checked(method: str) -> None:
+    with pytest.raises(FatError, match=r"Unknown equalization .* Allowed: none, depthwise, "):
+        EqualizeSpec(method)
+
+
+@pytest.mark.parametrize("method", ["depthwise+depthwise", "exact+depthwise", "none+depthwise"])
+def test_joined_equalizations_that_make_no_sense(method: str) -> None:
+    with pytest.raises(FatError, match=r"named once.*exact only as the last.*none only alone"):
+        EqualizeSpec(method)
+
+
+def test_methods_of_an_equalization() -> None:
+    assert EqualizeSpec().methods == ()
+    assert EqualizeSpec("depthwise+cross_layer").methods == ("depthwise", "cross_layer")
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5])
+def test_iterations_of_cross_layer(value: float) -> None:
+    with pytest.raises(FatError, match=r"equalize\.iterations is .* whole number, at least 1"):
+        EqualizeSpec(iterations=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_shift_weight_out_of_range(value: float) -> None:
+    with pytest.raises(FatError, match=r"equalize\.shift_weight is .* above 0 and finite"):
+        EqualizeSpec(shift_weight=value)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "inside"),
     [
