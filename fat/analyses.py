@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-
-from fat.batches import split
+from fat.batches import first_images
 from fat.config import EvaluateConfig
 from fat.errors import FatError, unknown_name
 from fat.experiment import open_run
@@ -49,7 +46,7 @@ def analyse_run(config: EvaluateConfig) -> dict[str, Any]:
     opened = open_run(config)
     check_writable(opened.directory)
     loader = opened.batches(opened.data.calibration_dataloader())
-    images = list(_first(loader, config.analysis_images))
+    images = list(first_images(loader, config.analysis_images))
     count = sum(map(len, images))
     bar = "Sensitivity" if config.trainer.progress else None
     rows = sensitivity(opened.student, images, progress=bar)
@@ -77,13 +74,3 @@ def analyse_run(config: EvaluateConfig) -> dict[str, Any]:
             "No plot, since matplotlib is not installed: type pip install 'fat-quant[plot]'."
         )
     return {"images": count, "worst": (rows[0].layer, rows[0].kind)}
-
-
-def _first(batches: Iterable[Any], count: int) -> Iterator[Tensor]:
-    """The first ``count`` images, in batches."""
-    for batch in batches:
-        images = split(batch)[0][:count]
-        yield images
-        count -= len(images)
-        if not count:
-            return

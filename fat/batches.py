@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from fat.errors import FatError
 
-__all__ = ["AnyBatch", "Images", "as_batches", "split"]
+__all__ = ["AnyBatch", "Images", "as_batches", "first_images", "split"]
 
 AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
 Images = Tensor | Iterable[AnyBatch]
@@ -50,3 +50,18 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
 def as_batches(images: Images) -> Iterable[AnyBatch]:
     """An iterable of batches, also where one batch came."""
     return [images] if isinstance(images, Tensor) else images
+
+
+def first_images(images: Images, count: int) -> Iterator[Tensor]:
+    """The first ``count`` images without labels, in batches; no batch is drawn beyond them.
+
+    Examples:
+        >>> [len(part) for part in first_images([torch.zeros(4, 3, 8, 8)] * 3, 6)]
+        [4, 2]
+    """
+    for batch in as_batches(images):
+        pixels = split(batch)[0][:count]
+        yield pixels
+        count -= len(pixels)
+        if count <= 0:
+            return

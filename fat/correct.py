@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fat.batches import Images, as_batches, split
+from fat.batches import Images, first_images
 from fat.errors import FatError
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
@@ -36,15 +36,11 @@ def correct_biases(student: Student, images: Images, count: int = IMAGES) -> Non
 
     Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.2, in its empirical form.
     """
-    if not bool(student.is_calibrated):
-        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
-    batches: list[Tensor] = []
-    for batch in as_batches(images):
-        room = count - sum(len(pixels) for pixels in batches)
-        pixels = split(batch)[0][:room]
-        batches.append(pixels.contiguous(memory_format=torch.channels_last))
-        if room <= len(pixels):
-            break
+    student.check_calibrated()
+    batches = [
+        pixels.contiguous(memory_format=torch.channels_last)
+        for pixels in first_images(images, count)
+    ]
     if not batches:
         raise FatError("No images came to correct biases on; give at least one batch [N, 3, H, W].")
     _Lockstep(student.network).run(batches)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fat.errors import FatError
 
-__all__ = ["check_writable", "write_atomic", "write_json", "write_text"]
+__all__ = ["check_writable", "write_atomic", "write_csv", "write_json", "write_text"]
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
@@ -55,6 +57,17 @@ def _unwritable(target: Path, error: OSError) -> FatError:
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write UTF-8 text atomically."""
     return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_csv(
+    path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Iterable[object]]
+) -> Path:
+    """Write a table atomically, lines ended by a newline alone."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return write_text(path, text.getvalue())
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:

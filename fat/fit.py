@@ -138,8 +138,7 @@ def fit(
         (6, True)
     """
     spec = replace(spec or TrainSpec(), **overrides)
-    if not bool(student.is_calibrated):
-        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+    student.check_calibrated()
     train, validation = _split(images, validation)
     keep, guard = KeepBest(), NanGuard(spec.nan_patience)
     options: dict[str, Any] = {

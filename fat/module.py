@@ -108,9 +108,7 @@ class DistillModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Optimizer:
         """Adam over everything that is trained."""
-        groups = parameter_groups(
-            [self.student], self.spec, rounding=self.student.spec.weights == "rounding"
-        )
+        groups = parameter_groups([self.student], self.spec)
         if not groups:
             raise FatError(
                 "Nothing to train: thresholds, weights and biases are all frozen. "

@@ -11,28 +11,30 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
-from fat.batches import Images, as_batches, split
+from fat.batches import Images, first_images
 from fat.errors import FatError
-from fat.graph.features import block_outputs, counterpart, segment
+from fat.graph.features import block_outputs, counterpart, logits_node, segment
 from fat.graph.patterns import module_of
 from fat.parameters import parameter_groups
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
+from fat.schedule import annealed
 from fat.spec import TrainSpec
 from fat.student import Student
 
 __all__ = ["BlockResult", "reconstruct"]
 
 logger = logging.getLogger(__name__)
+
+Part = ActivationQuantizer | QuantLayer
 
 CARRY = 32
 """Images per forward pass where nothing is trained."""
@@ -81,8 +83,7 @@ def reconstruct(
     Raises:
         FatError: If the student is not calibrated, or no image came.
     """
-    if not bool(student.is_calibrated):
-        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+    student.check_calibrated()
     options = spec.reconstruction
     floating = copy.deepcopy(student.network)
     for module in floating.modules():
@@ -95,7 +96,7 @@ def reconstruct(
     held = _collect(validation, options.images).to(device)
     exact, given = [train, held], [train, held]  # float and quantized inputs of the block at hand
     ends = [counterpart(student.network, node) for node in block_outputs(student.teacher)]
-    ends.append(_logits(student.network))
+    ends.append(logits_node(student.network))
     generator = torch.Generator(device).manual_seed(seed)
     bar = tqdm(
         total=len(ends) * options.steps, desc="Reconstruct", disable=not progress, leave=False
@@ -107,18 +108,22 @@ def reconstruct(
         twin = segment(floating, _same(floating, start), _same(floating, end))
         wanted = [_carry(twin, x) for x in exact]
         modules = _parts(block)
-        before = _error(block, given[1], wanted[1])
+        output = _carry(block, given[1])
+        before = _error(output, wanted[1])
         saved = [copy.deepcopy(module.state_dict()) for module in modules]
-        _train(block, modules, (given[0], exact[0], wanted[0]), spec, student, generator, bar)
-        after = _error(block, given[1], wanted[1])
+        _train(block, modules, (given[0], exact[0], wanted[0]), spec, generator, bar)
+        trained = _carry(block, given[1])
+        after = _error(trained, wanted[1])
         kept = after < before
-        if not kept:
+        if kept:
+            output = trained
+        else:
             for module, state in zip(modules, saved, strict=True):
                 module.load_state_dict(state)
         name = getattr(module_of(student.network, end), "layer", end.name)
         results.append(BlockResult(str(name), before, after, kept))
         logger.debug("Block to %s: error %.4f -> %.4f, kept: %s", name, before, after, kept)
-        given, exact = [_carry(block, x) for x in given], wanted
+        given, exact = [_carry(block, given[0]), output], wanted
         start = end
     bar.close()
     return results
@@ -126,15 +131,14 @@ def reconstruct(
 
 def _train(
     block: fx.GraphModule,
-    modules: list[nn.Module],
+    modules: list[Part],
     data: tuple[Tensor, Tensor, Tensor],
     spec: TrainSpec,
-    student: Student,
     generator: torch.Generator,
     bar: Any,
 ) -> None:
     options = spec.reconstruction
-    groups = parameter_groups(modules, spec, rounding=student.spec.weights == "rounding")
+    groups = parameter_groups(modules, spec)
     if not groups:
         bar.update(options.steps)
         return
@@ -142,7 +146,7 @@ def _train(
     optimizer = Adam(groups, lr=spec.lr)
     power = wanted.square().mean()
     for step in range(options.steps):
-        rate = options.rate * spec.lr * 0.5 * (1.0 + math.cos(math.pi * step / options.steps))
+        rate = options.rate * spec.lr * annealed(step, options.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         device = quantized.device
@@ -158,29 +162,19 @@ def _train(
         loss.backward()
         optimizer.step()
         for module in modules:
-            if isinstance(module, QuantLayer):
-                module.weight_quantizer.thresholds.project()
-                module.project()
-            elif isinstance(module, ActivationQuantizer):
-                module.thresholds.project()
+            module.project()
         bar.update()
 
 
-def _parts(block: fx.GraphModule) -> list[nn.Module]:
+def _parts(block: fx.GraphModule) -> list[Part]:
     """The quantized layers and activation quantizers of a block."""
     found = (module_of(block, node) for node in block.graph.nodes)
     return [module for module in found if isinstance(module, (QuantLayer, ActivationQuantizer))]
 
 
 def _collect(images: Images, count: int) -> Tensor:
-    batches: list[Tensor] = []
-    total = 0
-    for batch in as_batches(images):
-        batches.append(split(batch)[0][: count - total])
-        total += len(batches[-1])
-        if total >= count:
-            break
-    if not total:
+    batches = list(first_images(images, count))
+    if not sum(map(len, batches)):
         raise FatError("No images came to reconstruct blocks on; give at least one batch.")
     return torch.cat(batches)
 
@@ -194,16 +188,9 @@ def _carry(block: fx.GraphModule, x: Tensor) -> Tensor:
     return torch.cat([block(_dense(part)) for part in torch.split(x, CARRY)])
 
 
-def _error(block: fx.GraphModule, x: Tensor, wanted: Tensor) -> float:
-    error = (_carry(block, x).double() - wanted.double()).square().sum()
+def _error(output: Tensor, wanted: Tensor) -> float:
+    error = (output.double() - wanted.double()).square().sum()
     return float(error / wanted.double().square().sum().clamp_min(1e-300))
-
-
-def _logits(network: fx.GraphModule) -> fx.Node:
-    (output,) = (node for node in network.graph.nodes if node.op == "output")
-    result = output.args[0]
-    assert isinstance(result, fx.Node)
-    return result
 
 
 def _same(network: fx.GraphModule, node: fx.Node | None) -> fx.Node | None:

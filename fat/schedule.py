@@ -6,7 +6,7 @@ import math
 
 from fat.spec import TrainSpec
 
-__all__ = ["learning_rate", "starts_cycle"]
+__all__ = ["annealed", "learning_rate", "starts_cycle"]
 
 AUTHORS_DECAY = 1e-4
 AUTHORS_FLOOR = 1e-7
@@ -33,11 +33,16 @@ def learning_rate(spec: TrainSpec, step: int, total: int) -> float:
     period = spec.period or max(total, 1)
     since = step % period
     if spec.schedule == "cosine":
-        return spec.lr * 0.5 * (1.0 + math.cos(math.pi * since / period))
+        return spec.lr * annealed(since, period)
     if spec.schedule == "authors_code":
         wave = abs(math.cos(math.pi * since / (4 * period)))
         return spec.lr * math.exp(-AUTHORS_DECAY * step) * wave + AUTHORS_FLOOR
     return spec.lr
+
+
+def annealed(step: int, period: int) -> float:
+    """½(1 + cos(π·step/period)), from 1 down to 0."""
+    return 0.5 * (1.0 + math.cos(math.pi * step / period))
 
 
 def starts_cycle(spec: TrainSpec, step: int) -> bool:

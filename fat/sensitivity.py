@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fat.analysis import switched
 from fat.batches import Images, as_batches, split
 from fat.errors import FatError
-from fat.metrics import sqnr_db
+from fat.metrics import Comparison
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer, WeightQuantizer
 from fat.spec import BITS, Grid, QuantSpec
 from fat.student import Student
@@ -82,15 +82,21 @@ def sensitivity(
     Raises:
         FatError: If the student is not calibrated, or no image came.
     """
-    if not student.is_calibrated:
-        raise FatError("The student is not calibrated yet; call fat.calibrate(student, images).")
+    student.check_calibrated()
     batches = [split(batch)[0] for batch in as_batches(images)]
     if not sum(map(len, batches)):
         raise FatError("No images came to measure on; give at least one batch [N, 3, H, W].")
     sites = _sites(student.network)
     widths = {node: _at_every_width(site, student.spec) for node, site in sites.items()}
     runs = len(batches) * sum(2 + len(quantizers) for quantizers in widths.values())
-    sums = _Sums()
+    device = next(student.buffers()).device
+    judged: dict[Any, Comparison] = defaultdict(lambda: Comparison().to(device))
+
+    def judge(key: Any, reference: Tensor) -> None:
+        logits = partial.finish()
+        judged[key].update(logits, reference, torch.full((len(logits),), -1, device=device))
+        bar.update()
+
     partial = _Partial(student.network)
     was_training = student.training
     student.eval()
@@ -101,23 +107,20 @@ def sensitivity(
             x = pixels.contiguous(memory_format=torch.channels_last)
             with switched(student, on=False):
                 reference = student.network(x)
-                sums.signal(reference)
                 for node in partial.walk(x, sites):
                     with _toggled(sites[node]):
-                        sums.noise((node, "alone"), reference, partial.finish())
-                    bar.update()
+                        judge((node, "alone"), reference)
                     for bits, quantizer in widths[node].items():
                         with _replaced(sites[node], quantizer):
-                            sums.noise((node, bits), reference, partial.finish())
-                        bar.update()
+                            judge((node, bits), reference)
             with switched(student, on=True):
                 for node in partial.walk(x, sites):
                     with _toggled(sites[node]):
-                        sums.noise((node, "without"), reference, partial.finish())
-                    bar.update()
+                        judge((node, "without"), reference)
     finally:
         bar.close()
         student.train(was_training)
+    figures = {key: comparison.compute() for key, comparison in judged.items()}
     rows = []
     for position, (node, site) in enumerate(sites.items()):
         is_layer = isinstance(site, QuantLayer)
@@ -127,13 +130,13 @@ def sensitivity(
                 layer=site.layer,
                 kind="weight" if is_layer else "activation",
                 bits=_quantizer(site).grid.bits,
-                alone_db=sums.db((node, "alone")),
-                alone_agreement=sums.agreement((node, "alone")),
-                without_db=sums.db((node, "without")),
-                without_agreement=sums.agreement((node, "without")),
+                alone_db=_figure(figures[node, "alone"], "sqnr_db"),
+                alone_agreement=_figure(figures[node, "alone"], "agreement"),
+                without_db=_figure(figures[node, "without"], "sqnr_db"),
+                without_agreement=_figure(figures[node, "without"], "agreement"),
                 parameters=site.weight.numel() if isinstance(site, QuantLayer) else 0,
                 biases=_biases(site),
-                bits_db={bits: sums.db((node, bits)) for bits in widths[node]},
+                bits_db={bits: _figure(figures[node, bits], "sqnr_db") for bits in widths[node]},
             )
         )
     return sorted(rows, key=lambda row: row.alone_db)
@@ -151,6 +154,12 @@ def _sites(network: fx.GraphModule) -> dict[fx.Node, Site]:
             if isinstance(module, ActivationQuantizer | QuantLayer):
                 sites[node] = module
     return sites
+
+
+def _figure(figures: Mapping[str, float | None], name: str) -> float:
+    value = figures[name]
+    assert value is not None  # images came
+    return value
 
 
 def _quantizer(site: Site) -> ActivationQuantizer | WeightQuantizer:
@@ -198,32 +207,6 @@ def _replaced(site: Site, quantizer: WeightQuantizer) -> Iterator[None]:
         yield
     finally:
         site.weight_quantizer = before
-
-
-class _Sums:
-    """Signal, and by measurement noise and images with the same largest logit, over batches."""
-
-    def __init__(self) -> None:
-        self._images = 0
-        self._signal = 0.0
-        self._noise: dict[Any, float] = defaultdict(float)
-        self._same: dict[Any, int] = defaultdict(int)
-
-    def signal(self, reference: Tensor) -> None:
-        """Take in one batch of float logits [N, classes]."""
-        self._images += len(reference)
-        self._signal += float(reference.double().square().sum())
-
-    def noise(self, key: Any, reference: Tensor, logits: Tensor) -> None:
-        """Take in what one measurement made of that batch."""
-        self._noise[key] += float((reference.double() - logits.double()).square().sum())
-        self._same[key] += int((reference.argmax(1) == logits.argmax(1)).sum())
-
-    def db(self, key: Any) -> float:
-        return sqnr_db(self._signal, self._noise[key])
-
-    def agreement(self, key: Any) -> float:
-        return 100.0 * self._same[key] / self._images
 
 
 class _Partial(fx.Interpreter):

@@ -37,6 +37,11 @@ def _bits(what: str, given: object) -> None:
         )
 
 
+def _whole(what: str, given: object, least: int) -> None:
+    if not isinstance(given, int) or given < least:
+        raise FatError(f"{what} is {given}; it must be a whole number, at least {least}.")
+
+
 def _range(what: str, given: tuple[float, float], *, inside: float) -> None:
     if len(given) != 2 or not given[0] <= inside <= given[1]:
         raise FatError(
@@ -343,12 +348,7 @@ class ReconstructSpec:
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("images", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise FatError(
-                    f"optim.reconstruction.{name} is {value}; it must be a whole number, at least "
-                    f"{least}."
-                )
+            _whole(f"optim.reconstruction.{name}", getattr(self, name), least)
         if not self.rate > 0.0:
             raise FatError(f"optim.reconstruction.rate is {self.rate}; it must be above 0.")
         if not 0.0 <= self.float_share <= 1.0:
@@ -416,11 +416,8 @@ class TrainSpec:
         _one_of("loss", self.loss, get_args(LossName))
         _one_of("schedule", self.schedule, get_args(ScheduleName))
         for name, least in (("epochs", 0), ("period", 1), ("validations", 1), ("nan_patience", 1)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise FatError(
-                    f"optim.{name} is {value}; it must be a whole number, at least {least}."
-                )
+            if getattr(self, name) is not None:
+                _whole(f"optim.{name}", getattr(self, name), least)
         rates = ("lr", "pointwise_lr", "rounding_lr", "bias_lr")
         for name in (*rates, "gradient_clip", "temperature"):
             value = getattr(self, name)

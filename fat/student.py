@@ -74,12 +74,16 @@ class Student(nn.Module):
         Raises:
             FatError: If the thresholds were never calibrated.
         """
+        self.check_calibrated()
+        logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
+        return logits
+
+    def check_calibrated(self) -> None:
+        """Raise a FatError if the thresholds were never calibrated."""
         if not self.is_calibrated:
             raise FatError(
                 "The student is not calibrated yet; call fat.calibrate(student, images)."
             )
-        logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
-        return logits
 
     @torch.no_grad()
     def float_logits(self, images: Tensor) -> Tensor:
@@ -111,8 +115,8 @@ class Student(nn.Module):
 
     def project(self) -> None:
         """Bring every trained factor back into its range, after an optimizer's step."""
-        for thresholds in self.thresholds():
-            thresholds.project()
+        for quantizer in self.activation_quantizers():
+            quantizer.project()
         for layer in self.layers():
             layer.project()
 

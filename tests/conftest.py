@@ -86,6 +86,12 @@ def images() -> Tensor:
 
 
 @pytest.fixture
+def batches(images: Tensor) -> list[Tensor]:
+    """The images in four batches."""
+    return list(images.split(4))
+
+
+@pytest.fixture
 def tiny(images: Tensor) -> nn.Module:
     """A TinyNet with realistic batch norms, in eval mode."""
     torch.manual_seed(0)

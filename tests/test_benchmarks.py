@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -145,3 +147,87 @@ def test_a_peer_quantizes_every_layer(
     weights = [child for child in model.modules() if type(child).__name__ == kind]
     per_filter = [child for child in weights if name == "Brevitas" or child.ch_axis == 0]
     assert len(per_filter) >= len(layers(network))
+
+
+@pytest.fixture
+def presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import presets
+
+    yield presets
+    sys.modules.pop("presets")
+
+
+def options(**values: object) -> argparse.Namespace:
+    return argparse.Namespace(**{"steps": 7, "epochs": 2, "overrides": ["seed=3"], **values})
+
+
+def test_a_cell_trains_as_its_preset_does_but_shorter(presets: ModuleType) -> None:
+    def given(preset: str) -> list[str]:
+        found: list[str] = presets.command(preset, "mse", options())
+        return found[1:]
+
+    assert given("best_w4a4") == ["init=mse", "seed=3", "optim.reconstruction.steps=7"]
+    assert given("paper_vector") == ["init=mse", "seed=3", "optim.epochs=2"]
+    assert given("calibration_only") == ["init=mse", "seed=3"]
+
+
+@pytest.mark.slow
+def test_a_cell_that_failed_is_shown_and_tried_again(presets: ModuleType, tmp_path: Path) -> None:
+    directory = tmp_path / "best_w4a4-mse"
+    presets.run_cell(["quant.bits=9"], directory, 1)
+    assert (
+        presets.table(["best_w4a4"], ["mse"], tmp_path)
+        .splitlines()[2]
+        .startswith("| best_w4a4 | failed: Error: bits is 9; allowed are whole numbers")
+    )
+    assert not (directory / "command.txt").exists()
+    figures = {"agreement": 75.04, "sqnr_db": 5.25}
+    (directory / "metrics.json").write_text(json.dumps({"trained": figures, "calibrated": {}}))
+    presets.run_cell(["quant.bits=9"], directory, 1)  # left by a run that never finished
+    assert not (directory / "metrics.json").exists()
+
+
+def test_a_finished_cell_is_not_run_again(
+    presets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = {"agreement": 75.04, "sqnr_db": 5.25}
+    (tmp_path / "p-s").mkdir()
+    (tmp_path / "p-s" / "metrics.json").write_text(
+        json.dumps({"trained": None, "calibrated": figures})
+    )
+    (tmp_path / "p-s" / "command.txt").write_text("python train.py seed=1")
+    calls = []
+
+    def run(*_: object, **__: object) -> subprocess.CompletedProcess[str]:
+        calls.append(1)
+        return subprocess.CompletedProcess([], 1)
+
+    monkeypatch.setattr(presets.subprocess, "run", run)
+    presets.run_cell(["seed=1"], tmp_path / "p-s", 1)
+    assert not calls
+    assert presets.table(["p"], ["s"], tmp_path).splitlines()[2] == "| p | 75.0 % 5.2 dB |"
+    presets.run_cell(["seed=2"], tmp_path / "p-s", 1)  # another command
+    assert calls
+    assert presets.result(tmp_path / "p-s") is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--init", "mice"], "no init=mice; allowed: aciq, entropy"),
+        (["--presets", "best"], "no experiment=best; allowed:"),
+        (["--jobz", "2"], "--jobz is neither an option nor an override"),
+    ],
+)
+def test_a_mistyped_argument_of_the_table_is_said(
+    presets: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["presets.py", *arguments])
+    with pytest.raises(SystemExit):
+        presets.main()
+    assert message in capsys.readouterr().err

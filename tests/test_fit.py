@@ -28,11 +28,6 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def batches(images: Tensor) -> list[Tensor]:
-    return list(images.split(4))
-
-
 def prepared(network: nn.Module, images: Tensor, **options: Any) -> Student:
     student = fat.prepare(network, images, QuantSpec(**options))
     fat.calibrate(student, images)

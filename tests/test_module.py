@@ -25,11 +25,6 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def batches(images: Tensor) -> list[Tensor]:
-    return list(images.split(4))
-
-
-@pytest.fixture
 def labelled(tiny: nn.Module, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Batches with labels that are not what the network says."""
     return [(x, (tiny(x).argmax(1) + 3) % CLASSES) for x in batches]

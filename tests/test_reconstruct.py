@@ -27,11 +27,6 @@ def recipe(**options: Any) -> TrainSpec:
     return TrainSpec(epochs=0, bias_lr=1e-3, reconstruction=ReconstructSpec(**options))
 
 
-@pytest.fixture
-def batches(images: Tensor) -> list[Tensor]:
-    return list(images.split(4))
-
-
 def test_every_block_comes_nearer_or_stays(tiny: TinyNet, batches: list[Tensor]) -> None:
     student = student_of(tiny, torch.cat(batches))
     results = reconstruct(

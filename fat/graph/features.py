@@ -151,6 +151,14 @@ def with_outputs(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphMo
     return fx.GraphModule(module, graph, type(module).__name__)
 
 
+def logits_node(module: fx.GraphModule) -> fx.Node:
+    """The node whose result a graph returns."""
+    (output,) = (node for node in module.graph.nodes if node.op == "output")
+    result = output.args[0]
+    assert isinstance(result, fx.Node)
+    return result
+
+
 def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) -> fx.GraphModule:
     """The part of a graph from one cut point (its result is the input) to another (the output).
 
@@ -164,8 +172,7 @@ def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) 
     Raises:
         FatError: If the part reads what was computed before ``start``: it was no cut point.
     """
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    end = end or output.args[0]
+    end = end or logits_node(module)
     needed: set[fx.Node] = set()
     waiting = [end]
     while waiting:

@@ -18,6 +18,7 @@ from fat import kernels
 __all__ = [
     "INT32_MAX",
     "Adjust",
+    "adjust_weight",
     "clip_inclusive",
     "dequantize",
     "fake_quantize",
@@ -335,12 +336,33 @@ def fake_quantize_weight(
     if kernels.usable(weight, given):
         fused: Tensor = _FusedWeight.apply(weight, given, scale, qmax, adjust, bounds)
         return fused
-    step = scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() else scale
-    if factor is not None:
-        clipped = clip_inclusive(factor, *bounds)
-        moves = adjust is Adjust.MOVE
-        weight = weight + clipped * step.detach() if moves else weight * clipped
-    return fake_quantize(weight, step, torch.zeros_like(step), -qmax, qmax)
+    step = _per_filter(scale, weight)
+    adjusted = adjust_weight(weight, scale, factor, adjust, bounds)
+    return fake_quantize(adjusted, step, torch.zeros_like(step), -qmax, qmax)
+
+
+def adjust_weight(
+    weight: Tensor,
+    scale: Tensor,
+    factor: Tensor | None,
+    adjust: Adjust,
+    bounds: tuple[float, float],
+) -> Tensor:
+    """W' of :func:`fake_quantize_weight`, before rounding: W, W·clip(f) or W + clip(f)·d.
+
+    Source: arXiv 1812.07872, section 3.4, for W·clip(f).
+    """
+    if factor is None or adjust is Adjust.NOTHING:
+        return weight
+    clipped = clip_inclusive(factor, *bounds)
+    if adjust is Adjust.MULTIPLY:
+        return weight * clipped
+    return weight + clipped * _per_filter(scale.detach(), weight)
+
+
+def _per_filter(scale: Tensor, weight: Tensor) -> Tensor:
+    """Steps [C] in a shape that broadcasts over the filters; one step as it is."""
+    return scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() else scale
 
 
 class _FakeQuantizeBias(Function):

@@ -14,7 +14,7 @@ from fat.layers import ChannelClip, pad_same
 from fat.quant.functional import (
     INT32_MAX,
     Adjust,
-    clip_inclusive,
+    adjust_weight,
     fake_quantize,
     fake_quantize_bias,
     fake_quantize_weight,
@@ -119,13 +119,17 @@ class ActivationQuantizer(nn.Module):
         inplace = self.may_overwrite and (self._grid_clips or self.activation is None)
         return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax, inplace=inplace)
 
+    def project(self) -> None:
+        """Bring the thresholds' factors back into their ranges."""
+        self.thresholds.project()
+
     def extra_repr(self) -> str:
         """Layer, bits and kind of grid."""
         return f"{self.layer}, bits={self.grid.bits}, grid={self.grid.kind}"
 
 
 class WeightQuantizer(nn.Module):
-    """Puts a weight on its symmetric signed grid.
+    """The symmetric signed grid of a weight, and the thresholds that put it there.
 
     Args:
         spec: What is asked of the network; ``vector`` has one threshold per output filter.
@@ -163,12 +167,6 @@ class WeightQuantizer(nn.Module):
     def scale(self) -> Tensor:
         """Step per output filter, [C], or 0-dim."""
         return cast(Tensor, self.thresholds()[0])
-
-    def forward(self, weight: Tensor) -> Tensor:
-        """Fake-quantize the weight."""
-        return (
-            fake_quantize_weight(weight, self.scale(), self.grid.qmax) if self.enabled else weight
-        )
 
     def extra_repr(self) -> str:
         """Bits and number of thresholds."""
@@ -246,23 +244,14 @@ class QuantLayer(nn.Module):
         return 1.0 if self.adjust is Adjust.MULTIPLY else 0.0
 
     def adjusted_weight(self) -> Tensor:
-        """The weight with its factors before rounding: W · clip(f), or W + clip(f)·d.
-
-        Source: arXiv 1812.07872, section 3.4, for the first.
-        """
-        if self.factor is None:
-            return self.weight
-        factor = clip_inclusive(self.factor, *self._bounds)
-        if self.adjust is Adjust.MULTIPLY:
-            return self.weight * factor
-        scale = self.weight_quantizer.scale().detach()
-        return self.weight + factor * (
-            scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
-        )
+        """The weight with its factors before rounding, see :func:`adjust_weight`."""
+        scale = self.weight_quantizer.scale()
+        return adjust_weight(self.weight, scale, self.factor, self.adjust, self._bounds)
 
     @torch.no_grad()
     def project(self) -> None:
-        """Clamp the weights' factors into their range."""
+        """Bring the factors of thresholds and weights back into their ranges."""
+        self.weight_quantizer.thresholds.project()
         if self.factor is not None:
             self.factor.clamp_(*self._bounds)
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.metadata
-import io
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
 from fat import kernels
 from fat.analysis import LayerError
-from fat.files import write_json, write_text
+from fat.files import write_csv, write_json
 from fat.fit import FitResult
 from fat.graph.equalize import EqualizeReport, PairReport
+from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from fat.spec import QuantSpec
 from fat.student import Student
 
@@ -53,35 +52,35 @@ def write_thresholds(path: Path, student: Student) -> None:
     alpha, alpha_min, alpha_max, shift (the trained factors, mean and range), scale (largest),
     zero_point.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ("layer", "kind", "bits", "grid", "thresholds", "T_low", "T_max", "alpha", "alpha_min",
-         "alpha_max", "shift", "scale", "zero_point")
+    header = (
+        "layer", "kind", "bits", "grid", "thresholds", "T_low", "T_max", "alpha", "alpha_min",
+        "alpha_max", "shift", "scale", "zero_point",
     )  # fmt: skip
-    for layer, kind, quantizer in student.quantizers():
-        thresholds = quantizer.thresholds
-        scale, zero_point = (t.detach() for t in thresholds())
-        factors = thresholds.factors()
-        alpha, shift = factors.get("alpha"), factors.get("shift")
-        writer.writerow(
-            (
-                layer,
-                kind,
-                quantizer.grid.bits,
-                quantizer.grid.kind,
-                thresholds.high.numel(),
-                f"{float(thresholds.low.min()):.6g}",
-                f"{float(thresholds.high.max()):.6g}",
-                "" if alpha is None else f"{float(alpha.mean()):.6g}",
-                "" if alpha is None else f"{float(alpha.min()):.6g}",
-                "" if alpha is None else f"{float(alpha.max()):.6g}",
-                "" if shift is None else f"{float(shift.mean()):.6g}",
-                f"{float(scale.max()):.6g}",
-                int(zero_point.max()),
-            )
-        )
-    write_text(path, text.getvalue())
+    write_csv(path, header, (_thresholds_row(*entry) for entry in student.quantizers()))
+
+
+def _thresholds_row(
+    layer: str, kind: str, quantizer: ActivationQuantizer | WeightQuantizer
+) -> tuple[object, ...]:
+    thresholds = quantizer.thresholds
+    scale, zero_point = (t.detach() for t in thresholds())
+    factors = thresholds.factors()
+    alpha, shift = factors.get("alpha"), factors.get("shift")
+    return (
+        layer,
+        kind,
+        quantizer.grid.bits,
+        quantizer.grid.kind,
+        thresholds.high.numel(),
+        f"{float(thresholds.low.min()):.6g}",
+        f"{float(thresholds.high.max()):.6g}",
+        "" if alpha is None else f"{float(alpha.mean()):.6g}",
+        "" if alpha is None else f"{float(alpha.min()):.6g}",
+        "" if alpha is None else f"{float(alpha.max()):.6g}",
+        "" if shift is None else f"{float(shift.mean()):.6g}",
+        f"{float(scale.max()):.6g}",
+        int(zero_point.max()),
+    )
 
 
 def write_equalization(path: Path, report: EqualizeReport) -> None:
@@ -89,15 +88,15 @@ def write_equalization(path: Path, report: EqualizeReport) -> None:
 
     Spreads are the largest range over the smallest.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([column.name for column in fields(PairReport)])
-    for pair in report.pairs:
-        writer.writerow(
-            f"{value:.6g}" if isinstance(value, float) else value
-            for value in (getattr(pair, column.name) for column in fields(PairReport))
-        )
-    write_text(path, text.getvalue())
+    names = [column.name for column in fields(PairReport)]
+    write_csv(
+        path,
+        names,
+        (
+            [f"{value:.6g}" if isinstance(value, float) else value for value in astuple(pair)]
+            for pair in report.pairs
+        ),
+    )
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fat.errors import FatError
-from fat.files import write_atomic, write_json, write_text
+from fat.files import write_atomic, write_csv, write_json
 from fat.sensitivity import TensorSensitivity
 from fat.spec import BITS, QuantSpec
 
@@ -65,16 +63,12 @@ def write_sensitivity(directory: Path, report: SensitivityReport) -> None:
     parameters. The JSON has the same by tensor, with ``position``, ``biases`` and ``bits_db``, and
     beside ``tensors`` what was measured on what.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for rank, row in enumerate(report.rows, 1):
-        writer.writerow(
-            (rank, row.layer, row.kind, row.bits, f"{row.alone_db:.3f}",
-             f"{row.alone_agreement:.3f}", f"{row.without_db:.3f}",
-             f"{row.without_agreement:.3f}", row.parameters)
-        )  # fmt: skip
-    write_text(directory / CSV, text.getvalue())
+    table = (
+        (rank, row.layer, row.kind, row.bits, f"{row.alone_db:.3f}", f"{row.alone_agreement:.3f}",
+         f"{row.without_db:.3f}", f"{row.without_agreement:.3f}", row.parameters)
+        for rank, row in enumerate(report.rows, 1)
+    )  # fmt: skip
+    write_csv(directory / CSV, COLUMNS, table)
     tensors = [{"rank": rank, **asdict(row)} for rank, row in enumerate(report.rows, 1)]
     write_json(
         directory / JSON,

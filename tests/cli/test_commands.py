@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from PIL import Image
 
 import fat
 from fat.report.run import METRICS_KEYS
+from tests.cli.running import ROOT, command
 
-ROOT = Path(__file__).parents[2]
 TINY = [
     "model.name=test_efficientnet",
     "model.weights=random",
@@ -30,19 +29,6 @@ TINY = [
     "trainer.threads=1",
 ]
 FIGURES = {"top1", "top5", "agreement", "sqnr_db", "rmse"}
-
-
-def command(script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
-    return subprocess.run(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

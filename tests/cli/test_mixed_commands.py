@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,8 @@ import torch
 import fat
 from fat import QuantSpec
 from fat.mixed import mean_bits, size_mb
+from tests.cli.running import command
 
-ROOT = Path(__file__).parents[2]
 TINY = [
     "model.name=test_efficientnet",
     "model.weights=random",
@@ -30,13 +27,6 @@ TINY = [
     "logger=none",
 ]
 MEASURE = ["analysis=sensitivity", "analysis_images=12", "data.workers=0", "data.batch_size=8"]
-
-
-def command(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, script, *arguments], cwd=ROOT, env=dict(os.environ), capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
 
 
 def succeeded(script: str, *arguments: str) -> str:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from fat.errors import FatError
 from fat.layers import ChannelClip
+from fat.quant.functional import fake_quantize_weight
 from fat.quant.quantizers import (
     ActivationQuantizer,
     QuantConv2d,
@@ -638,10 +639,14 @@ def test_switched_off_the_layer_is_torchs(who: str) -> None:
     source = layer.input_quantizer
     layer.weight_quantizer.enabled = who == "input"
     source.enabled = who == "weight"
-    weight = layer.weight_quantizer(layer.weight)
+    weight = layer.quantized()[0]
     on_grid = source(x)
     if who != "input":
         assert torch.equal(weight, layer.weight)
+    else:
+        quantizer = layer.weight_quantizer
+        wanted = fake_quantize_weight(layer.weight, quantizer.scale(), quantizer.grid.qmax)
+        assert torch.equal(weight, wanted)
     if who != "weight":
         assert torch.equal(on_grid, x)
     # With either off there is no int32 grid, and the bias is the float one.
