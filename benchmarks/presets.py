@@ -27,6 +27,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from tqdm.auto import tqdm
 
+from fat.files import write_text
+
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 LOG, COMMAND, METRICS = "output.txt", "command.txt", "metrics.json"
@@ -66,7 +68,7 @@ def run_cell(arguments: Sequence[str], directory: Path, threads: int) -> None:
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip
     if outcome.returncode == 0:
-        remembered.write_text(text)
+        write_text(remembered, text)
 
 
 def result(directory: Path) -> dict[str, float] | None:

@@ -184,11 +184,7 @@ class EqualizeSpec:
                     f"equalize.method={self.method!r}: a method can be named once, exact only as "
                     "the last, none only alone, as in equalize.method=depthwise+cross_layer."
                 )
-        if not isinstance(self.iterations, int) or self.iterations < 1:
-            raise FatError(
-                f"equalize.iterations is {self.iterations!r}; it must be a whole number, "
-                "at least 1."
-            )
+        _whole("equalize.iterations", self.iterations, 1)
         if not (0.0 < self.shift_weight < math.inf):
             raise FatError(
                 f"equalize.shift_weight is {self.shift_weight!r}; it must be above 0 and finite."

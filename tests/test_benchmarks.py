@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -96,13 +97,16 @@ def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "--device cuda: torch finds no GPU here" in result.stderr
 
 
+def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """A file of benchmarks/ as a module, for as long as a test takes."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module(name)
+    sys.modules.pop(name)
+
+
 @pytest.fixture
 def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import peers
-
-    yield peers
-    sys.modules.pop("peers")
+    yield from imported("peers", monkeypatch)
 
 
 @pytest.fixture
@@ -151,20 +155,14 @@ def test_a_peer_quantizes_every_layer(
 
 @pytest.fixture
 def presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import presets
-
-    yield presets
-    sys.modules.pop("presets")
-
-
-def options(**values: object) -> argparse.Namespace:
-    return argparse.Namespace(**{"steps": 7, "epochs": 2, "overrides": ["seed=3"], **values})
+    yield from imported("presets", monkeypatch)
 
 
 def test_a_cell_trains_as_its_preset_does_but_shorter(presets: ModuleType) -> None:
+    options = argparse.Namespace(steps=7, epochs=2, overrides=["seed=3"])
+
     def given(preset: str) -> list[str]:
-        found: list[str] = presets.command(preset, "mse", options())
+        found: list[str] = presets.command(preset, "mse", options)
         return found[1:]
 
     assert given("best_w4a4") == ["init=mse", "seed=3", "optim.reconstruction.steps=7"]
