@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fat.errors import FatError
 
-__all__ = ["AnyBatch", "Images", "as_batches", "first_images", "split"]
+__all__ = ["AnyBatch", "Images", "as_batches", "first_images", "passes", "split"]
 
 AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
 Images = Tensor | Iterable[AnyBatch]
@@ -64,4 +65,28 @@ def first_images(images: Images, count: int) -> Iterator[Tensor]:
         yield pixels
         count -= len(pixels)
         if count <= 0:
+            return
+
+
+def passes(images: Images) -> Iterator[AnyBatch]:
+    """The batches of one epoch after another, without end, where epochs differ; of one otherwise.
+
+    Epochs of a loader differ if its sampler has ``set_epoch``, which is called with 0, 1, …; an
+    epoch without a batch ends it. From anything else more passes would bring the same images.
+
+    Examples:
+        >>> len(list(passes([torch.zeros(4, 3, 8, 8)] * 3)))
+        3
+    """
+    sampler = getattr(images, "sampler", None)
+    if not hasattr(sampler, "set_epoch"):
+        yield from as_batches(images)
+        return
+    for epoch in itertools.count():
+        sampler.set_epoch(epoch)
+        empty = True
+        for batch in as_batches(images):
+            empty = False
+            yield batch
+        if empty:
             return

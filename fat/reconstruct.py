@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
-from fat.batches import Images, first_images
+from fat.batches import Images, first_images, passes
 from fat.errors import FatError
 from fat.graph.features import block_outputs, counterpart, logits_node, segment
 from fat.graph.patterns import module_of
@@ -71,7 +71,8 @@ def reconstruct(
 
     Args:
         student: Calibrated student.
-        images: Training batches.
+        images: Training batches; a loader is gone over again, with other crops, where it has
+            fewer images than ``spec.reconstruction.images`` (:func:`fat.batches.passes`).
         validation: Batches that decide, block by block, whether the result is kept.
         spec: The rates, and ``spec.reconstruction``.
         seed: Seeds the choice of images and of mixed elements.
@@ -92,7 +93,7 @@ def reconstruct(
         elif isinstance(module, QuantLayer):
             module.weight_quantizer.enabled = False
     device = next(iter(student.buffers())).device
-    train = _collect(images, options.images).to(device)
+    train = _collect(passes(images), options.images).to(device)
     held = _collect(validation, options.images).to(device)
     exact, given = [train, held], [train, held]  # float and quantized inputs of the block at hand
     ends = [counterpart(student.network, node) for node in block_outputs(student.teacher)]

@@ -330,7 +330,8 @@ class ReconstructSpec:
 
     Attributes:
         steps: Optimizer steps for each block; 0 leaves reconstruction out.
-        images: So many training images are held in memory, as their activations at one block.
+        images: So many training images, or crops of them from several passes where there are
+            fewer, are held in memory, as their activations at one block.
         batch_size: Images per step.
         rate: The rates of :class:`TrainSpec` are multiplied by this.
         float_share: Share of a block's input elements that are replaced by the float ones.

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from fat.batches import as_batches, split
+from fat.batches import as_batches, passes, split
 from fat.errors import FatError
 
 IMAGES = torch.arange(2.0 * 3 * 4 * 4).reshape(2, 3, 4, 4)
@@ -62,3 +64,31 @@ def test_one_batch_is_an_iterable_of_one() -> None:
     assert only is IMAGES
     two = [IMAGES, (IMAGES, LABELS)]
     assert as_batches(two) is two
+
+
+class Loader:
+    """A loader whose batches say their epoch, as the product's do by other crops."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.epoch, self.sampler = length, -1, self
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter([torch.full((2, 3, 4, 4), float(self.epoch))] * self.length)
+
+
+def test_passes_go_on_with_the_next_epoch() -> None:
+    drawn = list(itertools.islice(passes(Loader(2)), 5))
+    assert [int(batch[0, 0, 0, 0]) for batch in (split(b)[0] for b in drawn)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("images", [[IMAGES, IMAGES], [(IMAGES, LABELS)] * 2, iter([IMAGES] * 2)])
+def test_images_that_would_come_again_come_once(images: Any) -> None:
+    assert len(list(passes(images))) == 2
+    assert list(passes(IMAGES)) == [IMAGES]
+
+
+def test_a_loader_without_a_batch_ends_the_passes() -> None:
+    assert list(passes(Loader(0))) == []
