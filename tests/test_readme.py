@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""What the README and the pages of docs/ show works as it stands there."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from fat.config import EvaluateConfig, RunConfig, parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/*.md")))]
 COMMANDS = sorted(
     {
         line.partition("#")[0].strip()
-        for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+        for page in PAGES
+        for block in re.findall(r"```bash\n(.*?)```", page, re.S)
         for line in block.splitlines()
         if re.match(r"python (train|evaluate)\.py", line)
     }
-    | set(re.findall(r"`(python train\.py [^`]+)`", README))
+    | {command for page in PAGES for command in re.findall(r"`(python train\.py [^`]+)`", page)}
 )
 
 
