@@ -78,7 +78,7 @@ def _thresholds_row(
         "" if alpha is None else f"{float(alpha.min()):.6g}",
         "" if alpha is None else f"{float(alpha.max()):.6g}",
         "" if shift is None else f"{float(shift.mean()):.6g}",
-        f"{float(scale.max()):.6g}",
+        f"{float(scale.max()):.9g}",  # all of a float32: powers of two stay such
         int(zero_point.max()),
     )
 

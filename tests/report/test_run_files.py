@@ -7,9 +7,13 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+import fat
+from fat import QuantSpec
 from fat.graph.equalize import EqualizeReport, PairReport
-from fat.report.run import write_equalization
+from fat.report.run import write_equalization, write_thresholds
 
 
 def test_one_row_per_equalized_pair(tmp_path: Path) -> None:
@@ -31,3 +35,20 @@ def test_one_row_per_equalized_pair(tmp_path: Path) -> None:
 def test_every_column_is_documented() -> None:
     text = (Path(__file__).parents[2] / "docs/metrics.md").read_text(encoding="utf-8")
     assert [field.name for field in fields(PairReport) if f"`{field.name}`" not in text] == []
+
+
+def test_steps_are_written_with_all_their_digits(
+    tiny: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    student = fat.prepare(
+        tiny, images, QuantSpec(scheme="symmetric", thresholds="tqt", power_of_two=True)
+    )
+    fat.calibrate(student, images)
+    write_thresholds(tmp_path / "thresholds.csv", student)
+    rows = list(csv.DictReader((tmp_path / "thresholds.csv").open()))
+    assert len(rows) == len(list(student.quantizers()))
+    for row, (layer, kind, quantizer) in zip(rows, student.quantizers(), strict=True):
+        assert (row["layer"], row["kind"]) == (layer, kind)
+        scale, zero_point = quantizer.thresholds()
+        assert torch.tensor(float(row["scale"])) == scale.max()
+        assert int(row["zero_point"]) == int(zero_point.max()) == 0
