@@ -78,12 +78,12 @@ def passes(images: Images) -> Iterator[AnyBatch]:
         >>> len(list(passes([torch.zeros(4, 3, 8, 8)] * 3)))
         3
     """
-    sampler = getattr(images, "sampler", None)
-    if not hasattr(sampler, "set_epoch"):
+    set_epoch = getattr(getattr(images, "sampler", None), "set_epoch", None)
+    if set_epoch is None:
         yield from as_batches(images)
         return
     for epoch in itertools.count():
-        sampler.set_epoch(epoch)
+        set_epoch(epoch)
         empty = True
         for batch in as_batches(images):
             empty = False
