@@ -15,16 +15,16 @@ from fat.config import EvaluateConfig, RunConfig, parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [README, *(page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/*.md")))]
+DOCS = [page.read_text(encoding="utf-8") for page in sorted(ROOT.glob("docs/*.md"))]
+TEXT = "\n".join([README, *DOCS])
 COMMANDS = sorted(
     {
         line.partition("#")[0].strip()
-        for page in PAGES
-        for block in re.findall(r"```bash\n(.*?)```", page, re.S)
+        for block in re.findall(r"```bash\n(.*?)```", TEXT, re.S)
         for line in block.splitlines()
         if re.match(r"python (train|evaluate)\.py", line)
     }
-    | {command for page in PAGES for command in re.findall(r"`(python train\.py [^`]+)`", page)}
+    | set(re.findall(r"`(python train\.py [^`]+)`", TEXT))
 )
 
 
