@@ -92,7 +92,7 @@ def reconstruct(
             module.enabled = False
         elif isinstance(module, QuantLayer):
             module.weight_quantizer.enabled = False
-    device = next(iter(student.buffers())).device
+    device = student.device
     train = _collect(passes(images), options.images).to(device)
     held = _collect(validation, options.images).to(device)
     exact, given = [train, held], [train, held]  # float and quantized inputs of the block at hand

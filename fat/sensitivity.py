@@ -89,7 +89,7 @@ def sensitivity(
     sites = _sites(student.network)
     widths = {node: _at_every_width(site, student.spec) for node, site in sites.items()}
     runs = len(batches) * sum(2 + len(quantizers) for quantizers in widths.values())
-    device = next(student.buffers()).device
+    device = student.device
     judged: dict[Any, Comparison] = defaultdict(lambda: Comparison().to(device))
 
     def judge(key: Any, reference: Tensor) -> None:

@@ -78,6 +78,11 @@ class Student(nn.Module):
         logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
         return logits
 
+    @property
+    def device(self) -> torch.device:
+        """Where the student's tensors are."""
+        return self.is_calibrated.device
+
     def check_calibrated(self) -> None:
         """Raise a FatError if the thresholds were never calibrated."""
         if not self.is_calibrated:
