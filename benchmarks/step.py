@@ -14,8 +14,9 @@ weights: the cost does not depend on them).
 * ``--peers``: the training steps of Brevitas and torchao, see peers.py; they train all weights.
 
 Time: medians over ``--repeats`` rounds in this process; in each round the steps take turns, and the
-first round only warms up. On a machine that does other work too, compare CPU seconds of one thread:
-``--threads 1 --cpu-time``.
+first round only warms up. The ratio is the median of each round's own ratio to float fine-tuning:
+what slows the whole machine down for a while falls out of it. On a machine that does other work all
+the time, compare CPU seconds of one thread: ``--threads 1 --cpu-time``.
 
 Memory: a process of its own for each step. It loads the networks and the batch, then does three
 steps; counted is the peak of its resident memory above what it was before them, so: activations,
@@ -291,10 +292,10 @@ def line(model: str, name: str, row: Row, base: Row) -> str:
         return f"{model:20}{name:21}{row.failure}"
     cells = ["-"] * 6
     if row.seconds:
-        median = statistics.median(row.seconds)
-        values = (median, min(row.seconds), max(row.seconds))
+        values = (statistics.median(row.seconds), min(row.seconds), max(row.seconds))
         cells[:3] = [f"{value:.3f}" for value in values]
-        cells[3] = f"{median / statistics.median(base.seconds):.2f}x"
+        ratios = (ours / floats for ours, floats in zip(row.seconds, base.seconds, strict=True))
+        cells[3] = f"{statistics.median(ratios):.2f}x"
     if row.peak is not None and base.peak:
         cells[4:] = [f"{row.peak / 1e6:.0f}", f"{row.peak / base.peak:.2f}x"]
     return FORM.format(model, name, *cells)
