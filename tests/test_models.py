@@ -17,7 +17,7 @@ from torch import nn
 
 from fat import models
 from fat.data.sources import FolderSource
-from fat.data.transforms import EvalTransform
+from fat.data.transforms import EvalTransform, apply
 from fat.errors import FatError
 from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
 
@@ -406,7 +406,7 @@ def test_lite0_recognises_imagenet(lite0: FloatNetwork) -> None:
     source = FolderSource(SAMPLE / "val", class_names(1000))
     assert source.labelled
     transform = EvalTransform(lite0.preprocessing)
-    images = torch.stack([transform(source.load(i)) for i in range(len(source))])
+    images = torch.stack([apply(transform, source.load(i)) for i in range(len(source))])
     labels = torch.tensor([source.label(i) for i in range(len(source))])
     with torch.no_grad():
         logits = torch.cat([lite0.network(part) for part in images.split(25)])

@@ -307,8 +307,8 @@ class FatDataModule(pl.LightningDataModule):
                 break
         if not items:
             raise FatError("None of the calibration images can be read. Type data.root=DIR.")
-        images, labels, _ = collate(items)
-        return images, labels
+        parts, labels, _ = collate(items)
+        return self.calibration.transform.finish(*parts), labels
 
     def summary(self) -> dict[str, Any]:
         """Return counts, labels and skipped images of each split, as plain values for a report."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fat.data.images import UnreadableImage
 from fat.data.sources import ImageSource
-from fat.data.transforms import Transform, generator
+from fat.data.transforms import Parts, Transform, generator
 from fat.errors import FatError
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images float32 [N, 3, H, W], labels int64 [N]
-Item = tuple[Tensor, int] | UnreadableImage
+Item = tuple[Parts, int] | UnreadableImage
 Key = int | tuple[int, int]
 
 MAX_UNREADABLE = 0.05  # share of a split above which going on would judge by other images
@@ -93,7 +93,7 @@ class ImageDataset(Dataset[Item]):
     Args:
         source: Where the images come from.
         indices: Which of them, by index in the source; all of them by default.
-        transform: Image and random generator to float32 [3, H, W].
+        transform: Image and random generator to 8-bit pixels, and those to the network's input.
         split: What the split is called in messages.
         seed: First part of the key of the draws.
 
@@ -131,15 +131,15 @@ class ImageDataset(Dataset[Item]):
         self.epoch = epoch
 
     def __getitem__(self, key: Key) -> Item:
-        """Return tensor and label, or the error as a value: raised, it would end the worker."""
+        """Return tensors and label, or the error as a value: raised, it would end the worker."""
         epoch, position = key if isinstance(key, tuple) else (self.epoch, key)
         index = int(self.indices[position])
         try:
-            image = self.source.load(index)
+            image = self.source.load(index, self.transform.short_side)
         except UnreadableImage as unreadable:
             return unreadable
-        pixels = self.transform(image, generator(self.seed, epoch, index))
-        return pixels, self.source.label(index)
+        parts = self.transform(image, generator(self.seed, epoch, index))
+        return parts, self.source.label(index)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -171,18 +171,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield epoch, int(position)
 
 
-def collate(items: Sequence[Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]]]:
     """Stack the readable items; list the names and reasons of the others.
 
     Returns:
-        Images float32 [N, 3, H, W], labels int64 [N] and the unreadable; N may be 0.
+        The stacked parts of N images, none where N is 0; labels int64 [N]; and the unreadable.
     """
     # The exceptions go on as text: pinning memory walks through a batch's containers.
     skipped = [(item.name, item.reason) for item in items if isinstance(item, UnreadableImage)]
     good = [item for item in items if not isinstance(item, UnreadableImage)]
-    images = torch.stack([pixels for pixels, _ in good]) if good else torch.empty(0, 3, 0, 0)
+    columns = zip(*(parts for parts, _ in good), strict=True)
     return (
-        images,
+        tuple(torch.stack(column) for column in columns),
         torch.tensor([label for _, label in good], dtype=torch.int64),
         skipped,
     )
@@ -191,8 +191,16 @@ def collate(items: Sequence[Item]) -> tuple[Tensor, Tensor, list[tuple[str, str]
 class ImageLoader(DataLoader[Any]):
     """A DataLoader over an ImageDataset that yields ``(images, labels)`` and counts the rest.
 
-    A batch in which nothing could be read is left out. To be built with ``collate_fn=collate``.
+    The second half of the transform runs here, once for a batch. A batch in which nothing could be
+    read is left out. To be built with ``collate_fn=collate``.
     """
+
+    device = torch.device("cpu")
+
+    def to(self, device: torch.device | str) -> ImageLoader:
+        """Have the batches finished on a device, where they stay. Returns the loader itself."""
+        self.device = torch.device(device)
+        return self
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """Yield the batches.
@@ -203,9 +211,11 @@ class ImageLoader(DataLoader[Any]):
         dataset = self.dataset
         assert isinstance(dataset, ImageDataset)
         batches = len(self)
-        for number, (images, labels, skipped) in enumerate(super().__iter__(), start=1):
+        for number, (parts, labels, skipped) in enumerate(super().__iter__(), start=1):
             dataset.skipped.add(skipped)
             if number == batches:  # now, as a caller that counts batches never asks for the end
                 dataset.skipped.tell()
             if len(labels):
-                yield images, labels
+                moved = (part.to(self.device, non_blocking=True) for part in parts)
+                images = dataset.transform.finish(*moved)
+                yield images, labels.to(self.device, non_blocking=True)

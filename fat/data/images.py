@@ -11,7 +11,13 @@ from PIL import Image, ImageOps
 
 from fat.errors import FatError
 
-__all__ = ["UnreadableImage", "open_image"]
+__all__ = ["IMAGE_SUFFIXES", "UNKNOWN", "UnreadableImage", "is_image", "open_image"]
+
+UNKNOWN = -1  # the label of an image whose class is not known
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+    | {".ppm", ".pgm"}
+)
 
 
 class UnreadableImage(FatError):
@@ -32,7 +38,21 @@ class UnreadableImage(FatError):
         return f"The image {self.name} cannot be read: {self.reason}."
 
 
-def open_image(file: str | os.PathLike[str] | BinaryIO, name: str | None = None) -> Image.Image:
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as an image's does.
+
+    Examples:
+        >>> is_image("cat.JPEG"), is_image("cat.txt")
+        (True, False)
+    """
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def open_image(
+    file: str | os.PathLike[str] | BinaryIO,
+    name: str | None = None,
+    short_side: int | None = None,
+) -> Image.Image:
     """Decode an image to 8-bit RGB, upright.
 
     Greyscale, palette and CMYK are converted; transparent pixels are laid on white, as viewers
@@ -42,6 +62,9 @@ def open_image(file: str | os.PathLike[str] | BinaryIO, name: str | None = None)
     Args:
         file: Path, or a binary file object (an entry of a tar or a parquet file).
         name: What to call the image in an error; the path by default.
+        short_side: Where a JPEG has more pixels than this along its shorter side, it may be decoded
+            at 1/2, 1/4 or 1/8 of its size (a smaller inverse DCT, several times faster), as long
+            as the shorter side keeps at least so many. None decodes every pixel.
 
     Returns:
         The image in mode ``"RGB"``, decoded, its file closed.
@@ -58,6 +81,8 @@ def open_image(file: str | os.PathLike[str] | BinaryIO, name: str | None = None)
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
+                if short_side is not None and image.format == "JPEG":
+                    _reduce(image, short_side)
                 image.load()
                 return _to_rgb(ImageOps.exif_transpose(image))
     # Pillow's decoders raise nearly anything on damaged files: OSError, SyntaxError, ValueError,
@@ -65,6 +90,12 @@ def open_image(file: str | os.PathLike[str] | BinaryIO, name: str | None = None)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise UnreadableImage(label, reason.rstrip(".")) from error
+
+
+def _reduce(image: Image.Image, short_side: int) -> None:
+    """Have a JPEG decoded at the smallest size whose shorter side is at least ``short_side``."""
+    # A square, as draft divides each side by what is asked for and takes the smaller quotient.
+    image.draft(None, (short_side, short_side))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -13,18 +13,12 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from fat.data.images import open_image
+from fat.data.images import IMAGE_SUFFIXES, UNKNOWN, is_image, open_image
 from fat.errors import FatError, nearest
 
-__all__ = ["IMAGE_SUFFIXES", "UNKNOWN", "FolderSource", "ImageSource", "PhotoSource"]
+__all__ = ["FolderSource", "ImageSource", "PhotoSource"]
 
 log = logging.getLogger(__name__)
-
-UNKNOWN = -1  # the label of an image whose class is not known
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
-    | {".ppm", ".pgm"}
-)
 
 
 class ImageSource(Protocol):
@@ -37,8 +31,13 @@ class ImageSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, short_side: int | None = None) -> Image.Image:
         """Return the image in mode RGB.
+
+        Args:
+            index: Which.
+            short_side: The image may come smaller than it is, as long as its shorter side keeps so
+                many pixels: see :func:`fat.data.images.open_image`. None asks for all of them.
 
         Raises:
             UnreadableImage: If it cannot be decoded.
@@ -77,7 +76,7 @@ class PhotoSource:
         self._files = [folder / name for name in names]
         missing = [file.name for file in self._files if not file.is_file()]
         if missing:
-            present = sorted(entry.name for entry in folder.iterdir() if _is_image(entry.name))
+            present = sorted(entry.name for entry in folder.iterdir() if is_image(entry.name))
             raise FatError(
                 f"The installed scikit-image has no photograph {', '.join(missing)}. It has: "
                 f"{', '.join(present)}. Type pip install 'scikit-image>=0.22', or bring images "
@@ -92,7 +91,7 @@ class PhotoSource:
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_decoded": {}}
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, short_side: int | None = None) -> Image.Image:
         """Return the whole photograph that the index stands for."""
         which = index % len(self._files)
         if which not in self._decoded:
@@ -139,8 +138,8 @@ class FolderSource:
         names: list[bytes] = []
         counts: list[int] = []
         for folder, files in sorted(_walk(self.root)):
-            images = [file for file in files if _is_image(file)]
-            others.update(_suffix(file) or "(none)" for file in files if not _is_image(file))
+            images = [file for file in files if is_image(file)]
+            others.update(_suffix(file) or "(none)" for file in files if not is_image(file))
             if images:
                 folders.append(folder)
                 counts.append(len(images))
@@ -161,10 +160,10 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._ends)
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, short_side: int | None = None) -> Image.Image:
         """Decode the image; UnreadableImage if that fails."""
         name = self.name(index)
-        return open_image(self.root / name, name)
+        return open_image(self.root / name, name, short_side)
 
     def label(self, index: int) -> int:
         """Return the class index, -1 if the folder is unlabelled."""
@@ -191,10 +190,6 @@ def _photo_folder() -> Path:
             "scikit-image, or bring images of your own: data=folder data.root=DIR."
         )
     return Path(spec.submodule_search_locations[0]) / "data"
-
-
-def _is_image(name: str) -> bool:
-    return _suffix(name) in IMAGE_SUFFIXES
 
 
 def _suffix(name: str) -> str:

@@ -1,9 +1,14 @@
-"""From an RGB image to the network's input: for evaluation, and randomly for training."""
+"""From an RGB image to the network's input: for evaluation, and randomly for training.
+
+A transform has two halves. The first runs for one image where it is decoded, in a worker, and
+gives 8-bit pixels; the second, `finish`, runs once for a batch, on the device that the batch is
+on. Between the two an image takes a quarter of the memory that it takes as float32.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,17 +22,68 @@ from fat.errors import FatError, unknown_name
 if TYPE_CHECKING:
     from fat.models import Preprocessing
 
-__all__ = ["EvalTransform", "RandomCropTransform", "Transform", "crop_box", "generator"]
+__all__ = [
+    "DeviceCropTransform",
+    "EvalTransform",
+    "Normalise",
+    "RandomCropTransform",
+    "Transform",
+    "apply",
+    "crop_box",
+    "generator",
+]
 
 CROP_MODES = ("center", "squash", "border")
+# What torch resizes with antialiasing, in one pass over 8-bit pixels.
+_TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+
+Parts = tuple[Tensor, ...]
+"""What a worker hands over for one image: uint8 [3, H, W], and what `finish` needs beside it."""
 
 
 class Transform(Protocol):
-    """What turns an RGB image into a float32 tensor [3, H, W], drawing from ``rng`` alone."""
+    """What turns RGB images into float32 [N, 3, H, W], drawing from ``rng`` alone."""
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Return the network's input."""
+    @property
+    def short_side(self) -> int | None:
+        """Pixels that an image's shorter side must keep, None for all: a decoder may save work."""
         ...
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
+        """Return the tensors of one image."""
+        ...
+
+    def finish(self, *parts: Tensor) -> Tensor:
+        """Return float32 [N, 3, H, W] from the stacked parts of N images."""
+        ...
+
+
+def apply(
+    transform: Transform, image: Image.Image, rng: np.random.Generator | None = None
+) -> Tensor:
+    """Both halves of a transform for one image: float32 [3, H, W]."""
+    rng = generator(0) if rng is None else rng
+    return transform.finish(*(part[None] for part in transform(image, rng)))[0]
+
+
+class Normalise:
+    """(pixels / 255 − mean) / std, with timm's order of operations and so its very bits.
+
+    Args:
+        preprocessing: Mean and std of the network, for pixels scaled to 0…1.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        self._mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
+        self._std = torch.tensor(preprocessing.std).view(-1, 1, 1)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return float32 from uint8 or float pixels 0…255 [N, 3, H, W], on their device."""
+        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        if scaled is pixels:  # the caller's own
+            scaled = scaled.clone()
+        return scaled.div_(255).sub_(mean).div_(std)
 
 
 class EvalTransform:
@@ -40,17 +96,21 @@ class EvalTransform:
         FatError: If the filter or the crop mode is unknown.
     """
 
+    # Every pixel is decoded: the figures are those that timm would give, to the bit.
+    short_side = None
+
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self._filter = _filter(preprocessing)
+        self._normalise = Normalise(preprocessing)
         if preprocessing.crop_mode not in CROP_MODES:
             raise unknown_name("crop mode", preprocessing.crop_mode, CROP_MODES)
         height, width = preprocessing.size
         pct = preprocessing.crop_pct
         self._scaled = (math.floor(height / pct), math.floor(width / pct))
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Tensor:
-        """Return the float32 tensor [3, H, W]. Nothing is drawn at random."""
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Parts:
+        """Return the uint8 tensor [3, H, W]. Nothing is drawn at random."""
         size, mode = list(self.preprocessing.size), self.preprocessing.crop_mode
         height, width = self._scaled
         if mode == "squash":
@@ -64,7 +124,11 @@ class EvalTransform:
             image = F.resize(image, scaled, self._filter)
         if mode == "border":
             image = self._pad(image)
-        return _normalised(F.center_crop(image, size), self.preprocessing)
+        return (_pixels(F.center_crop(image, size)),)
+
+    def finish(self, *parts: Tensor) -> Tensor:
+        """Normalise a batch."""
+        return self._normalise(parts[0])
 
     def _pad(self, image: Image.Image) -> Image.Image:
         """Fill up to the network's size with the mean colour."""
@@ -76,20 +140,8 @@ class EvalTransform:
         return padded
 
 
-class RandomCropTransform:
-    """A random part of the image, resized to the network's size and mirrored half of the time.
-
-    Args:
-        preprocessing: Size, filter, mean and std of the network.
-        scale: Smallest and largest share of the image's area, 0…1. The default stays nearer to the
-            evaluation crop (about 0.77) than classification training's 0.08: what is trained here
-            are ranges of activations, which very small crops would shift.
-        ratio: Smallest and largest width / height of the part.
-        flip: Probability of mirroring, 0…1.
-
-    Raises:
-        FatError: If a range is empty or outside its bounds, or the filter is unknown.
-    """
+class _RandomCrop:
+    """What the two random crops share: which part of an image is taken, and mirrored or not."""
 
     def __init__(
         self,
@@ -109,16 +161,105 @@ class RandomCropTransform:
         self.ratio = (float(ratio[0]), float(ratio[1]))
         self.flip = flip
         self._filter = _filter(preprocessing)
+        self._normalise = Normalise(preprocessing)
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
-        """Return the float32 tensor [3, H, W] of the part that ``rng`` picks."""
+    def _draw(
+        self, image: Image.Image, rng: np.random.Generator
+    ) -> tuple[tuple[int, int, int, int], bool]:
         box = crop_box(image.width, image.height, rng, self.scale, self.ratio)
-        left, top, width, height = box
-        size = list(self.preprocessing.size)
-        image = F.resized_crop(image, top, left, height, width, size, self._filter)
-        if rng.random() < self.flip:
-            image = F.hflip(image)
-        return _normalised(image, self.preprocessing)
+        return box, bool(rng.random() < self.flip)
+
+
+class RandomCropTransform(_RandomCrop):
+    """A random part of the image, resized to the network's size and mirrored half of the time.
+
+    Args:
+        preprocessing: Size, filter, mean and std of the network.
+        scale: Smallest and largest share of the image's area, 0…1. The default stays nearer to the
+            evaluation crop (about 0.77) than classification training's 0.08: what is trained here
+            are ranges of activations, which very small crops would shift.
+        ratio: Smallest and largest width / height of the part.
+        flip: Probability of mirroring, 0…1.
+
+    Raises:
+        FatError: If a range is empty or outside its bounds, or the filter is unknown.
+    """
+
+    @property
+    def short_side(self) -> int | None:
+        """So many that even the smallest part has as many pixels as the network's input."""
+        return math.ceil(max(self.preprocessing.size) / math.sqrt(self.scale[0]))
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
+        """Return the uint8 tensor [3, H, W] of the part that ``rng`` picks."""
+        (left, top, width, height), mirror = self._draw(image, rng)
+        part = image.crop((left, top, left + width, top + height))
+        pixels = _resized(part, self.preprocessing.size, self._filter)
+        return (pixels.flip(-1) if mirror else pixels,)
+
+    def finish(self, *parts: Tensor) -> Tensor:
+        """Normalise a batch."""
+        return self._normalise(parts[0])
+
+
+class DeviceCropTransform(_RandomCrop):
+    """The same random parts, cut on the device that the batch is on.
+
+    A worker only squashes the whole image to a square, the same for all, and draws the part; the
+    device cuts it out by bilinear interpolation, which undoes the squashing too. For machines
+    whose device waits for its processor.
+
+    Args:
+        preprocessing: Size, filter, mean and std of the network.
+        scale: Smallest and largest share of the image's area, 0…1.
+        ratio: Smallest and largest width / height of the part.
+        flip: Probability of mirroring, 0…1.
+        side: Pixels of the square; by default 8/7 of the network's larger side (256 for 224).
+
+    Raises:
+        FatError: If a range is empty or outside its bounds, the filter is unknown, or the square
+            is smaller than one pixel.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        scale: tuple[float, float] = (0.35, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        side: int | None = None,
+    ) -> None:
+        super().__init__(preprocessing, scale, ratio, flip)
+        self.side = math.ceil(max(preprocessing.size) * 8 / 7) if side is None else side
+        if self.side < 1:
+            raise FatError(f"The square's side is {side}; it must be at least 1 pixel.")
+
+    @property
+    def short_side(self) -> int | None:
+        """The square's side."""
+        return self.side
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
+        """Return uint8 [3, side, side], and the part as an affine map, float32 [2, 3]."""
+        (left, top, width, height), mirror = self._draw(image, rng)
+        # grid_sample's coordinates run from −1 to 1 over the image.
+        across, down = width / image.width, height / image.height
+        x = (2 * left + width) / image.width - 1
+        y = (2 * top + height) / image.height - 1
+        place = torch.tensor([[-across if mirror else across, 0.0, x], [0.0, down, y]])
+        return _resized(image, (self.side, self.side), self._filter), place
+
+    def finish(self, *parts: Tensor) -> Tensor:
+        """Cut the parts out of a batch and normalise."""
+        squares, places = parts
+        height, width = self.preprocessing.size
+        grid = torch.nn.functional.affine_grid(
+            places, [len(squares), 3, height, width], align_corners=False
+        )
+        cut = torch.nn.functional.grid_sample(
+            squares.float(), grid, padding_mode="border", align_corners=False
+        )
+        return self._normalise(cut)
 
 
 def crop_box(
@@ -181,11 +322,16 @@ def _filter(preprocessing: Preprocessing) -> InterpolationMode:
     return InterpolationMode(preprocessing.interpolation)
 
 
-def _normalised(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
-    tensor: Tensor = F.normalize(
-        F.to_tensor(image),
-        mean=list(preprocessing.mean),
-        std=list(preprocessing.std),
-        inplace=True,
-    )
-    return tensor.to(torch.float32)
+def _pixels(image: Image.Image) -> Tensor:
+    pixels: Tensor = F.pil_to_tensor(image)
+    return pixels
+
+
+def _resized(image: Image.Image, size: tuple[int, int], mode: InterpolationMode) -> Tensor:
+    """Return uint8 [3, H, W]; torch's antialiased filters take a third of Pillow's time."""
+    if mode not in _TORCH_FILTERS:
+        return _pixels(F.resize(image, list(size), mode))
+    # Channels last, as the image's memory is: the layout that torch resizes fastest.
+    last: Any = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    resized: Tensor = F.resize(last, list(size), mode, antialias=True)
+    return resized.contiguous()

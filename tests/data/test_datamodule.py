@@ -20,7 +20,7 @@ from fat.data.datamodule import (
     FatDataModule,
 )
 from fat.data.dataset import Batch, EpochSampler, ImageLoader
-from fat.data.transforms import EvalTransform
+from fat.data.transforms import EvalTransform, apply
 from fat.errors import FatError
 from fat.models import Preprocessing
 
@@ -142,9 +142,9 @@ def test_only_training_images_are_cropped_at_random(tmp_path: Path) -> None:
     ):
         chosen = getattr(data, split)
         middle = EvalTransform(PREPROCESSING)
-        expected = [middle(chosen.source.load(int(i))) for i in chosen.indices]
+        expected = [apply(middle, chosen.source.load(int(i))) for i in chosen.indices]
         assert torch.equal(torch.cat([images for images, _ in loader]), torch.stack(expected))
-    assert not torch.equal(data.train[0][0], data.train[(1, 0)][0])  # type: ignore[index]
+    assert not torch.equal(data.train[0][0][0], data.train[(1, 0)][0][0])  # type: ignore[index]
 
 
 # -------------------------------------------------------------------------------------- determinism

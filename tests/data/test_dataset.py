@@ -31,7 +31,8 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def load(self, index: int) -> Image.Image:
+    def load(self, index: int, short_side: int | None = None) -> Image.Image:
+        self.asked = short_side
         if index in self.bad:
             raise UnreadableImage(self.name(index), "truncated")
         return Image.new("RGB", (2, 2), (index, index, index))
@@ -43,9 +44,23 @@ class Numbers:
         return f"{index}.jpg"
 
 
-def noisy(image: Image.Image, rng: np.random.Generator) -> Tensor:
-    value = float(np.asarray(image)[0, 0, 0])
-    return torch.full((3, 1, 1), value) + float(rng.random())
+class Noisy:
+    """The image's colour and a number drawn; `finish` adds them up."""
+
+    short_side = 7
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        value = int(np.asarray(image)[0, 0, 0])
+        return torch.full((3, 1, 1), value, dtype=torch.uint8), torch.tensor(
+            rng.random(), dtype=torch.float64
+        )
+
+    def finish(self, *parts: Tensor) -> Tensor:
+        colours, drawn = parts
+        return colours + drawn.view(-1, 1, 1, 1)
+
+
+noisy = Noisy()
 
 
 def loader(data: ImageDataset, batch_size: int = 4, workers: int = 0) -> ImageLoader:
@@ -54,13 +69,35 @@ def loader(data: ImageDataset, batch_size: int = 4, workers: int = 0) -> ImageLo
 
 def test_keys_name_the_draw() -> None:
     data = ImageDataset(Numbers(10), noisy, indices=[7, 3], seed=5)
-    pixels, label = data[1]  # type: ignore[misc]
+    (pixels, drawn), label = data[1]  # type: ignore[misc]
     assert label == 3
-    assert float(pixels[0]) == pytest.approx(3 + np.random.default_rng((5, 0, 3)).random())
-    later, _ = data[(2, 1)]  # type: ignore[misc]
-    assert float(later[0]) == pytest.approx(3 + np.random.default_rng((5, 2, 3)).random())
+    assert pixels.unique().tolist() == [3]
+    assert float(drawn) == np.random.default_rng((5, 0, 3)).random()
+    (_, later), _ = data[(2, 1)]  # type: ignore[misc]
+    assert float(later) == np.random.default_rng((5, 2, 3)).random()
     data.set_epoch(2)
-    assert torch.equal(data[1][0], later)  # type: ignore[index]
+    assert torch.equal(data[1][0][1], later)  # type: ignore[index]
+
+
+def test_decoder_is_told_how_many_pixels_are_needed() -> None:
+    source = Numbers(3)
+    ImageDataset(source, noisy)[0]
+    assert source.asked == noisy.short_side
+
+
+def test_batches_are_finished_together() -> None:
+    data = ImageDataset(Numbers(6), noisy, seed=1)
+    batches = list(loader(data))
+    assert [images.shape for images, _ in batches] == [(4, 3, 1, 1), (2, 3, 1, 1)]
+    expected = [i + np.random.default_rng((1, 0, i)).random() for i in range(6)]
+    got = torch.cat([images for images, _ in batches])[:, 0, 0, 0]
+    assert torch.allclose(got, torch.tensor(expected, dtype=got.dtype))
+
+
+def test_batches_are_finished_on_the_device_asked_for() -> None:
+    data = ImageDataset(Numbers(6), noisy)
+    ((images, labels),) = list(loader(data, batch_size=6).to("meta"))
+    assert images.device.type == labels.device.type == "meta"
 
 
 def test_sampler_visits_all_and_follows_seed_and_epoch() -> None:
@@ -77,14 +114,14 @@ def test_sampler_visits_all_and_follows_seed_and_epoch() -> None:
 
 
 def test_collate_drops_the_unreadable() -> None:
-    good = (torch.ones(3, 2, 2), 4)
-    images, labels, skipped = collate([good, UnreadableImage("a", "b"), good])
-    assert images.shape == (2, 3, 2, 2)
+    good = ((torch.ones(3, 2, 2), torch.ones(5)), 4)
+    parts, labels, skipped = collate([good, UnreadableImage("a", "b"), good])
+    assert [part.shape for part in parts] == [(2, 3, 2, 2), (2, 5)]
     assert labels.tolist() == [4, 4]
     assert labels.dtype == torch.int64
     assert skipped == [("a", "b")]
-    images, labels, _ = collate([UnreadableImage("a", "b")])
-    assert len(images) == len(labels) == 0
+    parts, labels, _ = collate([UnreadableImage("a", "b")])
+    assert len(parts) == len(labels) == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -136,11 +173,12 @@ def test_exactly_five_percent_is_allowed() -> None:
 
 
 def test_other_errors_are_not_swallowed() -> None:
-    def broken(image: Image.Image, rng: np.random.Generator) -> Tensor:
-        raise ValueError("a mistake of the program")
+    class Broken(Noisy):
+        def __call__(self, image: Image.Image, rng: np.random.Generator) -> tuple[Tensor, ...]:
+            raise ValueError("a mistake of the program")
 
     with pytest.raises(ValueError, match="a mistake"):
-        list(loader(ImageDataset(Numbers(4), broken)))
+        list(loader(ImageDataset(Numbers(4), Broken())))
 
 
 def test_empty_split_and_negative_seed() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fat.data.images import UnreadableImage, open_image
+from fat.data.images import UnreadableImage, is_image, open_image
 
 
 def opened(
@@ -137,3 +137,32 @@ def test_error_survives_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(UnreadableImage("a.jpg", "truncated")))
     assert (error.name, error.reason) == ("a.jpg", "truncated")
     assert str(error) == "The image a.jpg cannot be read: truncated."
+
+
+def test_jpegs_may_be_decoded_smaller(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 800).astype(np.uint8)
+    image = Image.fromarray(np.stack([np.tile(ramp, (400, 1))] * 3, axis=-1))
+    path = tmp_path / "a.jpg"
+    image.save(path, quality=95)
+    assert open_image(path).size == (800, 400)
+    assert open_image(path, short_side=201).size == (800, 400)
+    assert open_image(path, short_side=200).size == (400, 200)
+    assert open_image(path, short_side=60).size == (200, 100)
+    assert open_image(path, short_side=1).size == (100, 50)  # 1/8 is the least there is
+    small = np.asarray(open_image(path, short_side=200), dtype=float)
+    assert np.abs(small - np.asarray(image.reduce(2), dtype=float)).max() < 4
+
+
+def test_smaller_decoding_keeps_rotation_and_other_formats(tmp_path: Path) -> None:
+    image = Image.new("RGB", (64, 32), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.jpg", exif=exif)
+    image.save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.jpg", short_side=16).size == (16, 32)
+    assert open_image(tmp_path / "a.png", short_side=16).size == (64, 32)
+
+
+def test_names_of_images() -> None:
+    assert all(is_image(name) for name in ("a.jpg", "a.JPEG", "b/c.png", "x.y.webp"))
+    assert not any(is_image(name) for name in ("a", "jpg", "a.txt", "a.jpg.part"))

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fat.data import sources
+from fat.data.images import IMAGE_SUFFIXES
 from fat.data.sources import FolderSource, PhotoSource
 from fat.errors import FatError
 
@@ -19,7 +20,7 @@ def put(root: Path, *names: str) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix.lower() in sources.IMAGE_SUFFIXES:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
             # The width tells the images apart.
             Image.new("RGB", (len(name), 1)).save(path, "PNG")
         else:

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fat.data.transforms import EvalTransform, RandomCropTransform, crop_box, generator
+from fat.data.transforms import (
+    DeviceCropTransform,
+    EvalTransform,
+    Normalise,
+    RandomCropTransform,
+    apply,
+    crop_box,
+    generator,
+)
 from fat.errors import FatError
 from fat.models import Preprocessing
 
@@ -53,7 +61,7 @@ def test_eval_is_bit_equal_to_timm(
         crop_mode=p.crop_mode,
     )
     image = picture(*shape)
-    ours = EvalTransform(p)(image)
+    ours = apply(EvalTransform(p), image)
     assert ours.shape == (3, *p.size)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, theirs(image))
@@ -73,23 +81,84 @@ def test_unknown_options() -> None:
         RandomCropTransform(PREPROCESSING, flip=2)
 
 
-def test_random_crop_depends_on_the_key_alone() -> None:
-    transform, image = RandomCropTransform(PREPROCESSING), picture(100, 80)
-    one = transform(image, generator(0, 3, 5))
+@pytest.mark.parametrize("kind", [RandomCropTransform, DeviceCropTransform])
+def test_random_crop_depends_on_the_key_alone(kind: type[RandomCropTransform]) -> None:
+    transform, image = kind(PREPROCESSING), picture(100, 80)
+    one = apply(transform, image, generator(0, 3, 5))
     torch.manual_seed(1)
     np.random.seed(1)
-    assert torch.equal(one, transform(image, generator(0, 3, 5)))
+    assert torch.equal(one, apply(transform, image, generator(0, 3, 5)))
     for key in ((1, 3, 5), (0, 4, 5), (0, 3, 6)):
-        assert not torch.equal(one, transform(image, generator(*key)))
+        assert not torch.equal(one, apply(transform, image, generator(*key)))
+
+
+WHOLE = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
 
 
 def test_mirroring() -> None:
     image = picture(64, 64)
-    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    plain = RandomCropTransform(PREPROCESSING, flip=0, **whole)(image, generator(0))  # type: ignore[arg-type]
-    mirrored = RandomCropTransform(PREPROCESSING, flip=1, **whole)(image, generator(0))  # type: ignore[arg-type]
-    assert torch.equal(plain, EvalTransform(replace(PREPROCESSING, crop_pct=1.0))(image))
+    plain = apply(RandomCropTransform(PREPROCESSING, flip=0, **WHOLE), image)  # type: ignore[arg-type]
+    mirrored = apply(RandomCropTransform(PREPROCESSING, flip=1, **WHOLE), image)  # type: ignore[arg-type]
+    assert torch.equal(plain, apply(EvalTransform(replace(PREPROCESSING, crop_pct=1.0)), image))
     assert torch.equal(mirrored, plain.flip(-1))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_crops_are_resized_as_pillow_does(interpolation: str) -> None:
+    """But for a level or two of 255: torch rounds its filter's weights otherwise."""
+    p = replace(PREPROCESSING, interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3)
+    image, rng = picture(200, 150), generator(4)
+    left, top, w, h = crop_box(200, 150, generator(4), (0.35, 1.0), (3 / 4, 4 / 3))
+    filters = {"bilinear": 2, "bicubic": 3, "lanczos": 1}
+    expected = np.asarray(
+        image.crop((left, top, left + w, top + h)).resize((64, 64), filters[interpolation])
+    ).transpose(2, 0, 1)
+    ours = apply(RandomCropTransform(p, flip=0), image, rng) * 255
+    difference = np.abs(ours.numpy() - expected)
+    assert difference.max() < 2.5
+    assert difference.mean() < 0.5
+
+
+def smooth(width: int, height: int) -> Image.Image:
+    """A picture without fine detail, so that interpolations of every kind agree."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(4 * x * y)], axis=-1)
+    return Image.fromarray((127.5 * (1 + waves)).astype(np.uint8))
+
+
+def test_crops_on_the_device_show_the_same_part() -> None:
+    image = smooth(200, 150)
+    for seed in range(8):  # mirrored and not
+        host = apply(RandomCropTransform(PREPROCESSING), image, generator(seed))
+        device = apply(DeviceCropTransform(PREPROCESSING), image, generator(seed))
+        assert host.shape == device.shape
+        assert float((host - device).abs().max()) < 0.1  # of about four standard deviations
+
+
+def test_crops_of_a_batch_are_cut_one_by_one() -> None:
+    transform, images = DeviceCropTransform(PREPROCESSING), [smooth(90, 70), smooth(70, 120)]
+    drawn = [transform(image, generator(i)) for i, image in enumerate(images)]
+    together = transform.finish(*(torch.stack(part) for part in zip(*drawn, strict=True)))
+    for i, image in enumerate(images):
+        alone = apply(transform, image, generator(i))
+        assert torch.allclose(together[i], alone, atol=1e-5)
+
+
+def test_the_decoder_may_leave_out_what_no_crop_needs() -> None:
+    assert EvalTransform(PREPROCESSING).short_side is None
+    side = RandomCropTransform(PREPROCESSING, (0.25, 1.0), (1.0, 1.0)).short_side
+    assert side == 128  # the smallest crop of 128 x 128 has 64 x 64 pixels
+    assert DeviceCropTransform(PREPROCESSING).short_side == 74  # ceil(64 * 8 / 7)
+    with pytest.raises(FatError, match="side is 0"):
+        DeviceCropTransform(PREPROCESSING, side=0)
+
+
+def test_normalising_leaves_its_argument_alone() -> None:
+    pixels = torch.full((1, 3, 2, 2), 255.0)
+    result = Normalise(PREPROCESSING)(pixels)
+    assert pixels.unique().tolist() == [255.0]
+    expected = (1 - torch.tensor(PREPROCESSING.mean)) / torch.tensor(PREPROCESSING.std)
+    assert torch.allclose(result[0, :, 0, 0], expected)
 
 
 @given(
