@@ -13,7 +13,32 @@ from typing import Any
 
 from fat.errors import FatError
 
-__all__ = ["check_writable", "write_atomic", "write_csv", "write_json", "write_text"]
+__all__ = [
+    "cache_folder",
+    "check_writable",
+    "write_atomic",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
+
+
+def cache_folder(*parts: str) -> Path:
+    """Where FAT keeps what can be made again: ``~/.cache/fat``, or ``$XDG_CACHE_HOME/fat``.
+
+    Args:
+        *parts: Names of folders below it. Nothing is made.
+
+    Raises:
+        FatError: If the user has no home and XDG_CACHE_HOME is not set.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:
+        raise FatError(
+            "There is no home folder to keep a cache in: set XDG_CACHE_HOME=DIR."
+        ) from error
+    return Path(base, "fat", *parts)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:

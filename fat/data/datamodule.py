@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import pytorch_lightning as pl
@@ -14,14 +14,28 @@ import torch
 
 from fat.data.dataset import Batch, EpochSampler, ImageDataset, ImageLoader, collate
 from fat.data.images import UnreadableImage
-from fat.data.sources import FolderSource, PhotoSource
-from fat.data.transforms import EvalTransform, RandomCropTransform, generator
-from fat.errors import FatError
+from fat.data.sources import FolderSource, ImageSource, PhotoSource
+from fat.data.transforms import (
+    DeviceCropTransform,
+    EvalTransform,
+    RandomCropTransform,
+    Transform,
+    generator,
+)
+from fat.errors import FatError, unknown_name
 
 if TYPE_CHECKING:
     from fat.models import Preprocessing
 
-__all__ = ["TEST_PHOTOS", "TRAIN_PHOTOS", "VALIDATION_PHOTOS", "FatDataModule"]
+__all__ = [
+    "TEST_PHOTOS",
+    "TRAIN_PHOTOS",
+    "VALIDATION_PHOTOS",
+    "FatDataModule",
+    "Feeding",
+    "Sampling",
+    "find_folders",
+]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +64,88 @@ _EVAL_SEED = 0
 _HELD_OUT = ("val", "validation", "test")
 # What separates the draws that share one seed.
 _SPLIT_DRAW, _CALIBRATION_DRAW = 1, 2
+
+AUGMENT = ("worker", "device")
+Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+
+class Feeding(TypedDict, total=False):
+    """How batches are made of images, whatever their source.
+
+    Attributes:
+        batch_size: Images per batch, 16 by default. Training drops a short last batch if there is
+            a full one.
+        workers: Processes that decode images; by default one less than the usable cores, at most 8.
+        seed: What the samples, the training order and the crops follow; 0 by default.
+        scale: Smallest and largest share of an image's area in a training crop.
+        flip: Probability that a training crop is mirrored, 0…1; 0.5 by default.
+        augment: Where training crops are cut: ``"worker"`` (the default), or ``"device"``.
+    """
+
+    batch_size: int
+    workers: int | None
+    seed: int
+    scale: tuple[float, float]
+    flip: float
+    augment: str
+
+
+class Sampling(Feeding, total=False):
+    """Which of the images of a source are taken for what.
+
+    Attributes:
+        train_images: At most so many training images; all by default.
+        calibration_images: How many of the training images calibrate (fewer if there are fewer);
+            100 by default.
+        validation_images: At most so many validation images; the whole fraction by default.
+        test_images: At most so many test images; all by default.
+        validation_fraction: Share of the images that is held out of the pool for validation; 0.1
+            by default.
+        test_fraction: Share of the images that is set apart for the test if there is no test set;
+            0.2 by default.
+    """
+
+    train_images: int | None
+    calibration_images: int
+    validation_images: int | None
+    test_images: int | None
+    validation_fraction: float
+    test_fraction: float
+
+
+class _Loading(TypedDict):
+    batch_size: int
+    workers: int | None
+    seed: int
+
+
+class _Cut:
+    """What makes datasets of sources: the transforms and the seed that a `Feeding` asks for."""
+
+    def __init__(self, preprocessing: Preprocessing, feeding: Feeding) -> None:
+        self.preprocessing = preprocessing
+        self.seed = feeding.get("seed", 0)
+        self.scale = feeding.get("scale", (0.35, 1.0))
+        self.flip = feeding.get("flip", 0.5)
+        self.augment = feeding.get("augment", "worker")
+        if self.augment not in AUGMENT:
+            raise unknown_name("data.augment", self.augment, AUGMENT)
+
+    def crop(self) -> RandomCropTransform:
+        return RandomCropTransform(self.preprocessing, self.scale, flip=self.flip)
+
+    def train(self) -> Transform:
+        if self.augment == "worker":
+            return self.crop()
+        return DeviceCropTransform(self.preprocessing, self.scale, flip=self.flip)
+
+    def still(self, source: ImageSource, indices: Indices, split: str) -> ImageDataset:
+        middle = EvalTransform(self.preprocessing)
+        return ImageDataset(source, middle, indices=indices, split=split, seed=self.seed)
+
+    def held_out(self, source: ImageSource, count: int | None) -> ImageDataset:
+        order = generator(self.seed, _SPLIT_DRAW).permutation(len(source))
+        return self.still(source, np.sort(order[:count]), "test")
 
 
 class FatDataModule(pl.LightningDataModule):
@@ -107,10 +203,8 @@ class FatDataModule(pl.LightningDataModule):
         calibration_images: int = 100,
         validation_images: int = 100,
         test_images: int = 300,
-        batch_size: int = 16,
-        workers: int | None = None,
-        seed: int = 0,
-        scale: tuple[float, float] = (0.35, 1.0),
+        test: ImageSource | None = None,
+        **feeding: Unpack[Feeding],
     ) -> FatDataModule:
         """Random crops of the photographs inside scikit-image; each split has its own photographs.
 
@@ -122,11 +216,9 @@ class FatDataModule(pl.LightningDataModule):
             train_images: Training crops per epoch.
             calibration_images: Crops of training photographs for calibration.
             validation_images: Validation crops.
-            test_images: Test crops.
-            batch_size: Images per batch.
-            workers: Processes that decode images; None chooses.
-            seed: What training and calibration crops follow.
-            scale: Smallest and largest share of the photograph's area in a crop.
+            test_images: Test crops, or at most so many of ``test``.
+            test: Images to judge by in place of photographs.
+            **feeding: See :class:`Feeding`.
 
         Raises:
             FatError: If a photograph is not installed or a number is out of range.
@@ -137,19 +229,20 @@ class FatDataModule(pl.LightningDataModule):
             validation_images=validation_images,
             test_images=test_images,
         )
-        crops = RandomCropTransform(preprocessing, scale)
+        cut = _Cut(preprocessing, feeding)
 
-        def split(name: str, photos: Sequence[str], count: int, key: int) -> ImageDataset:
-            return ImageDataset(PhotoSource(photos, count), crops, split=name, seed=key)
+        def split(name: str, photos: Sequence[str], count: int, seed: int) -> ImageDataset:
+            crops = cut.train() if name == "training" else cut.crop()
+            return ImageDataset(PhotoSource(photos, count), crops, split=name, seed=seed)
 
         return cls(
-            split("calibration", TRAIN_PHOTOS, calibration_images, seed),
-            split("training", TRAIN_PHOTOS, train_images, seed),
+            split("calibration", TRAIN_PHOTOS, calibration_images, cut.seed),
+            split("training", TRAIN_PHOTOS, train_images, cut.seed),
             split("validation", VALIDATION_PHOTOS, validation_images, _EVAL_SEED),
-            split("test", TEST_PHOTOS, test_images, _EVAL_SEED),
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
+            split("test", TEST_PHOTOS, test_images, _EVAL_SEED)
+            if test is None
+            else cut.held_out(test, test_images),
+            **_loading(feeding),
         )
 
     @classmethod
@@ -161,16 +254,7 @@ class FatDataModule(pl.LightningDataModule):
         test_root: str | os.PathLike[str] | None = None,
         classes: Mapping[str, int] | Sequence[str] | None = None,
         num_classes: int | None = None,
-        train_images: int | None = None,
-        calibration_images: int = 100,
-        validation_images: int | None = None,
-        test_images: int | None = None,
-        validation_fraction: float = 0.1,
-        test_fraction: float = 0.2,
-        batch_size: int = 16,
-        workers: int | None = None,
-        seed: int = 0,
-        scale: tuple[float, float] = (0.35, 1.0),
+        **options: Unpack[Sampling],
     ) -> FatDataModule:
         """Any folder of images, searched recursively.
 
@@ -185,82 +269,68 @@ class FatDataModule(pl.LightningDataModule):
             test_root: A folder of test images, outside the pool.
             classes: Names of the class folders in the order of the logits, or name to index.
             num_classes: Number of logits.
-            train_images: At most so many training images; None takes all.
-            calibration_images: How many of the training images calibrate (fewer if there are
-                fewer).
-            validation_images: At most so many validation images; None takes the whole fraction.
-            test_images: At most so many test images; None takes all.
-            validation_fraction: Share of the images that is held out of the pool for validation.
-            test_fraction: Share of the images that is set apart for the test if there is no test
-                folder.
-            batch_size: Images per batch.
-            workers: Processes that decode images; None chooses.
-            seed: What all samples, the order and the crops follow.
-            scale: Smallest and largest share of the image's area in a training crop.
+            **options: See :class:`Sampling` and :class:`Feeding`.
 
         Raises:
             FatError: If a folder is missing, empty or overlaps the other, there are fewer than
                 three images (two with a test folder), or a number is out of range.
         """
-        _check_counts(
-            train_images=train_images,
-            calibration_images=calibration_images,
-            validation_images=validation_images,
-            test_images=test_images,
-        )
-        for key, value in (
-            ("validation", validation_fraction),
-            ("test", test_fraction),
-        ):
-            if not 0 < value < 1:
-                raise FatError(f"data.{key}_fraction is {value}; allowed: more than 0, below 1.")
-        if validation_fraction + test_fraction >= 1:
-            raise FatError(
-                f"data.validation_fraction {validation_fraction} and data.test_fraction "
-                f"{test_fraction} leave nothing to train on; their sum must be below 1."
-            )
-        pool_root, held_out = _find_folders(Path(root).expanduser(), test_root)
+        pool_root, held_out = find_folders(Path(root).expanduser(), test_root)
+        _check_sampling(options)
         pool = FolderSource(pool_root, classes, num_classes)
-        order = generator(seed, _SPLIT_DRAW).permutation(len(pool))
-        if held_out is None:
-            test_source, taken = pool, _share(len(pool), test_fraction)
+        test = None if held_out is None else FolderSource(held_out, classes, num_classes)
+        return cls.of_sources(pool, test, preprocessing, what=f"The folder {pool_root}", **options)
+
+    @classmethod
+    def of_sources(
+        cls,
+        pool: ImageSource,
+        test: ImageSource | None,
+        preprocessing: Preprocessing,
+        *,
+        what: str = "The source",
+        **options: Unpack[Sampling],
+    ) -> FatDataModule:
+        """Uniform samples of a source; they follow the seed.
+
+        Args:
+            pool: Where training, calibration and validation images come from.
+            test: Where test images come from; None takes ``test_fraction`` of the pool.
+            preprocessing: How the network wants its images.
+            what: What to call the pool in an error.
+            **options: See :class:`Sampling` and :class:`Feeding`.
+
+        Raises:
+            FatError: If there are fewer than three images (two with a test source), or a number
+                is out of range.
+        """
+        chosen = _check_sampling(options)
+        cut = _Cut(preprocessing, options)
+        order = generator(cut.seed, _SPLIT_DRAW).permutation(len(pool))
+        if test is None:
+            test_source, taken = pool, _share(len(pool), chosen.get("test_fraction", 0.2))
             tests, order = order[:taken], order[taken:]
         else:
-            test_source = FolderSource(held_out, classes, num_classes)
-            tests = generator(seed, _SPLIT_DRAW).permutation(len(test_source))
-        held = _share(len(pool), validation_fraction)
+            test_source = test
+            tests = generator(cut.seed, _SPLIT_DRAW).permutation(len(test))
+        held = _share(len(pool), chosen.get("validation_fraction", 0.1))
         if len(order) - held < 1:
-            least = 3 if held_out is None else 2
             raise FatError(
-                f"The folder {pool_root} holds {len(pool)} image(s); training, validation and "
-                f"test need at least {least}. Type data.root=DIR with more, or data=photos."
+                f"{what} holds {len(pool)} image(s); training, validation and test need at least "
+                f"{3 if test is None else 2}. Type data.root=DIR with more, or data=photos."
             )
-        held_images, trains = order[:held], order[held:][:train_images]
-        picks = generator(seed, _CALIBRATION_DRAW).permutation(trains)[:calibration_images]
-        middle, crops = (
-            EvalTransform(preprocessing),
-            RandomCropTransform(preprocessing, scale),
-        )
+        held_images, trains = order[:held], order[held:][: chosen.get("train_images")]
+        calibrating = chosen.get("calibration_images", 100)
+        picks = generator(cut.seed, _CALIBRATION_DRAW).permutation(trains)[:calibrating]
+        kept = np.sort(held_images[: chosen.get("validation_images")])
         return cls(
-            ImageDataset(pool, middle, indices=picks, split="calibration", seed=seed),
-            ImageDataset(pool, crops, indices=np.sort(trains), split="training", seed=seed),
+            cut.still(pool, picks, "calibration"),
             ImageDataset(
-                pool,
-                middle,
-                indices=np.sort(held_images[:validation_images]),
-                split="validation",
-                seed=seed,
+                pool, cut.train(), indices=np.sort(trains), split="training", seed=cut.seed
             ),
-            ImageDataset(
-                test_source,
-                middle,
-                indices=np.sort(tests[:test_images]),
-                split="test",
-                seed=seed,
-            ),
-            batch_size=batch_size,
-            workers=workers,
-            seed=seed,
+            cut.still(pool, kept, "validation"),
+            cut.still(test_source, np.sort(tests[: chosen.get("test_images")]), "test"),
+            **_loading(options),
         )
 
     @property
@@ -346,6 +416,8 @@ class FatDataModule(pl.LightningDataModule):
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
+            # A GPU's steps are short against the time that one large JPEG may take.
+            prefetch_factor=(4 if torch.cuda.is_available() else 2) if self.workers else None,
             pin_memory=torch.cuda.is_available(),
             # Otherwise each pass would advance the global random state by one draw.
             generator=torch.Generator().manual_seed(self.seed),
@@ -360,6 +432,36 @@ def _usable_workers() -> int:
     return min(max(cores - 1, 0), 8)
 
 
+def _loading(feeding: Feeding) -> _Loading:
+    """Those of the options that the module itself takes."""
+    return {
+        "batch_size": feeding.get("batch_size", 16),
+        "workers": feeding.get("workers"),
+        "seed": feeding.get("seed", 0),
+    }
+
+
+def _check_sampling(options: Sampling) -> Sampling:
+    """Raise a FatError if a number is out of range; return the options."""
+    _check_counts(
+        train_images=options.get("train_images"),
+        calibration_images=options.get("calibration_images"),
+        validation_images=options.get("validation_images"),
+        test_images=options.get("test_images"),
+    )
+    validation = options.get("validation_fraction", 0.1)
+    test = options.get("test_fraction", 0.2)
+    for key, value in (("validation", validation), ("test", test)):
+        if not 0 < value < 1:
+            raise FatError(f"data.{key}_fraction is {value}; allowed: more than 0, below 1.")
+    if validation + test >= 1:
+        raise FatError(
+            f"data.validation_fraction {validation} and data.test_fraction {test} leave nothing to "
+            "train on; their sum must be below 1."
+        )
+    return options
+
+
 def _check_counts(**counts: int | None) -> None:
     for key, value in counts.items():
         if value is not None and value < 1:
@@ -370,7 +472,7 @@ def _share(total: int, fraction: float) -> int:
     return max(1, round(total * fraction))
 
 
-def _find_folders(root: Path, test_root: str | os.PathLike[str] | None) -> tuple[Path, Path | None]:
+def find_folders(root: Path, test_root: str | os.PathLike[str] | None) -> tuple[Path, Path | None]:
     """Return the pool's folder and the test images' folder, None if they are to be set apart."""
     pool = root / "train" if (root / "train").is_dir() else root
     if test_root is not None:

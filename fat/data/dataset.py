@@ -145,29 +145,46 @@ class ImageDataset(Dataset[Item]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Every position once, in an order that depends on (seed, epoch) alone.
 
-    Lightning's loop calls `set_epoch`; so must any other loop over epochs.
+    Lightning's loop calls `set_epoch`; so must any other loop over epochs. Where several processes
+    train together each takes every n-th position of the one order, so that the batches of a step
+    are together the batch that one process would have drawn; what does not divide is left out.
 
     Args:
         length: Number of positions.
         seed: First part of the order's key.
+        replica: Which of the processes this is; by default what torch.distributed says.
+        replicas: How many processes there are; by default what torch.distributed says.
     """
 
-    def __init__(self, length: int, seed: int) -> None:
+    def __init__(
+        self, length: int, seed: int, replica: int | None = None, replicas: int | None = None
+    ) -> None:
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self._replica, self._replicas = replica, replicas
+
+    def _share(self) -> tuple[int, int]:
+        # Asked for when it is needed: a loader is often built before the processes know each other.
+        if self._replica is not None and self._replicas is not None:
+            return self._replica, self._replicas
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, and the crops, of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length
+        return self.length // self._share()[1]
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (epoch, position)."""
-        epoch = self.epoch
-        for position in generator(self.seed, epoch).permutation(self.length):
+        epoch, (replica, replicas) = self.epoch, self._share()
+        order = generator(self.seed, epoch).permutation(self.length)
+        whole = len(self) * replicas
+        for position in order[replica:whole:replicas]:
             yield epoch, int(position)
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fat.errors import FatError
-from fat.files import write_atomic
+from fat.files import cache_folder, write_atomic
 
 __all__ = [
     "backend",
@@ -197,8 +197,8 @@ def _compiler() -> list[str]:
 
 def _cache() -> Path | None:
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fat"
-    except RuntimeError:  # a user without a home
+        return cache_folder()
+    except FatError:  # a user without a home
         return None
 
 

@@ -113,6 +113,20 @@ def test_sampler_visits_all_and_follows_seed_and_epoch() -> None:
     assert order(0, 3) != order(1, 3)
 
 
+@pytest.mark.parametrize(("length", "replicas"), [(24, 2), (25, 3)])
+def test_processes_share_the_batches_of_one(length: int, replicas: int) -> None:
+    alone = list(EpochSampler(length, 0))
+    shares = [list(EpochSampler(length, 0, i, replicas)) for i in range(replicas)]
+    assert {len(share) for share in shares} == {length // replicas}
+    per_process = 4
+    for step in range(length // replicas // per_process):
+        together = [
+            key for share in shares for key in share[step * per_process : (step + 1) * per_process]
+        ]
+        size = per_process * replicas
+        assert sorted(together) == sorted(alone[step * size : (step + 1) * size])
+
+
 def test_collate_drops_the_unreadable() -> None:
     good = ((torch.ones(3, 2, 2), torch.ones(5)), 4)
     parts, labels, skipped = collate([good, UnreadableImage("a", "b"), good])
