@@ -4,16 +4,19 @@ from fat.calibrate import calibrate
 from fat.checkpoint import load, save
 from fat.errors import FatError
 from fat.evaluate import evaluate
+from fat.finetune import FinetuneResult, finetune
 from fat.fit import FitResult, fit
 from fat.mixed import choose_bits, size_mb
 from fat.pipeline import prepare
 from fat.sensitivity import TensorSensitivity, sensitivity
-from fat.spec import EqualizeSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
+from fat.spec import EqualizeSpec, FinetuneSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
 from fat.student import Student
 
 __all__ = [
     "EqualizeSpec",
     "FatError",
+    "FinetuneResult",
+    "FinetuneSpec",
     "FitResult",
     "InitSpec",
     "QuantSpec",
@@ -24,6 +27,7 @@ __all__ = [
     "calibrate",
     "choose_bits",
     "evaluate",
+    "finetune",
     "fit",
     "load",
     "prepare",

@@ -5,12 +5,13 @@ The tracer aside, this is the only file that imports timm.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 import re
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +25,14 @@ from torch import Tensor, nn
 
 from fat.errors import FatError, unknown_name
 
-__all__ = ["FloatNetwork", "Preprocessing", "class_names", "load_float_network"]
+__all__ = [
+    "FloatNetwork",
+    "Preprocessing",
+    "class_names",
+    "head_parameters",
+    "load_float_network",
+    "with_classes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +117,7 @@ class FloatNetwork:
             or ``"random"``.
         preprocessing: How its images are prepared.
         num_classes: Number of logits.
+        classes: Names of the classes in the order of the logits, where they are not ImageNet's.
     """
 
     network: nn.Module
@@ -116,6 +125,7 @@ class FloatNetwork:
     weights: str
     preprocessing: Preprocessing
     num_classes: int
+    classes: tuple[str, ...] | None = None
 
 
 def load_float_network(
@@ -175,6 +185,44 @@ def load_float_network(
         preprocessing=_preprocessing(network),
         num_classes=_count_classes(network),
     )
+
+
+def with_classes(source: FloatNetwork, classes: tuple[str, ...], *, seed: int = 0) -> FloatNetwork:
+    """The same network with a new classifier, for classes of one's own.
+
+    Args:
+        source: The float network, which is left as it is.
+        classes: Names of the classes in the order of the new logits.
+        seed: Seed of the new classifier's weights; the global random state is left as it was.
+
+    Returns:
+        A copy in eval mode, its parameters without gradients.
+
+    Raises:
+        FatError: If there are fewer than two classes, or one name comes twice.
+    """
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise FatError(
+            f"{len(classes)} classes ({_some(list(classes))}): a classifier needs at least two, "
+            "each with a name of its own. Type data.root=DIR with one subfolder for each class."
+        )
+    network = copy.deepcopy(source.network)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cast(Any, network).reset_classifier(len(classes))
+    return replace(
+        source,
+        network=network.float().eval().requires_grad_(False),
+        weights=f"{source.weights}, fine-tuned on {len(classes)} classes",
+        num_classes=len(classes),
+        classes=classes,
+    )
+
+
+def head_parameters(network: nn.Module) -> frozenset[str]:
+    """Names of the classifier's parameters."""
+    prefixes = _head_prefixes(network)
+    return frozenset(name for name, _ in network.named_parameters() if name.startswith(prefixes))
 
 
 def class_names(num_classes: int) -> list[str] | None:

@@ -355,6 +355,50 @@ class ReconstructSpec:
 
 
 @dataclass(frozen=True)
+class FinetuneSpec:
+    """How a float network is fine-tuned.
+
+    Attributes:
+        epochs: At most so many passes over the training images.
+        head_epochs: The first of them train the new classifier alone, with the features as they
+            are, so that its first, random gradients do no damage there.
+        lr: AdamW's largest learning rate for the features; warmed up over their first epoch, then
+            annealed to 0 along half a cosine.
+        head_lr: The same for the classifier, without a warm-up.
+        weight_decay: AdamW's decay of weights; norms and biases are left out.
+        label_smoothing: Share of the target that is spread over all classes, 0…1.
+        patience: Epochs without a better validation accuracy that end the training.
+
+    Raises:
+        FatError: If a value is outside what is allowed.
+    """
+
+    epochs: int = 15
+    head_epochs: int = 1
+    lr: float = 1e-3
+    head_lr: float = 1e-2
+    weight_decay: float = 0.02
+    label_smoothing: float = 0.1
+    patience: int = 5
+
+    def __post_init__(self) -> None:
+        for key, least in (("epochs", 1), ("head_epochs", 0), ("patience", 1)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or value < least:
+                raise FatError(f"teacher.{key} is {value}; allowed are whole numbers from {least}.")
+        for key in ("lr", "head_lr"):
+            value = getattr(self, key)
+            if not (math.isfinite(value) and value > 0):
+                raise FatError(f"teacher.{key} is {value}; it must be above 0, such as 0.001.")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise FatError(f"teacher.weight_decay is {self.weight_decay}; it must not be negative.")
+        if not 0 <= self.label_smoothing < 1:
+            raise FatError(
+                f"teacher.label_smoothing is {self.label_smoothing}; allowed: 0 to below 1."
+            )
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     """How the thresholds are trained.
 

@@ -1,0 +1,368 @@
+"""A float network for classes of one's own: a new classifier, trained with labels, then kept."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.optim import AdamW, Optimizer
+
+from fat.batches import AnyBatch, Images, as_batches, split
+from fat.callbacks import Progress
+from fat.errors import FatError
+from fat.files import cache_folder, write_atomic
+from fat.models import FloatNetwork, head_parameters, with_classes
+from fat.schedule import annealed
+from fat.spec import FinetuneSpec
+
+__all__ = ["FinetuneResult", "finetune", "finetune_cached"]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Part of the cache's key: another recipe under the same options needs another number."""
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a fine-tuning did.
+
+    Attributes:
+        classes: How many there are.
+        epochs: Passes that were made.
+        best_epoch: The pass after which the network that was kept was seen, from 1.
+        top1: Its accuracy on the validation images, %.
+        loss: Its cross-entropy on them.
+        cached: Whether all of this was done in an earlier run.
+    """
+
+    classes: int
+    epochs: int
+    best_epoch: int
+    top1: float
+    loss: float
+    cached: bool = False
+
+
+class FinetuneModule(pl.LightningModule):
+    """Cross-entropy with labels; features and classifier at rates of their own.
+
+    Args:
+        network: Float network with its new classifier; trained in place.
+        spec: The recipe.
+        classes: Number of logits.
+    """
+
+    def __init__(self, network: nn.Module, spec: FinetuneSpec, classes: int) -> None:
+        super().__init__()
+        self.network = network
+        self.spec = spec
+        self.classes = classes
+        self._head = head_parameters(network)
+        self._sums = torch.zeros(3, dtype=torch.float64)  # images, right ones, loss
+
+    def on_train_epoch_start(self) -> None:
+        """Features, and the statistics of their norms, stand still while the classifier starts."""
+        features = self.current_epoch >= self.spec.head_epochs
+        self.network.train(features)
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(features or name in self._head)
+
+    def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
+        """Loss of one batch."""
+        images, labels = self._labelled(batch)
+        loss = cross_entropy(
+            self.network(images), labels, label_smoothing=self.spec.label_smoothing
+        )
+        if not bool(loss.isfinite()):
+            raise FatError(
+                f"The loss of fine-tuning became {loss.item()} in epoch {self.current_epoch + 1}. "
+                f"Type a smaller rate: teacher.lr={self.spec.lr / 10:g} "
+                f"teacher.head_lr={self.spec.head_lr / 10:g}."
+            )
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation."""
+        self._sums.zero_()
+        self.network.eval()
+
+    def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
+        """Judge one batch."""
+        images, labels = self._labelled(batch)
+        logits = self.network(images)
+        loss = cross_entropy(logits, labels, reduction="sum")
+        right = (logits.argmax(1) == labels).sum()
+        self._sums += torch.tensor([len(labels), float(right), float(loss)], dtype=torch.float64)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy in percent, and the mean loss."""
+        count, right, loss = self._sums.tolist()
+        self.log("val/top1", 100 * right / count, prog_bar=True)
+        self.log("val/loss", loss / count)
+
+    def configure_optimizers(self) -> Optimizer:
+        """AdamW over four groups: features and classifier, with decay and without."""
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in self.network.named_parameters():
+            groups.setdefault((name in self._head, parameter.ndim > 1), []).append(parameter)
+        return AdamW(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.spec.head_lr if head else self.spec.lr,
+                    "weight_decay": self.spec.weight_decay if decays else 0.0,
+                    "head": head,
+                    "rate": self.spec.head_lr if head else self.spec.lr,
+                }
+                for (head, decays), parameters in groups.items()
+            ]
+        )
+
+    def optimizer_step(
+        self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """One step at the schedule's rates."""
+        total = int(self.trainer.estimated_stepping_batches)
+        per_epoch = max(total // self.spec.epochs, 1)
+        since = self.global_step - self.spec.head_epochs * per_epoch  # the features' first step
+        for group in optimizer.param_groups:
+            warm = 1.0 if group["head"] else min(max(since + 1, 0) / per_epoch, 1.0)
+            group["lr"] = group["rate"] * warm * annealed(self.global_step, total)
+        optimizer.step(closure=optimizer_closure)
+
+    def _labelled(self, batch: AnyBatch) -> tuple[Tensor, Tensor]:
+        images, labels = split(batch)
+        bad = labels[(labels < 0) | (labels >= self.classes)]
+        if len(bad):
+            raise FatError(
+                f"Fine-tuning met the label {int(bad[0])}; with {self.classes} classes allowed are "
+                f"0 to {self.classes - 1} (-1 means: not labelled). Every image needs a class: "
+                "type data=folder data.root=DIR with one subfolder for each class."
+            )
+        return images, labels
+
+
+class _Best(pl.Callback):
+    """Keeps the weights of the best epoch, and ends the training when no better one comes."""
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.result: FinetuneResult | None = None
+        self.state: dict[str, Tensor] = {}
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, FinetuneModule)
+        figures = trainer.callback_metrics
+        top1, loss = float(figures["val/top1"]), float(figures["val/loss"])
+        epoch = trainer.current_epoch + 1
+        logger.info("Fine-tuning, epoch %d: %.1f %% of validation images right.", epoch, top1)
+        # Small validation sets often give the same share of right ones: then the loss decides.
+        if self.result is None or (top1, -loss) > (self.result.top1, -self.result.loss):
+            self.result = FinetuneResult(pl_module.classes, epoch, epoch, top1, loss)
+            self.state = copy.deepcopy(pl_module.network.state_dict())
+            return
+        self.result = replace(self.result, epochs=epoch)
+        if epoch - self.result.best_epoch >= self.patience:
+            logger.info("No better epoch in %d: fine-tuning ends.", self.patience)
+            trainer.should_stop = True
+
+
+def finetune(
+    source: FloatNetwork,
+    train: Images,
+    validation: Images,
+    spec: FinetuneSpec | None = None,
+    *,
+    classes: tuple[str, ...],
+    seed: int = 0,
+    progress: bool = True,
+    trainer_options: dict[str, Any] | None = None,
+) -> tuple[FloatNetwork, FinetuneResult]:
+    """Give a float network a new classifier and train it on labelled images.
+
+    Args:
+        source: The pretrained network, which is left as it is.
+        train: Batches (images float32 [N, 3, H, W], labels int64 [N]).
+        validation: The same, to choose the best epoch by.
+        spec: The recipe.
+        classes: Names of the classes in the order of the labels.
+        seed: What the classifier's first weights follow.
+        progress: Whether to show a bar.
+        trainer_options: More arguments of :class:`pytorch_lightning.Trainer`.
+
+    Returns:
+        The network of the best epoch, in eval mode and without gradients, and what was done.
+
+    Raises:
+        FatError: If a label is missing or out of range, there are fewer than two classes, or the
+            loss is not finite.
+        KeyboardInterrupt: If the user stopped it.
+    """
+    spec = spec or FinetuneSpec()
+    result = with_classes(source, classes, seed=seed)
+    module, best = FinetuneModule(result.network, spec, len(classes)), _Best(spec.patience)
+    options: dict[str, Any] = {
+        "max_epochs": spec.epochs,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "enable_progress_bar": progress,
+        **(trainer_options or {}),
+    }
+    bar = [Progress()] if options["enable_progress_bar"] else []
+    trainer = pl.Trainer(callbacks=[best, *bar], **options)
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        # Dropout draws from the global random state, which stays the caller's.
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+                warnings.filterwarnings("ignore", expected)
+            torch.manual_seed(seed)
+            trainer.fit(module, _Batches(train), _Batches(validation))
+    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from stopped
+    finally:
+        # Lightning leaves Ctrl-C switched off. Only the main thread has a say in signals.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
+    if best.result is None:
+        raise FatError("No validation image came to choose the best epoch by.")
+    result.network.load_state_dict(best.state)
+    result.network.cpu().eval().requires_grad_(False)
+    return result, best.result
+
+
+def finetune_cached(
+    source: FloatNetwork,
+    train: Images,
+    validation: Images,
+    spec: FinetuneSpec,
+    *,
+    data_key: str,
+    classes: tuple[str, ...],
+    seed: int = 0,
+    folder: Path | None = None,
+    progress: bool = True,
+    trainer_options: dict[str, Any] | None = None,
+) -> tuple[FloatNetwork, FinetuneResult]:
+    """:func:`finetune`, unless a network of the very same origin is there already.
+
+    The key is the SHA-256 of the starting weights, the recipe, the classes, the seed and the data's
+    own key; what is kept is safetensors, which loading cannot run.
+
+    Args:
+        source: The pretrained network, which is left as it is.
+        train: Batches (images float32 [N, 3, H, W], labels int64 [N]).
+        validation: The same, to choose the best epoch by.
+        spec: The recipe.
+        data_key: Tells these images, labels and crops from all others.
+        classes: Names of the classes in the order of the labels.
+        seed: What the classifier's first weights follow.
+        folder: Where networks are kept; ``~/.cache/fat/teachers`` by default.
+        progress: Whether to show a bar.
+        trainer_options: More arguments of :class:`pytorch_lightning.Trainer`.
+
+    Raises:
+        FatError: As :func:`finetune` does, or if the folder cannot be written.
+        KeyboardInterrupt: If the user stopped it; nothing is kept.
+    """
+    key = _key(source, spec, data_key, classes, seed)
+    path = (folder or cache_folder("teachers")) / f"{source.name}-{key[:20]}.safetensors"
+    empty = with_classes(source, classes, seed=seed)
+    found = _read(path, key, empty.network)
+    if found is not None:
+        logger.info(
+            "Fine-tuned in an earlier run, %.1f %% of validation images right: %s.",
+            found.top1,
+            path,
+        )
+        return empty, replace(found, cached=True)
+    result, done = finetune(
+        source, train, validation, spec, classes=classes, seed=seed, progress=progress,
+        trainer_options=trainer_options,
+    )  # fmt: skip
+    _write(path, key, result.network, done)
+    logger.info(
+        "Fine-tuned: %.1f %% of validation images right after epoch %d of %d. Kept in %s.",
+        done.top1, done.best_epoch, done.epochs, path,
+    )  # fmt: skip
+    return result, done
+
+
+class _Batches:
+    """Any batches, for Lightning, which would take a list for a list of loaders."""
+
+    def __init__(self, images: Images) -> None:
+        self._batches = as_batches(images)
+        self.sampler = getattr(self._batches, "sampler", None)  # told the epoch by Lightning
+        self.batch_sampler = getattr(self._batches, "batch_sampler", None)
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[AnyBatch]:
+        return iter(self._batches)
+
+
+def _key(
+    source: FloatNetwork, spec: FinetuneSpec, data_key: str, classes: tuple[str, ...], seed: int
+) -> str:
+    digest = hashlib.sha256()
+    about = {
+        "format": FORMAT,
+        "network": source.name,
+        "spec": asdict(spec),
+        "data": data_key,
+        "classes": classes,
+        "seed": seed,
+    }
+    digest.update(json.dumps(about, sort_keys=True).encode())
+    for name, value in source.network.state_dict().items():
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _write(path: Path, key: str, network: nn.Module, result: FinetuneResult) -> None:
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    about = {"key": key, "result": json.dumps(asdict(result))}
+    write_atomic(path, lambda temporary: save_file(state, temporary, metadata=about))
+
+
+def _read(path: Path, key: str, network: nn.Module) -> FinetuneResult | None:
+    """Fill the network from the file, None if there is none that can be used."""
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            if about.get("key") != key:
+                raise ValueError("it is of another origin")
+            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            return FinetuneResult(**json.loads(about["result"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        logger.warning(
+            "The fine-tuned network %s cannot be used (%s) and is made anew.",
+            path, str(error).splitlines()[0][:200],
+        )  # fmt: skip
+        return None

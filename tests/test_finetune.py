@@ -1,0 +1,235 @@
+"""Fine-tuning a float network on classes of one's own, and what is kept of it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from torch import Tensor
+
+from fat.errors import FatError
+from fat.finetune import FinetuneModule, FinetuneResult, finetune, finetune_cached
+from fat.models import FloatNetwork, head_parameters, load_float_network, with_classes
+from fat.spec import FinetuneSpec
+
+CLASSES = ("blue", "green", "red")
+SPEC = FinetuneSpec(epochs=4, lr=3e-3, head_lr=3e-2, patience=10)
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def source() -> FloatNetwork:
+    loaded = load_float_network("test_efficientnet", weights="random", num_classes=7)
+    return replace(loaded, preprocessing=replace(loaded.preprocessing, size=(32, 32)))
+
+
+def coloured(count: int, seed: int) -> Batches:
+    """Noise whose brightest channel is the class."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = torch.randn(count, 3, 32, 32, generator=generator)
+    images[torch.arange(count), 2 - labels] += 1.5
+    return list(zip(images.split(16), labels.split(16), strict=True))
+
+
+def accuracy(network: torch.nn.Module, batches: Batches) -> float:
+    with torch.no_grad():
+        right = [(network(images).argmax(1) == labels).float() for images, labels in batches]
+    return float(100 * torch.cat(right).mean())
+
+
+def state(network: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_learns_classes_of_its_own(source: FloatNetwork) -> None:
+    before, random = state(source.network), torch.get_rng_state()
+    result, done = finetune(
+        source, coloured(160, 0), coloured(48, 1), SPEC, classes=CLASSES, progress=False
+    )
+    assert accuracy(result.network, coloured(96, 2)) > 95
+    assert done.top1 == pytest.approx(accuracy(result.network, coloured(48, 1)))
+    assert (result.num_classes, result.classes) == (3, CLASSES)
+    assert result.weights == "random, fine-tuned on 3 classes"
+    assert not result.network.training
+    assert not any(p.requires_grad for p in result.network.parameters())
+    # What came is left alone, and so is the global random state.
+    assert equal(before, state(source.network))
+    assert torch.equal(random, torch.get_rng_state())
+    again, _ = finetune(
+        source, coloured(160, 0), coloured(48, 1), SPEC, classes=CLASSES, progress=False
+    )
+    assert equal(state(result.network), state(again.network))
+
+
+def test_the_classifier_starts_alone(source: FloatNetwork) -> None:
+    spec = replace(SPEC, epochs=1, head_epochs=1)
+    result, _ = finetune(source, coloured(32, 0), coloured(16, 1), spec, classes=CLASSES,
+                         progress=False)  # fmt: skip
+    start = with_classes(source, CLASSES)
+    head = head_parameters(result.network)
+    moved = {
+        name
+        for name, value in result.network.state_dict().items()
+        if not torch.equal(value, start.network.state_dict()[name])
+    }
+    assert moved == head  # neither features nor the statistics of their norms
+
+
+def test_the_best_epoch_is_kept_and_waiting_ends(
+    source: FloatNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accuracies are dictated: the second epoch is the best, by its loss alone."""
+    figures = iter([(50.0, 1.0), (60.0, 0.5), (60.0, 0.75), (55.0, 0.25), (60.0, 0.5)])
+    seen: list[dict[str, Tensor]] = []
+
+    def dictate(self: FinetuneModule) -> None:
+        top1, loss = next(figures)
+        self.log("val/top1", top1)
+        self.log("val/loss", loss)
+        seen.append(state(self.network))
+
+    monkeypatch.setattr(FinetuneModule, "on_validation_epoch_end", dictate)
+    spec = replace(SPEC, epochs=9, patience=3)
+    result, done = finetune(source, coloured(32, 0), coloured(16, 1), spec, classes=CLASSES,
+                            progress=False)  # fmt: skip
+    assert done == FinetuneResult(classes=3, epochs=5, best_epoch=2, top1=60.0, loss=0.5)
+    assert equal(state(result.network), seen[1])
+    assert not equal(state(result.network), seen[4])
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_labels_that_are_no_class(source: FloatNetwork, label: int) -> None:
+    batches = coloured(32, 0)
+    batches[1][1][5] = label
+    with pytest.raises(FatError, match=rf"label {label}; with 3 classes allowed are 0 to 2"):
+        finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
+
+
+def test_too_high_a_rate_is_named(source: FloatNetwork) -> None:
+    batches = [(images * float("nan"), labels) for images, labels in coloured(32, 0)]
+    with pytest.raises(FatError, match=r"became nan in epoch 1. Type .*teacher.lr=0.0003 "):
+        finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"epochs": 0}, r"teacher.epochs is 0; allowed are whole numbers from 1"),
+        ({"head_epochs": -1}, r"teacher.head_epochs is -1"),
+        ({"patience": 0}, r"teacher.patience is 0"),
+        ({"lr": 0.0}, r"teacher.lr is 0.0; it must be above 0"),
+        ({"head_lr": float("nan")}, r"teacher.head_lr is nan"),
+        ({"weight_decay": -1.0}, r"teacher.weight_decay is -1.0"),
+        ({"label_smoothing": 1.0}, r"teacher.label_smoothing is 1.0; allowed: 0 to below 1"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, float], says: str) -> None:
+    with pytest.raises(FatError, match=says):
+        FinetuneSpec(**options)  # type: ignore[arg-type]
+
+
+def test_classes_must_be_told_apart(source: FloatNetwork) -> None:
+    for classes in ((), ("one",), ("cat", "cat")):
+        with pytest.raises(FatError, match="at least two, each with a name of its own"):
+            with_classes(source, classes)
+
+
+# ------------------------------------------------------------------------------------- what is kept
+
+
+def cached(source: FloatNetwork, folder: Path, **change: object) -> tuple[FloatNetwork, bool]:
+    options = {"data_key": "these", "classes": CLASSES, "seed": 0, "spec": SPEC, **change}
+    spec = replace(options.pop("spec"), epochs=1)  # type: ignore[type-var]
+    result, done = finetune_cached(
+        source, coloured(32, 0), coloured(16, 1), spec, folder=folder, progress=False, **options
+    )  # type: ignore[arg-type]
+    return result, done.cached
+
+
+def test_the_second_time_it_is_there(
+    source: FloatNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, hit = cached(source, tmp_path)
+    assert not hit
+    caplog.set_level(logging.INFO)
+    second, hit = cached(source, tmp_path)
+    assert hit
+    assert "Fine-tuned in an earlier run" in caplog.text
+    assert equal(state(first.network), state(second.network))
+    assert second.weights == first.weights
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data_key": "others"},
+        {"seed": 1},
+        {"classes": ("a", "b", "c")},
+        {"spec": replace(SPEC, lr=1e-3)},
+    ],
+)
+def test_anything_else_is_another_network(
+    source: FloatNetwork, tmp_path: Path, change: dict[str, object]
+) -> None:
+    cached(source, tmp_path)
+    _, hit = cached(source, tmp_path, **change)
+    assert not hit
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_other_weights_are_another_network(source: FloatNetwork, tmp_path: Path) -> None:
+    cached(source, tmp_path)
+    other = load_float_network("test_efficientnet", weights="random", num_classes=7, seed=5)
+    assert not cached(other, tmp_path)[1]
+
+
+def test_a_damaged_file_is_made_anew(
+    source: FloatNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = cached(source, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    again, hit = cached(source, tmp_path)
+    assert not hit
+    assert "cannot be used" in caplog.text
+    assert equal(state(first.network), state(again.network))
+    assert cached(source, tmp_path)[1]
+
+
+def test_ctrl_c_keeps_nothing(
+    source: FloatNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FinetuneModule, "validation_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cached(source, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+MODELS = sorted(Path(__file__).parents[1].glob("conf/model/*.yaml"))
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_of_conf_takes_a_new_classifier(path: Path) -> None:
+    with torch.device("meta"):  # shapes alone
+        network = timm.create_model(yaml.safe_load(path.read_text())["name"])
+        head = head_parameters(network)
+        assert head
+        before = {name: value.shape for name, value in network.named_parameters()}
+        network.reset_classifier(3)
+    after = {name: value.shape for name, value in network.named_parameters()}
+    assert {name for name in after if after[name] != before[name]} == head
+    assert all(after[name][0] == 3 for name in head)
