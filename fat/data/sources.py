@@ -177,6 +177,14 @@ class FolderSource:
         file = os.fsdecode(self._blob[start : int(self._ends[index])])
         return os.path.join(self._folders[self._folder(index)], file)
 
+    def stamp(self, index: int) -> bytes:
+        """Return the file's size and time of change; nothing if it is gone."""
+        try:
+            status = os.stat(self.root / self.name(index))
+        except OSError:
+            return b""
+        return f"{status.st_size} {status.st_mtime_ns}".encode()
+
     def _folder(self, index: int) -> int:
         return int(np.searchsorted(self._first, index, side="right")) - 1
 
