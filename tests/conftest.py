@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fat.data import listing
+
 DATA = Path(
     os.environ.get("FAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data/imagenet-sample")
 )
@@ -22,6 +24,13 @@ def imagenet_sample() -> Path:
             "needs a sample of ImageNet: set FAT_TEST_DATA to a folder with train/ and val/"
         )
     return DATA
+
+
+@pytest.fixture(autouse=True)
+def own_listings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listings of the tests' folders stay out of the user's cache."""
+    base = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setattr(listing, "cache_folder", base.joinpath)
 
 
 class MobileBlock(nn.Module):

@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from fat import models
-from fat.data.sources import FolderSource
+from fat.data.folders import FolderSource
 from fat.data.transforms import EvalTransform, apply
 from fat.errors import FatError
 from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network

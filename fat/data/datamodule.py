@@ -13,8 +13,9 @@ import pytorch_lightning as pl
 import torch
 
 from fat.data.dataset import Batch, EpochSampler, ImageDataset, ImageLoader, collate
+from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
-from fat.data.sources import FolderSource, ImageSource, PhotoSource
+from fat.data.sources import ImageSource, PhotoSource
 from fat.data.transforms import (
     DeviceCropTransform,
     EvalTransform,
