@@ -219,7 +219,7 @@ def distilled_folder(
         FatError: As for :func:`distill`; or if ``folder`` holds anything else, or cannot be
             written.
     """
-    check_batch_norms(network)
+    _check_batch_norms(network)
     started = time.perf_counter()
     key = _key(network, preprocessing, spec, seed)
     store = _Store(folder or cache_folder("distilled", key), spec)
@@ -243,7 +243,7 @@ def distilled_folder(
     return store.images
 
 
-def check_batch_norms(network: nn.Module) -> None:
+def _check_batch_norms(network: nn.Module) -> None:
     """Raise a FatError unless the network has batch norms that know their statistics."""
     if not _batch_norms(network):
         raise FatError(
@@ -264,7 +264,7 @@ class _Distiller:
         seed: int,
         device: torch.device | str | None,
     ) -> None:
-        check_batch_norms(network)
+        _check_batch_norms(network)
         if device is None:
             device = next(network.buffers()).device
         # A copy: hooks and flags on the caller's own would be seen between two batches.
@@ -338,7 +338,7 @@ class _Distiller:
             for step in range(steps):
                 adam.param_groups[0]["lr"] = self.spec.lr * annealed(step, steps)
                 adam.zero_grad()
-                self._loss(pixels, size, shares, rng).backward()
+                self._loss(pixels, size, shares, rng).backward()  # type: ignore[no-untyped-call]
                 adam.step()
                 with torch.no_grad():
                     pixels.clamp_(0.0, 1.0)
@@ -455,7 +455,7 @@ class _Moments(torch.autograd.Function):
 
 
 def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor] = _Moments.apply(x)  # type: ignore[no-untyped-call]
+    out: tuple[Tensor, Tensor, Tensor] = _Moments.apply(x)
     return out
 
 
