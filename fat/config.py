@@ -9,8 +9,15 @@ from typing import Any, TypeVar, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fat.errors import FatError, nearest
-from fat.spec import EqualizeSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
+from fat.errors import FatError, nearest, unknown_name
+from fat.spec import (
+    EqualizeSpec,
+    FinetuneSpec,
+    InitSpec,
+    QuantSpec,
+    ReconstructSpec,
+    TrainSpec,
+)
 
 __all__ = [
     "DataConfig",
@@ -18,11 +25,15 @@ __all__ = [
     "LoggerConfig",
     "ModelConfig",
     "RunConfig",
+    "TeacherConfig",
     "parse",
+    "parse_data",
     "suggest_key",
 ]
 
 T = TypeVar("T")
+
+TEACHERS = ("pretrained", "finetune")
 
 
 @dataclass
@@ -36,12 +47,35 @@ class ModelConfig:
 
 
 @dataclass
+class DistillConfig:
+    """conf/data: distill, see :class:`fat.data.distill.DistillSpec`."""
+
+    images: int = 192
+    batch_size: int = 32
+    coarse_steps: int = 60
+    steps: int = 12
+    lr: float = 0.01
+    smoothness: float = 0.2
+    class_weight: float = 0.003
+
+
+@dataclass
 class DataConfig:
     """conf/data: the images, see :class:`fat.data.datamodule.FatDataModule`."""
 
     source: str
     root: str | None = None
     test_root: str | None = None
+    index: str | None = None
+    fraction: float = 0.1
+    cache: str = "none"
+    cache_dir: str | None = None
+    cache_side: int = 256
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    image_size: int | None = None
+    crop_pct: float | None = None
+    flip: float = 0.5
+    augment: str = "worker"
     batch_size: int = 16
     workers: int | None = None
     train_images: int | None = None
@@ -51,6 +85,20 @@ class DataConfig:
     validation_fraction: float = 0.1
     test_fraction: float = 0.2
     crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+
+
+@dataclass
+class TeacherConfig:
+    """conf/teacher: what is done to the float network first, see :class:`fat.FinetuneSpec`."""
+
+    source: str = "pretrained"
+    epochs: int = 15
+    head_epochs: int = 1
+    lr: float = 1e-3
+    head_lr: float = 1e-2
+    weight_decay: float = 0.02
+    label_smoothing: float = 0.1
+    patience: int = 5
 
 
 @dataclass
@@ -175,6 +223,7 @@ class RunConfig:
 
     model: ModelConfig
     data: DataConfig
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -210,6 +259,14 @@ class RunConfig:
             activation_init=InitSpec(**vars(self.init.activation)),
             equalize=EqualizeSpec(**vars(quant.equalize)),
         )
+
+    def finetune_spec(self) -> FinetuneSpec | None:
+        """The frozen, checked form of ``teacher``; None for a network that stays as it is."""
+        options = dict(vars(self.teacher))
+        source = options.pop("source")
+        if source not in TEACHERS:
+            raise unknown_name("teacher", source, TEACHERS)
+        return FinetuneSpec(**options) if source == "finetune" else None
 
     def train_spec(self) -> TrainSpec:
         """The frozen, checked form of ``optim``."""
@@ -267,14 +324,31 @@ def parse(schema: type[T], composed: DictConfig) -> T:
         raise FatError(f"{key}: {reason}. Type it as in conf/, for example {key}=VALUE.") from error
 
 
+def parse_data(stored: dict[str, Any]) -> DataConfig:
+    """The data options of a run, as its config.yaml holds them.
+
+    Raises:
+        FatError: If one of them is unknown here, or of another type.
+    """
+    return parse(DataConfig, OmegaConf.create(stored))
+
+
 def suggest_key(given: str, schema: type) -> str:
     """What to say about a key that the schema does not have.
+
+    A key that exists, but not in the chosen file of its group, is named as such.
 
     Examples:
         >>> suggest_key("quant.granularty", RunConfig)[:68]
         "Unknown key 'quant.granularty'. Did you mean 'quant.granularity' or "
     """
     known = [*_keys(schema)]
+    if given in known:
+        group = given.partition(".")[0]
+        return (
+            f"'{given}' has no meaning with this choice of {group}: conf/{group}/ says which file "
+            "has it."
+        )
     leaf = given.rpartition(".")[2]
     same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
     close = same_leaf[:3] or nearest(given, known)

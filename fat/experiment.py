@@ -20,16 +20,18 @@ from fat.analysis import float_shift_db, layer_errors
 from fat.calibrate import calibrate
 from fat.callbacks import AlphaHistory
 from fat.checkpoint import check_saveable, load, save
-from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig
+from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_data
 from fat.data.datamodule import FatDataModule
-from fat.errors import FatError, unknown_name
+from fat.data.dataset import ImageLoader
+from fat.errors import FatError
 from fat.evaluate import evaluate
 from fat.files import check_writable, write_text
 from fat.fit import FitResult, fit
+from fat.inputs import Target, finetuned, for_images, make_data, own_classes
 from fat.loggers import make_logger, sync_command
 from fat.memory import keep_freed_memory
 from fat.mixed import choose_bits, mean_bits, size_mb
-from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
+from fat.models import FloatNetwork, Preprocessing, load_float_network
 from fat.module import NO_LABELS
 from fat.pipeline import prepare
 from fat.report.run import (
@@ -54,7 +56,7 @@ STUDENT, METRICS, CONFIG, THRESHOLDS = (
     "config.yaml",
     "thresholds.csv",
 )
-EQUALIZATION = "equalization.csv"
+EQUALIZATION, IMAGES = "equalization.csv", "images.csv"
 
 
 def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
@@ -73,7 +75,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         FatError: For anything the user can mend.
         KeyboardInterrupt: After Ctrl-C, when the best student so far has been saved.
     """
-    spec, recipe = config.quant_spec(), config.train_spec()
+    spec, recipe, finetuning = config.quant_spec(), config.train_spec(), config.finetune_spec()
     measured = read_sensitivity(config.quant.mixed) if config.quant.mixed is not None else None
     if measured is not None:
         spec = _with_mixed_bits(spec, measured, config.quant.budget_mb)
@@ -85,12 +87,28 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     clock = _Clock()
 
     with clock("load"):
-        source = load_float_network(**asdict(config.model), seed=config.seed)
+        loaded = load_float_network(**asdict(config.model), seed=config.seed)
+        source = for_images(loaded, config.data)
         _check_measured(measured, source)
-        data = make_data(config.data, source.preprocessing, source.num_classes, config.seed)
+        target = Target.of(source)
+        if finetuning is not None:  # the network will have the data's own classes
+            classes = own_classes(config.data)
+            target = replace(target, num_classes=len(classes), classes=classes)
+        data = make_data(config.data, target, config.seed, progress=progress)
         data.setup()
+        if data.index is not None:
+            data.index.save(directory / IMAGES)
         if recipe.label_weight and recipe.epochs and not data.train.source.labelled:
             raise FatError(NO_LABELS)  # known now, rather than after the first epoch
+
+    teacher = None
+    if finetuning is not None:
+        assert target.classes is not None
+        with clock("finetune"):
+            source, teacher = finetuned(
+                source, data, finetuning, target.classes,
+                seed=config.seed, device=device, progress=progress,
+            )  # fmt: skip
 
     with clock("prepare"):
         examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
@@ -104,20 +122,21 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     student = student.to(device)
 
     with clock("calibrate"):
-        images = _on(device, data.calibration_dataloader())
+        images = data.calibration_dataloader().to(device)
         calibrate(student, tqdm(images, "Calibrate", leave=False, disable=not progress))
         shift = None
         if spec.equalize.method != "none":
-            shift = float_shift_db(student, _on(device, data.val_dataloader()))
+            shift = float_shift_db(student, data.val_dataloader().to(device))
             logger.info("Equalization moved the float logits to %.1f dB on unseen images.", shift)
 
     with clock("evaluate"):
         before = evaluate(
-            student, _on(device, data.test_dataloader()), progress=_bar(config, "calibrated")
+            student, data.test_dataloader().to(device), progress=_bar(config, "calibrated")
         )
     metrics: dict[str, Any] = {
         "model": source.name,
         "weights": source.weights,
+        "teacher": None if teacher is None else asdict(teacher),
         "data": {"source": config.data.source, "root": config.data.root, **data.summary()},
         "bits": {"weight": mean_bits(student), "activation": spec.for_activations},
         "size_mb": size_mb(student),
@@ -151,8 +170,8 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         with clock("train"):
             result = fit(
                 student,
-                data.train_dataloader(),
-                validation=data.val_dataloader(),
+                data.train_dataloader().to(device),
+                validation=data.val_dataloader().to(device),
                 spec=recipe,
                 callbacks=_callbacks(directory, logging_on=log is not None),
                 progress=config.trainer.progress,
@@ -177,7 +196,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
             raise KeyboardInterrupt
         with clock("evaluate"):
             after = evaluate(
-                student, _on(device, data.test_dataloader()), progress=_bar(config, "trained")
+                student, data.test_dataloader().to(device), progress=_bar(config, "trained")
             )
         rows["trained"] = after["quantized"]
         metrics["trained"] = after["quantized"]
@@ -215,9 +234,9 @@ class FinishedRun:
     data_config: DataConfig
     device: torch.device
 
-    def batches(self, loader: Any) -> Any:
-        """Batches of a loader on the student's device."""
-        return _on(self.device, loader)
+    def batches(self, loader: ImageLoader) -> ImageLoader:
+        """A loader's batches, on the student's device."""
+        return loader.to(self.device)
 
 
 def open_run(config: EvaluateConfig) -> FinishedRun:
@@ -245,14 +264,12 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         load_checkpoint(student, Path(config.checkpoint).expanduser())
     data_config = config.data
     if data_config.source == "of_run":
-        data_config = DataConfig(**stored["data"])
+        data_config = parse_data(stored["data"])
         data_config.batch_size, data_config.workers = config.data.batch_size, config.data.workers
-    data = make_data(
-        data_config,
-        Preprocessing.from_dict(student.origin["preprocessing"]),
-        student.origin["num_classes"],
-        seed,
-    )
+        data_config.cache = "none"  # that of training images, which may be gone
+        if (directory / IMAGES).is_file():
+            data_config.index = str(directory / IMAGES)
+    data = make_data(data_config, _target_of_run(student.origin), seed)
     device = _device(config.trainer)
     return FinishedRun(directory, student.to(device), data, data_config, device)
 
@@ -279,39 +296,6 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         opened.data_config.root or opened.data_config.source, format_figures(rows),
     )  # fmt: skip
     return figures
-
-
-def make_data(
-    config: DataConfig, preprocessing: Preprocessing, num_classes: int, seed: int
-) -> FatDataModule:
-    """The four splits that a config asks for."""
-    common: dict[str, Any] = {
-        "calibration_images": config.calibration_images,
-        "batch_size": config.batch_size,
-        "workers": config.workers,
-        "seed": seed,
-        "scale": (config.crop_scale[0], config.crop_scale[1]),
-    }
-    for name in ("train_images", "validation_images", "test_images"):
-        value = getattr(config, name)
-        if value is not None:
-            common[name] = value
-    if config.source == "photos":
-        return FatDataModule.photos(preprocessing, **common)
-    if config.source == "folder":
-        if not config.root:
-            raise FatError("data=folder needs a folder: type data.root=DIR.")
-        return FatDataModule.folder(
-            config.root,
-            preprocessing,
-            test_root=config.test_root,
-            classes=class_names(num_classes),
-            num_classes=num_classes,
-            validation_fraction=config.validation_fraction,
-            test_fraction=config.test_fraction,
-            **common,
-        )
-    raise unknown_name("data source", config.source, ("photos", "folder"))
 
 
 def load_checkpoint(student: Student, path: Path) -> None:
@@ -399,24 +383,6 @@ def _device(trainer: TrainerConfig) -> torch.device:
     return torch.device("cuda")
 
 
-class _Moved:
-    """Batches of a loader on another device."""
-
-    def __init__(self, device: torch.device, batches: Any) -> None:
-        self._device, self._batches = device, batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
-        for batch in self._batches:
-            yield tuple(part.to(self._device, non_blocking=True) for part in batch)
-
-
-def _on(device: torch.device, batches: Any) -> Any:
-    return batches if device.type == "cpu" else _Moved(device, batches)
-
-
 def _bar(config: RunConfig, name: str) -> str | None:
     return f"Evaluate {name}" if config.trainer.progress else None
 
@@ -426,8 +392,18 @@ def _origin(source: FloatNetwork) -> dict[str, Any]:
         "name": source.name,
         "weights": source.weights,
         "num_classes": source.num_classes,
+        "classes": source.classes,
         "preprocessing": source.preprocessing.to_dict(),
     }
+
+
+def _target_of_run(origin: Mapping[str, Any]) -> Target:
+    classes = origin.get("classes")
+    return Target(
+        Preprocessing.from_dict(origin["preprocessing"]),
+        origin["num_classes"],
+        None if classes is None else tuple(classes),
+    )
 
 
 def _run_name(model: str, spec: QuantSpec) -> str:
@@ -570,7 +546,7 @@ def _summarise(
         )
     collapsed = advice(spec, rows["calibrated"], result, [])
     if collapsed is not None:
-        batch = next(iter(_on(device, data.val_dataloader())))
+        batch = next(iter(data.val_dataloader().to(device)))
         lines.append(advice(spec, rows["calibrated"], result, layer_errors(student, [batch])) or "")
     seconds = metrics["seconds"]
     lines.append("Seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))

@@ -24,9 +24,9 @@ ORDER = [
     "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate", "checkpoint",
     "sensitivity", "mixed", "parameters", "reconstruct",
     "data/*",
-    "module", "callbacks", "fit", "loggers",
+    "module", "callbacks", "fit", "finetune", "loggers",
     "report/*",
-    "config", "experiment", "analyses", "cli",
+    "config", "inputs", "experiment", "analyses", "cli",
 ]  # fmt: skip
 WHERE = {
     "hydra": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},
@@ -34,7 +34,7 @@ WHERE = {
     "timm": {"fat/models.py", "fat/graph/trace.py"},
     "pytorch_lightning": {
         "fat/data/datamodule.py", "fat/module.py", "fat/callbacks.py", "fat/fit.py",
-        "fat/loggers.py", "fat/experiment.py",
+        "fat/finetune.py", "fat/loggers.py", "fat/experiment.py",
     },
 }  # fmt: skip
 FILES = sorted([*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "evaluate.py"])

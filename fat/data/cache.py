@@ -140,6 +140,10 @@ class CachedSource:
         """Return what the source calls the image."""
         return self.source.name(index)
 
+    def content(self, index: int) -> bytes:
+        """Return what the source has stored of the image."""
+        return self.source.content(index)
+
     def _open(self) -> _Mapped:
         if self._mapped is None:
             view = _map(self.file)
@@ -192,12 +196,12 @@ def build_cache(
             little room or cannot be written, or a cache that is there is damaged.
     """
     if mode not in MODES:
-        raise unknown_name("data.cache", mode, ("off", *MODES))
+        raise unknown_name("data.cache", mode, ("none", *MODES))
     if short_side < 1:
         raise FatError(f"data.cache_side is {short_side}; it must be at least 1 pixel.")
     chosen = _sorted(indices)
     if len(chosen) == 0:
-        raise FatError("There is no image to cache. Type data.cache=off.")
+        raise FatError("There is no image to cache. Type data.cache=none.")
     digest = _key(source, chosen, mode, short_side, key)
     file = folder / f"{mode}-{short_side}-{digest.hex()[:16]}.cache"
     small = _SmallImages(source, chosen, mode, short_side)
@@ -211,7 +215,7 @@ def build_cache(
         except OSError as error:
             raise FatError(
                 f"Cannot write the image cache {file}: {error.strerror or error}. Type "
-                "data.cache_dir=DIR with another folder, or data.cache=off. What was written so "
+                "data.cache_dir=DIR with another folder, or data.cache=none. What was written so "
                 "far is kept and will be used."
             ) from error
     log.info("%d images come from the cache %s.", len(chosen), file)
@@ -339,7 +343,7 @@ def _map(file: Path) -> memoryview:
 def _damaged(file: Path, what: str) -> FatError:
     return FatError(
         f"The image cache {file} is damaged: {what}. Delete it and start again to have it rebuilt, "
-        "or type data.cache=off."
+        "or type data.cache=none."
     )
 
 
@@ -380,7 +384,7 @@ def _announce(small: _SmallImages, file: Path) -> None:
         raise FatError(
             f"The image cache needs more room than there is. {told}, but {place} has {_gb(free)} "
             f"free. Type data.cache_dir=DIR with a folder on another disk, {smaller}a smaller "
-            "data.cache_side, or data.cache=off."
+            "data.cache_side, or data.cache=none."
         )
     log.info("Caching %s in %s (%s free).", told, file.parent, _gb(free))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,11 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from fat.data.cache import build_cache
 from fat.data.dataset import Batch, EpochSampler, ImageDataset, ImageLoader, collate
 from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
+from fat.data.index import ImageIndex, some
 from fat.data.sources import ImageSource, PhotoSource
 from fat.data.transforms import (
     DeviceCropTransform,
@@ -24,6 +27,7 @@ from fat.data.transforms import (
     generator,
 )
 from fat.errors import FatError, unknown_name
+from fat.files import cache_folder
 
 if TYPE_CHECKING:
     from fat.models import Preprocessing
@@ -165,6 +169,9 @@ class FatDataModule(pl.LightningDataModule):
         workers: Processes that decode images; by default one less than the usable cores, at most 8.
         seed: What the training order follows.
 
+    Attributes:
+        index: Which images these are, where they are files; such splits share no image, by content.
+
     Raises:
         FatError: If batch_size, workers or seed is out of range.
     """
@@ -194,6 +201,7 @@ class FatDataModule(pl.LightningDataModule):
         self.batch_size = batch_size
         self.workers = _usable_workers() if workers is None else workers
         self.seed = seed
+        self.index: ImageIndex | None = None
 
     @classmethod
     def photos(
@@ -255,6 +263,7 @@ class FatDataModule(pl.LightningDataModule):
         test_root: str | os.PathLike[str] | None = None,
         classes: Mapping[str, int] | Sequence[str] | None = None,
         num_classes: int | None = None,
+        progress: bool = False,
         **options: Unpack[Sampling],
     ) -> FatDataModule:
         """Any folder of images, searched recursively.
@@ -262,7 +271,8 @@ class FatDataModule(pl.LightningDataModule):
         With a subfolder ``train``, that is the pool of training images; the first of ``val``,
         ``validation``, ``test`` beside it is the test set. ``test_root`` overrides the latter.
         Without a test folder ``test_fraction`` of all images is set apart. Validation images are
-        always taken from the pool. All samples are uniform and follow the seed.
+        always taken from the pool. All samples are uniform and follow the seed. Of images that are
+        stored twice, training and validation lose those that the test has too.
 
         Args:
             root: The folder.
@@ -270,6 +280,7 @@ class FatDataModule(pl.LightningDataModule):
             test_root: A folder of test images, outside the pool.
             classes: Names of the class folders in the order of the logits, or name to index.
             num_classes: Number of logits.
+            progress: Whether to show bars while images are listed and hashed, if that takes long.
             **options: See :class:`Sampling` and :class:`Feeding`.
 
         Raises:
@@ -278,9 +289,13 @@ class FatDataModule(pl.LightningDataModule):
         """
         pool_root, held_out = find_folders(Path(root).expanduser(), test_root)
         _check_sampling(options)
-        pool = FolderSource(pool_root, classes, num_classes)
-        test = None if held_out is None else FolderSource(held_out, classes, num_classes)
-        return cls.of_sources(pool, test, preprocessing, what=f"The folder {pool_root}", **options)
+        pool = FolderSource(pool_root, classes, num_classes, progress=progress)
+        test = None
+        if held_out is not None:
+            test = FolderSource(held_out, classes, num_classes, progress=progress)
+        data = cls.of_sources(pool, test, preprocessing, what=f"The folder {pool_root}", **options)
+        data._write_down(pool_root, held_out, progress)
+        return data
 
     @classmethod
     def of_sources(
@@ -334,6 +349,110 @@ class FatDataModule(pl.LightningDataModule):
             **_loading(options),
         )
 
+    @classmethod
+    def of_index(
+        cls, index: ImageIndex, preprocessing: Preprocessing, **feeding: Unpack[Feeding]
+    ) -> FatDataModule:
+        """The very images of an index.
+
+        Args:
+            index: Which images each split has.
+            preprocessing: How the network wants its images.
+            **feeding: See :class:`Feeding`.
+        """
+        cut = _Cut(preprocessing, feeding)
+
+        def still(split: str) -> ImageDataset:
+            source = index.source(split)
+            return cut.still(source, np.arange(len(source)), split)
+
+        index.check_disjoint()
+        train = ImageDataset(index.source("train"), cut.train(), split="training", seed=cut.seed)
+        data = cls(
+            still("calibration"), train, still("validation"), still("test"), **_loading(feeding)
+        )
+        data.index = index
+        return data
+
+    @classmethod
+    def distilled(
+        cls,
+        images: str | os.PathLike[str],
+        preprocessing: Preprocessing,
+        *,
+        test: ImageSource | None = None,
+        **options: Unpack[Sampling],
+    ) -> FatDataModule:
+        """Synthesised images to calibrate, train and validate on, real ones to judge by.
+
+        Args:
+            images: The folder of synthesised images.
+            preprocessing: How the network wants its images.
+            test: The real images; None takes crops of photographs.
+            **options: See :class:`Sampling` and :class:`Feeding`; of the photographs
+                ``test_images`` crops are made, 300 by default.
+
+        Raises:
+            FatError: If there are fewer than two images, or a number is out of range.
+        """
+        if test is None:
+            test = PhotoSource(TEST_PHOTOS, options.get("test_images") or 300)
+            data = cls.of_sources(FolderSource(images), test, preprocessing, **options)
+            crops = _Cut(preprocessing, options).crop()
+            data.test = ImageDataset(test, crops, split="test", seed=_EVAL_SEED)
+            return data
+        return cls.of_sources(FolderSource(images), test, preprocessing, **options)
+
+    def cache(
+        self,
+        mode: str,
+        folder: str | os.PathLike[str] | None = None,
+        short_side: int = 256,
+        *,
+        progress: bool = False,
+    ) -> None:
+        """Have the training images made small once, so that decoding costs little from now on.
+
+        Args:
+            mode: ``"jpeg"`` or ``"pixels"``, see :mod:`fat.data.cache`.
+            folder: Where caches lie; ``~/.cache/fat/images`` by default.
+            short_side: Pixels that the shorter side of an image keeps.
+            progress: Whether to show a bar while they are made.
+
+        Raises:
+            FatError: If the cache cannot be made, or the mode is unknown.
+        """
+        place = cache_folder("images") if folder is None else Path(folder).expanduser()
+        self.train.source = build_cache(
+            self.train.source,
+            [int(i) for i in self.train.indices],
+            mode=mode,
+            short_side=short_side,
+            folder=place,
+            workers=self.workers,
+            progress=progress,
+        )
+
+    def _write_down(self, root: Path, test_root: Path | None, progress: bool) -> None:
+        """Hash the images, and leave out copies of images that a later split has."""
+        splits = {"test": self.test, "validation": self.validation, "train": self.train,
+                  "calibration": self.calibration}  # fmt: skip
+        index = ImageIndex.of(
+            {name: (data.source, data.indices.tolist()) for name, data in splits.items()},
+            root=root, val_root=test_root, seed=self.seed, progress=progress,
+            shared=frozenset({("calibration", "train")}),
+        )  # fmt: skip
+        kept, copies = index.without_copies(("test", "validation", "train"))
+        if copies:
+            log.warning(
+                "Left out %d images whose copies are in a split that judges: %s.",
+                len(copies), some([record.name for record in copies]),
+            )  # fmt: skip
+            gone = {(record.split, record.name) for record in copies}
+            for name, data in splits.items():
+                data.keep([(name, data.source.name(int(i))) not in gone for i in data.indices])
+        self.index = kept
+
     @property
     def labelled(self) -> bool:
         """Whether the test images have labels, so that accuracies can be reported."""
@@ -380,6 +499,17 @@ class FatDataModule(pl.LightningDataModule):
             raise FatError("None of the calibration images can be read. Type data.root=DIR.")
         parts, labels, _ = collate(items)
         return self.calibration.transform.finish(*parts), labels
+
+    def fingerprint(self) -> str:
+        """A hash of the training and validation images, their labels, order and crops."""
+        digest = hashlib.sha256()
+        for data in (self.train, self.validation):
+            about = (data.split, data.seed, self.batch_size, data.transform.settings())
+            digest.update(repr(about).encode())
+            for index in data.indices.tolist():
+                content = hashlib.sha256(data.source.content(index)).hexdigest()
+                digest.update(f"{content} {data.source.label(index)}".encode())
+        return digest.hexdigest()
 
     def summary(self) -> dict[str, Any]:
         """Return counts, labels and skipped images of each split, as plain values for a report."""

@@ -126,6 +126,20 @@ class ImageDataset(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.indices)
 
+    def keep(self, wanted: Sequence[bool]) -> None:
+        """Leave images out for good.
+
+        Args:
+            wanted: For each position whether its image stays.
+
+        Raises:
+            FatError: If none stays.
+        """
+        self.indices = self.indices[np.asarray(wanted, dtype=bool)]
+        if len(self.indices) == 0:
+            raise FatError(f"No {self.split} image is left; give more images to choose from.")
+        self.skipped = SkippedImages(self.split, len(self.indices))
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of keys that are plain positions. Workers already running do not see it."""
         self.epoch = epoch

@@ -14,7 +14,7 @@ from fat.data.images import IMAGE_SUFFIXES, UNKNOWN, UnreadableImage, open_image
 from fat.data.listing import list_folder
 from fat.errors import FatError, nearest
 
-__all__ = ["FolderSource", "check_folder"]
+__all__ = ["FolderSource", "check_folder", "folder_classes"]
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +94,27 @@ class FolderSource:
         except OSError:
             return b""
         return f"{status.st_size} {status.st_mtime_ns}".encode()
+
+
+def folder_classes(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of a folder's own classes: its first-level subfolders that hold images, sorted.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        FatError: If it is missing, or some images are in no subfolder, or there are fewer than two.
+    """
+    place = Path(root).expanduser()
+    check_folder(place)
+    tops = dict.fromkeys(map(_top, list_folder(place).folders()))
+    if "" in tops or len(tops) < 2:
+        found = "images outside of subfolders" if "" in tops else f"{len(tops)} subfolder(s)"
+        raise FatError(
+            f"{place} has {found}, so its images have no classes. Wanted: at least two subfolders, "
+            "one for each class, and every image in one of them."
+        )
+    return tuple(sorted(tops))
 
 
 def _top(folder: str) -> str:

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +299,30 @@ class ImageIndex:
                 f"{len(names)} images are in both the {a} and the {b} split, by content: "
                 f"{some(names)}. A result on them would not count. Remove one of each, {_AGAIN}."
             )
+
+    def without_copies(self, judges: Sequence[str]) -> tuple[ImageIndex, tuple[Record, ...]]:
+        """Leave out of a split what an earlier one has too, by content.
+
+        Args:
+            judges: Splits in the order of precedence; the others come after them.
+
+        Returns:
+            The index without these images, and their records.
+        """
+        order = list(dict.fromkeys((*judges, *SPLITS)))
+        allowed = {frozenset(pair) for pair in self.shared}
+        owners: dict[str, str] = {}
+        for record in sorted(self.records, key=lambda record: order.index(record.split)):
+            owners.setdefault(record.sha256, record.split)
+        copies = tuple(
+            record
+            for record in self.records
+            if (owner := owners[record.sha256]) != record.split
+            and frozenset((owner, record.split)) not in allowed
+        )
+        gone = {(record.split, record.name) for record in copies}
+        kept = tuple(record for record in self.records if (record.split, record.name) not in gone)
+        return replace(self, records=kept), copies
 
     def check_labels(self, num_classes: int) -> None:
         """Raise a FatError if a label is none of the network's classes.

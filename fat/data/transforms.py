@@ -58,6 +58,10 @@ class Transform(Protocol):
         """Return float32 [N, 3, H, W] from the stacked parts of N images."""
         ...
 
+    def settings(self) -> dict[str, Any]:
+        """Return everything that the result depends on beside the image and ``rng``."""
+        ...
+
 
 def apply(
     transform: Transform, image: Image.Image, rng: np.random.Generator | None = None
@@ -131,6 +135,10 @@ class EvalTransform:
         """Normalise a batch."""
         return self._normalise(parts[0])
 
+    def settings(self) -> dict[str, Any]:
+        """Return the preprocessing."""
+        return {"kind": "eval", **self.preprocessing.to_dict()}
+
     def _pad(self, image: Image.Image) -> Image.Image:
         """Fill up to the network's size with the mean colour."""
         height, width = self.preprocessing.size
@@ -163,6 +171,16 @@ class _RandomCrop:
         self.flip = flip
         self._filter = _filter(preprocessing)
         self._normalise = Normalise(preprocessing)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the preprocessing and the ranges of the crops."""
+        return {
+            "kind": type(self).__name__,
+            **self.preprocessing.to_dict(),
+            "scale": self.scale,
+            "ratio": self.ratio,
+            "flip": self.flip,
+        }
 
     def _draw(
         self, image: Image.Image, rng: np.random.Generator

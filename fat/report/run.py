@@ -31,9 +31,9 @@ COLLAPSE = 80.0
 """Agreement with the float network, in percent, below which plain calibration has collapsed."""
 
 METRICS_KEYS = (
-    "model", "weights", "data", "bits", "granularity", "scheme", "init", "seed", "versions",
-    "float", "calibrated", "trained", "accuracy_drop", "seconds", "equalization", "training",
-    "size_mb",
+    "model", "weights", "teacher", "data", "bits", "granularity", "scheme", "init", "seed",
+    "versions", "float", "calibrated", "trained", "accuracy_drop", "seconds", "equalization",
+    "training", "size_mb",
 )  # fmt: skip
 """Keys of metrics.json in their order; docs/metrics.md says what each holds."""
 

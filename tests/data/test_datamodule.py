@@ -229,7 +229,7 @@ def test_lightning_sets_the_epoch(tmp_path: Path) -> None:
 
 def test_short_last_batch(tmp_path: Path) -> None:
     fill(tmp_path / "a", 20)
-    fill(tmp_path / "b", 7)
+    fill(tmp_path / "b", 7, start=100)
     data = FatDataModule.folder(
         tmp_path / "a", PREPROCESSING, test_root=tmp_path / "b", workers=0, batch_size=5
     )
@@ -263,14 +263,14 @@ def test_contract_and_summary(tmp_path: Path) -> None:
 
 def test_unreadable_images_show_in_the_summary(tmp_path: Path) -> None:
     fill(tmp_path / "train", 60)
-    fill(tmp_path / "val", 40)
-    (tmp_path / "val" / "011.png").write_bytes(b"")
+    fill(tmp_path / "val", 40, start=100)
+    (tmp_path / "val" / "111.png").write_bytes(b"")
     data = FatDataModule.folder(tmp_path, PREPROCESSING, workers=0)
     assert len(ids(data.test_dataloader())) == 39
     assert data.summary()["splits"]["test"]["skipped"] == 1
-    assert data.summary()["splits"]["test"]["first_skipped"] == ["011.png"]
+    assert data.summary()["splits"]["test"]["first_skipped"] == ["111.png"]
     for i in range(3):
-        (tmp_path / "val" / f"{i:03d}.png").write_bytes(b"")
+        (tmp_path / "val" / f"{100 + i}.png").write_bytes(b"")
     with pytest.raises(FatError, match=r"of the 40 test images cannot be read, more than 5%"):
         list(data.test_dataloader())
 
