@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,12 @@ def imagenet_sample() -> Path:
     return DATA
 
 
-@pytest.fixture(autouse=True)
-def own_listings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def own_listings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Listings of the tests' folders stay out of the user's cache."""
-    base = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setattr(listing, "cache_folder", base.joinpath)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing, "cache_folder", tmp_path_factory.mktemp("cache").joinpath)
+        yield
 
 
 class MobileBlock(nn.Module):

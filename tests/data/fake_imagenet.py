@@ -217,6 +217,15 @@ def write_parquet(path: Path, rows: list[tuple[str, int, bytes]], group: int = 7
     pyarrow.parquet.write_table(table, path, row_group_size=group)
 
 
+def change_row(path: Path, row: int) -> None:
+    """Put other bytes in the place of an image."""
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    rows[row]["image"]["bytes"] = jpeg(7)
+    write_parquet(path, [(r["image"]["path"], r["label"], r["image"]["bytes"]) for r in rows])
+
+
 def fake(root: Path, training: str = "class folders", validation: str = "class folders") -> Path:
     """Write both parts; flat validation images get a label file."""
     TRAINING[training](root)

@@ -8,10 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import fake_imagenet as fakes
 import numpy as np
 import pytest
-from fake_imagenet import LABELS, TRAIN, TRAINING, VAL, VALIDATION, WNIDS, fake, need
 
 from fat.data import subset
 from fat.data.archives import Reader
@@ -20,6 +18,8 @@ from fat.data.labels import stem
 from fat.data.sampling import balanced_order, digest
 from fat.data.subset import choose
 from fat.errors import FatError
+from tests.data import fake_imagenet as fakes
+from tests.data.fake_imagenet import LABELS, TRAIN, TRAINING, VAL, VALIDATION, WNIDS, fake, need
 
 Summary = list[tuple[str, str, int, str]]
 
