@@ -286,14 +286,16 @@ class ImageIndex:
 
     def check_disjoint(self) -> None:
         """Raise a FatError if two splits have an image in common, by content, and must not."""
-        where: dict[str, Record] = {}
+        where: dict[str, dict[str, Record]] = {}
         allowed = {frozenset(pair) for pair in self.shared}
         common: dict[tuple[str, str], list[str]] = {}
         for record in self.records:
-            first = where.setdefault(record.sha256, record)
-            pair = first.split, record.split
-            if first.split != record.split and frozenset(pair) not in allowed:
-                common.setdefault(pair, []).append(f"{first.name} = {record.name}")
+            others = where.setdefault(record.sha256, {})
+            for split, other in others.items():
+                if split != record.split and frozenset((split, record.split)) not in allowed:
+                    pair = split, record.split
+                    common.setdefault(pair, []).append(f"{other.name} = {record.name}")
+            others.setdefault(record.split, record)
         for (a, b), names in common.items():
             raise FatError(
                 f"{len(names)} images are in both the {a} and the {b} split, by content: "

@@ -37,6 +37,7 @@ VALIDATION_FORMS = (
 _TRAIN_TAR, _VAL_TAR = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _TRAINING, _VALIDATION = ("train",), ("validation", "val")
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
+_WNID = re.compile(r"n\d{8}")
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
 _OF = re.compile(r"-of-(\d+)")  # the hub's names say how many files a split has
 
@@ -217,7 +218,7 @@ def _packed(root: Path, splits: Sequence[str]) -> list[Part]:
         ("parquet files", re.compile(rf"(?:{split})[^a-z].*\.parquet"), r".*\.parquet", _rows),
         ("WebDataset shards", re.compile(rf".*(?:{split}).*\d\.tar"), r".*\d\.tar", _samples),
     )
-    below = sorted(entry.name for entry in _scan(root) if entry.is_dir())
+    below = sorted(e.name for e in _scan(root) if e.is_dir() and not _WNID.fullmatch(e.name))
     folders = [root, *(root / name for name in below)]
     found = []
     for form, named, anything, images in forms:

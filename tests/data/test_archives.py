@@ -179,7 +179,7 @@ def test_damaged_and_other_parquet(parquet: Path) -> None:
     parquet.write_bytes(parquet.read_bytes()[:-20])
     with pytest.raises(FatError, match=r"x.parquet cannot be read as parquet.*download it again"):
         list(parquet_rows(parquet))
-    with pytest.raises(OSError, match="[Pp]arquet"):
+    with pytest.raises(OSError, match=r"[Pp]arquet"):
         Reader(parquet.parent).read(Place("x.parquet", row=0))
     pyarrow.parquet.write_table(pyarrow.table({"img": [b"x"], "label": [1]}), parquet)
     with pytest.raises(FatError, match=r"columns img \(binary\), label \(int64\); wanted"):

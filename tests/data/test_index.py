@@ -128,6 +128,10 @@ def test_splits_in_common(index: ImageIndex) -> None:
         same.check_disjoint()
     for pair in (("train", "test"), ("test", "train")):
         replace(same, shared=frozenset({pair})).check_disjoint()
+    three = replace(same, records=(record("calibration", "a"), *same.records))
+    pairs = frozenset({("calibration", "train"), ("calibration", "test")})
+    with pytest.raises(FatError, match="both the train and the test"):
+        replace(three, shared=pairs).check_disjoint()
     with pytest.raises(FatError, match="both the train"):
         replace(same, shared=frozenset({("calibration", "train")})).check_disjoint()
 

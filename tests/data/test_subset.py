@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import hashlib
 import logging
 import os
@@ -172,6 +173,44 @@ def test_damaged_label_files(tmp_path: Path, text: str, message: str) -> None:
     fakes.put(tmp_path / "val.txt", text)
     with pytest.raises(FatError, match=message):
         pick(tmp_path)
+
+
+@pytest.mark.parametrize("form", [form for form in TRAINING if form != "class folders"])
+def test_damaged_archives(tmp_path: Path, form: str, expected: Summary) -> None:
+    need(form)
+    fake(tmp_path, form)
+    archives = [p for p in tmp_path.rglob("*") if p.suffix in (".tar", ".parquet")]
+    last = max(archives)
+    whole = last.read_bytes()
+    for content in (whole[: len(whole) // 2], b"<html>", gzip.compress(whole)):
+        last.write_bytes(content)
+        with pytest.raises(FatError, match=rf"{last.name} is (damaged|compressed)|{last.name} can"):
+            pick(tmp_path)
+    last.write_bytes(whole)
+    assert summary(pick(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.jpg", b"x"), ("b.cls", b"1")], r"The image a in .* has no class: it has .jpg"),
+        ([("d/a.jpg", b"x"), ("d/a.cls", b"cat")], r"d/a.cls in .* holds 'cat', not a class index"),
+        ([("a.cls", b"1"), ("a.json", b"{}")], "hold no image that has a class"),
+    ],
+)
+def test_other_shards(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+    fakes.val_folders(tmp_path)
+    fakes.pack(tmp_path / "shards/train-000.tar", members)
+    with pytest.raises(FatError, match=message):
+        pick(tmp_path)
+
+
+def test_shards_in_a_folder_of_the_splits_name(tmp_path: Path, expected: Summary) -> None:
+    fakes.train_shards(tmp_path / "train")
+    for number, path in enumerate(sorted((tmp_path / "train").iterdir())):
+        path.rename(path.with_name(f"{number:05d}.tar"))
+    fakes.val_folders(tmp_path)
+    assert summary(pick(tmp_path)) == expected
 
 
 def test_missing_parquet_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
