@@ -269,7 +269,7 @@ class _Distiller:
             device = next(network.buffers()).device
         # A copy: hooks and flags on the caller's own would be seen between two batches.
         self.network = copy.deepcopy(network).to(device, torch.float32)
-        self.network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+        self.network.eval().requires_grad_(False)
         self.errors: list[Tensor] = []
         for norm in _batch_norms(self.network):
             norm.register_forward_pre_hook(self._observe)
