@@ -28,13 +28,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fat.data.store import ImageStore
 from fat.data.transforms import crop_box, generator
 from fat.errors import FatError
-from fat.files import cache_folder, write_atomic, write_json
+from fat.files import cache_folder
 from fat.schedule import annealed
 
 if TYPE_CHECKING:
@@ -52,9 +52,6 @@ GREY = 0.95  # what the channels of the first noise share: photographs are mostl
 # The crops that training draws (RandomCropTransform), so that images are good at these scales too.
 ZOOM_SCALE, ZOOM_RATIO, ZOOM_SHARE = (0.35, 1.0), (3 / 4, 4 / 3), 0.5
 FULL_COST = 4  # a step at full resolution takes so many times as long as one at half
-SHEET_IMAGES, SHEET_SIDE, SHEET_COLUMNS = 256, 96, 16
-
-_REQUEST, _REPORT, _SHEET = "request.json", "distilled.json", "contact_sheet.png"
 
 
 @dataclass(frozen=True)
@@ -222,25 +219,62 @@ def distilled_folder(
     _check_batch_norms(network)
     started = time.perf_counter()
     key = _key(network, preprocessing, spec, seed)
-    store = _Store(folder or cache_folder("distilled", key), spec)
-    store.claim({"key": key, "format": FORMAT, "seed": seed, "spec": asdict(spec)})
-    todo = [number for number in range(len(spec.batches)) if not store.has(number)]
-    if not todo and (store.root / _REPORT).is_file() and (store.root / _SHEET).is_file():
-        log.info("Distilled images: %s, made before; see %s.", store.images, store.root / _SHEET)
+    root = cache_folder("distilled", key) if folder is None else Path(folder)
+    store = ImageStore(root, "distilled.json", spec.batches)
+    request = {"format": FORMAT, "key": key, "seed": seed, "spec": asdict(spec)}
+    store.claim(request)
+    missing = store.missing()
+    if not missing and store.complete:
+        log.info("Distilled images, made before: %s. Have a look: %s", store.images, store.sheet)
         return store.images
-    _make(store, todo, _Distiller(network, preprocessing, spec, seed, device), progress)
-    store.draw_sheet()
-    report = store.finish({"seed": seed, "spec": asdict(spec)})
+    if missing:
+        log.info("Distilling %d images into %s.", spec.images, store.images)
+        _fill(store, missing, _Distiller(network, preprocessing, spec, seed, device), progress)
+    errors = _mean_errors(store.facts(), spec)
+    store.finish({"seed": seed, "spec": asdict(spec), **errors})
     log.info(
-        "Distilled %d images in %.0f s, error of their statistics %.3f (noise: %.3f). Have a look: "
+        "Distilled %d images in %.0f s; error of their statistics: %.3f, noise: %.3f. Have a look: "
         "%s",
         spec.images,
         time.perf_counter() - started,
-        report["error"],
-        report["error_before"],
-        store.root / _SHEET,
+        errors["error"],
+        errors["error_before"],
+        store.sheet,
     )
     return store.images
+
+
+def _fill(store: ImageStore, missing: list[int], distiller: _Distiller, progress: bool) -> None:
+    spec = distiller.spec
+    with _bar(spec, sum(len(spec.batches[number]) for number in missing), progress) as bar:
+        for number in missing:
+            batch = distiller.batch(number, bar)
+            # Another process may have been faster; its record must go on fitting its images.
+            if not store.has(number):
+                facts = {"error_before": batch.error_before, "error": batch.error}
+                store.put(number, batch.images, facts)
+
+
+def _mean_errors(records: list[dict[str, Any]], spec: DistillSpec) -> dict[str, float]:
+    sizes = [len(batch) for batch in spec.batches]
+    return {
+        name: float(np.average([record[name] for record in records], weights=sizes))
+        for name in ("error_before", "error")
+    }
+
+
+def _key(network: nn.Module, preprocessing: Preprocessing, spec: DistillSpec, seed: int) -> str:
+    """A name for everything that the images depend on."""
+    digest = hashlib.sha256()
+    # The types, since weights do not tell a ReLU from a ReLU6.
+    types = [(name, type(module).__qualname__) for name, module in network.named_modules()]
+    facts = [FORMAT, preprocessing.to_dict(), asdict(spec), seed, types]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_batch_norms(network: nn.Module) -> None:
@@ -498,139 +532,3 @@ def _bar(spec: DistillSpec, images: int, progress: bool) -> Any:
     return tqdm(
         total=images * each, desc="Distill", bar_format=form, disable=not progress, leave=False
     )
-
-
-class _Store:
-    """A folder with images, and a record with their checksums for each batch."""
-
-    def __init__(self, root: Path, spec: DistillSpec) -> None:
-        self.root, self.spec = root, spec
-        self.images = root / "images"
-
-    def claim(self, request: dict[str, Any]) -> None:
-        """Write down what will be in the folder, or see that it says so already."""
-        path = self.root / _REQUEST
-        if path.is_file():
-            if _read_json(path) == request:
-                self._refuse_strangers()
-                return
-            raise FatError(
-                f"{self.root} holds images distilled from another network or with other settings. "
-                "Choose another folder, or remove it."
-            )
-        if self.root.exists() and not self.root.is_dir():
-            raise FatError(f"{self.root} is a file. Choose another folder.")
-        # What is hidden may be another process's temporary files.
-        if self.root.is_dir() and any(not x.name.startswith(".") for x in self.root.iterdir()):
-            raise FatError(
-                f"{self.root} holds other files; distilled images need a folder of their own. "
-                "Choose another folder."
-            )
-        write_json(path, request)
-
-    def _refuse_strangers(self) -> None:
-        if not self.images.is_dir():
-            return
-        own = {self._image(index).name for index in range(self.spec.images)}
-        others = sorted(
-            entry.name
-            for entry in self.images.iterdir()
-            if entry.name not in own and not entry.name.startswith(".")
-        )
-        if others:
-            raise FatError(
-                f"{self.images} holds {', '.join(others[:5])}, which FAT did not put there. Move "
-                "such files away: the folder is read as a whole."
-            )
-
-    def has(self, number: int) -> bool:
-        """Whether the batch is there, every byte as it was written."""
-        record = _read_json(self._record(number))
-        if not isinstance(record, dict):
-            return False
-        sums = [_checksum(self._image(index)) for index in self.spec.batches[number]]
-        if record.get("sha256") == sums:
-            return True
-        log.warning("Images of batch %d in %s are damaged: made again.", number, self.images)
-        return False
-
-    def put(self, number: int, batch: DistilledBatch) -> None:
-        """Write the images, then their record."""
-        indices = self.spec.batches[number]
-        for index, image in zip(indices, batch.images, strict=True):
-            _write_png(self._image(index), image)
-        sums = [_checksum(self._image(index)) for index in indices]
-        record = {"sha256": sums, "error_before": batch.error_before, "error": batch.error}
-        write_json(self._record(number), record)
-
-    def draw_sheet(self) -> None:
-        """Lay small copies of the images side by side."""
-        count = min(self.spec.images, SHEET_IMAGES)
-        columns = min(count, SHEET_COLUMNS)
-        rows = math.ceil(count / columns)
-        sheet = Image.new("RGB", (columns * SHEET_SIDE, rows * SHEET_SIDE), "white")
-        for index in range(count):
-            with Image.open(self._image(index)) as image:
-                small = image.resize((SHEET_SIDE, SHEET_SIDE))
-            row, column = divmod(index, columns)
-            sheet.paste(small, (column * SHEET_SIDE, row * SHEET_SIDE))
-        write_atomic(self.root / _SHEET, lambda path: sheet.save(path, "PNG"))
-
-    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write, last of all, the report that says that the set is whole; return it."""
-        records: list[Any] = [_read_json(self._record(i)) for i in range(len(self.spec.batches))]
-        sizes = [len(batch) for batch in self.spec.batches]
-        report = dict(facts)
-        for name in ("error_before", "error"):
-            report[name] = float(np.average([r[name] for r in records], weights=sizes))
-        write_json(self.root / _REPORT, report)
-        return report
-
-    def _image(self, index: int) -> Path:
-        return self.images / f"{index:05d}.png"
-
-    def _record(self, number: int) -> Path:
-        return self.root / "batches" / f"{number:04d}.json"
-
-
-def _make(store: _Store, todo: list[int], distiller: _Distiller, progress: bool) -> None:
-    log.info("Distilling %d images into %s.", store.spec.images, store.images)
-    sizes = {number: len(store.spec.batches[number]) for number in todo}
-    with _bar(store.spec, sum(sizes.values()), progress) as bar:
-        for number in todo:
-            batch = distiller.batch(number, bar)
-            # Another process may have been faster; its record must go on fitting its images.
-            if not store.has(number):
-                store.put(number, batch)
-
-
-def _key(network: nn.Module, preprocessing: Preprocessing, spec: DistillSpec, seed: int) -> str:
-    """A name for everything that the images depend on."""
-    digest = hashlib.sha256()
-    facts = [FORMAT, preprocessing.to_dict(), asdict(spec), seed]
-    facts += [[name, type(module).__qualname__] for name, module in network.named_modules()]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\0".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _write_png(path: Path, image: Tensor) -> None:
-    array = image.permute(1, 2, 0).contiguous().numpy()
-    write_atomic(path, lambda temporary: Image.fromarray(array).save(temporary, "PNG"))
-
-
-def _checksum(path: Path) -> str | None:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:
-        return None
-
-
-def _read_json(path: Path) -> object:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
