@@ -278,3 +278,22 @@ def test_unlabelled(tmp_path: Path) -> None:
     assert isinstance(source, IndexSource)
     assert not source.labelled
     assert source.label(0) == -1
+
+
+def test_copies_are_left_out_in_order_of_precedence() -> None:
+    records = (
+        record("calibration", "a"),
+        record("train", "a"),
+        record("train", "b"),
+        record("validation", "b"),
+        record("validation", "c"),
+        record("test", "c"),
+        record("calibration", "d"),
+    )
+    shared = frozenset({("calibration", "train")})
+    named = tuple(replace(r, name=f"{i}") for i, r in enumerate(records))
+    kept, gone = ImageIndex(Path(), named, shared=shared).without_copies(("test", "validation"))
+    # Training loses b to validation, validation loses c to the test; calibration may share a.
+    assert [r.name for r in gone] == ["2", "4"]
+    assert [r.name for r in kept.records] == ["0", "1", "3", "5", "6"]
+    kept.check_disjoint()
