@@ -52,12 +52,13 @@ class Member:
     size: int
 
 
-def tar_members(path: Path, start: int = 0) -> Iterator[Member]:
+def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
     """Yield the files of a plain tar in their order, in constant memory.
 
     Args:
         path: The tar.
         start: Where in ``path`` the tar begins: the offset of a member that is a tar itself.
+        size: How long it is then.
 
     Raises:
         FatError: If it is compressed, no tar, or damaged; that comes after the members before.
@@ -70,6 +71,8 @@ def tar_members(path: Path, start: int = 0) -> Iterator[Member]:
             tar: Any = tarfile.TarFile(fileobj=file)
             while (found := tar.next()) is not None:
                 tar.members.clear()  # else it keeps every one
+                if size is not None and found.offset_data + found.size > start + size:
+                    raise tarfile.ReadError("it has no end")  # what follows is the outer tar's
                 count += 1
                 if found.isreg() and not found.issparse():
                     yield Member(found.name, found.offset_data, found.size)

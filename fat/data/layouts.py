@@ -338,7 +338,7 @@ def _nested_members(path: Path) -> Iterator[Entry]:
     """Images of the tars in a tar."""
     for inner in tar_members(path):
         if inner.name.endswith(".tar"):
-            for member in tar_members(path, inner.offset):
+            for member in tar_members(path, inner.offset, inner.size):
                 if _wanted(member.name):
                     yield _entry(path, member, f"{inner.name.rpartition('/')[2]}/")
 

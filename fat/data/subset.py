@@ -147,13 +147,18 @@ class _Pool:
         # 24 bytes an image, however long the names.
         indices, labels, digests = array("q"), array("q"), array("Q")
         passed, strange = 0, list[str]()
-        for index, entry in enumerate(listing.entries()):
-            label, name = part.label(entry), _name(entry)
+        bar = tqdm(
+            listing.entries(), "Rank images", len(listing), leave=False, disable=not progress,
+            delay=_BAR_DELAY,
+        )  # fmt: skip
+        for index, entry in enumerate(bar):
+            label = part.label(entry)
             if label == UNKNOWN:
                 passed += 1
-                strange += [name] if passed <= 5 else []
+                strange += [_name(entry)] if passed <= 5 else []
                 continue
-            check_labels([(name, label)], num_classes)
+            if not 0 <= label < num_classes:
+                check_labels([(_name(entry), label)], num_classes)
             indices.append(index)
             labels.append(label)
             digests.append(digest(seed, stem(entry.member or entry.file)))

@@ -78,6 +78,23 @@ def test_tar_in_tar(tmp_path: Path) -> None:
         assert read_tar(tmp_path / "x.tar", member.offset) == FILES
 
 
+def test_a_tar_in_a_tar_without_an_end(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    pack(inner, FILES)
+    cut = list(tar_members_of(tmp_path, inner.getvalue()))[-1].offset + 512
+    pack(tmp_path / "x.tar", [("1.tar", inner.getvalue()[:cut]), ("2.tar", inner.getvalue())])
+    first, _ = tar_members(tmp_path / "x.tar")
+    found = tar_members(tmp_path / "x.tar", first.offset, first.size)
+    assert [next(found).name for _ in FILES] == [name for name, _ in FILES]
+    with pytest.raises(FatError, match=r"the tar at byte 512 in it\) is damaged after 4 members"):
+        next(found)
+
+
+def tar_members_of(folder: Path, content: bytes) -> list[archives.Member]:
+    put(folder / "inner.tar", content)
+    return list(tar_members(folder / "inner.tar"))
+
+
 def test_empty_tar(tmp_path: Path) -> None:
     pack(tmp_path / "x.tar", [])
     assert read_tar(tmp_path / "x.tar") == []

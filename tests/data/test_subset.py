@@ -184,7 +184,7 @@ def test_damaged_archives(tmp_path: Path, form: str, expected: Summary) -> None:
     whole = last.read_bytes()
     for content in (whole[: len(whole) // 2], b"<html>", gzip.compress(whole)):
         last.write_bytes(content)
-        with pytest.raises(FatError, match=rf"{last.name} is (damaged|compressed)|{last.name} can"):
+        with pytest.raises(FatError, match=rf"{last.name}.* (damaged|compressed|cannot)"):
             pick(tmp_path)
     last.write_bytes(whole)
     assert summary(pick(tmp_path)) == expected
