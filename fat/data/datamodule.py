@@ -497,7 +497,9 @@ class FatDataModule(pl.LightningDataModule):
                 break
         if not items:
             raise FatError("None of the calibration images can be read. Type data.root=DIR.")
-        parts, labels, _ = collate(items)
+        parts, labels, _, fatal = collate(items)
+        if fatal:
+            raise FatError(fatal)
         return self.calibration.transform.finish(*parts), labels
 
     def fingerprint(self) -> str:

@@ -28,7 +28,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images float32 [N, 3, H, W], labels int64 [N]
-Item = tuple[Parts, int] | UnreadableImage
+Item = tuple[Parts, int] | FatError
 Key = int | tuple[int, int]
 
 MAX_UNREADABLE = 0.05  # share of a split above which going on would judge by other images
@@ -145,13 +145,16 @@ class ImageDataset(Dataset[Item]):
         self.epoch = epoch
 
     def __getitem__(self, key: Key) -> Item:
-        """Return tensors and label, or the error as a value: raised, it would end the worker."""
+        """Return tensors and label, or the error as a value.
+
+        Raised in a worker, it would end it, and come as a traceback of another process.
+        """
         epoch, position = key if isinstance(key, tuple) else (self.epoch, key)
         index = int(self.indices[position])
         try:
             image = self.source.load(index, self.transform.short_side)
-        except UnreadableImage as unreadable:
-            return unreadable
+        except FatError as error:
+            return error
         parts = self.transform(image, generator(self.seed, epoch, index))
         return parts, self.source.label(index)
 
@@ -202,20 +205,24 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield epoch, int(position)
 
 
-def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]]]:
+def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]], str]:
     """Stack the readable items; list the names and reasons of the others.
 
     Returns:
-        The stacked parts of N images, none where N is 0; labels int64 [N]; and the unreadable.
+        The stacked parts of N images, none where N is 0; labels int64 [N]; the unreadable; and the
+        text of an error that none of the images is to blame for, ``""`` without one.
     """
     # The exceptions go on as text: pinning memory walks through a batch's containers.
     skipped = [(item.name, item.reason) for item in items if isinstance(item, UnreadableImage)]
-    good = [item for item in items if not isinstance(item, UnreadableImage)]
+    others = [item for item in items if isinstance(item, FatError)]
+    fatal = [str(error) for error in others if not isinstance(error, UnreadableImage)]
+    good = [item for item in items if not isinstance(item, FatError)]
     columns = zip(*(parts for parts, _ in good), strict=True)
     return (
         tuple(torch.stack(column) for column in columns),
         torch.tensor([label for _, label in good], dtype=torch.int64),
         skipped,
+        fatal[0] if fatal else "",
     )
 
 
@@ -237,12 +244,15 @@ class ImageLoader(DataLoader[Any]):
         """Yield the batches.
 
         Raises:
-            FatError: As soon as more than 5 % of the split's images are unreadable.
+            FatError: As soon as more than 5 % of the split's images are unreadable, or an image is
+                not what it should be.
         """
         dataset = self.dataset
         assert isinstance(dataset, ImageDataset)
         batches = len(self)
-        for number, (parts, labels, skipped) in enumerate(super().__iter__(), start=1):
+        for number, (parts, labels, skipped, fatal) in enumerate(super().__iter__(), start=1):
+            if fatal:
+                raise FatError(fatal)
             dataset.skipped.add(skipped)
             if number == batches:  # now, as a caller that counts batches never asks for the end
                 dataset.skipped.tell()

@@ -31,7 +31,7 @@ def trained(folder: Path, *arguments: str, cache: Path) -> dict[str, object]:
 
 
 def test_imagenet_by_seed_and_by_index(tmp_path: Path) -> None:
-    root, cache = fake(tmp_path / "images", "one tar per class", "flat images"), tmp_path / "cache"
+    root, cache = fake(tmp_path / "images", "class archives", "flat folder"), tmp_path / "cache"
     sampled = [
         "data=imagenet", f"data.root={root}", "data.fraction=0.5", "data.calibration_images=5",
         "data.validation_images=5", "optim.epochs=1", "data.image_size=32",

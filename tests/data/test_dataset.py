@@ -129,12 +129,13 @@ def test_processes_share_the_batches_of_one(length: int, replicas: int) -> None:
 
 def test_collate_drops_the_unreadable() -> None:
     good = ((torch.ones(3, 2, 2), torch.ones(5)), 4)
-    parts, labels, skipped = collate([good, UnreadableImage("a", "b"), good])
+    parts, labels, skipped, fatal = collate([good, UnreadableImage("a", "b"), good])
     assert [part.shape for part in parts] == [(2, 3, 2, 2), (2, 5)]
     assert labels.tolist() == [4, 4]
     assert labels.dtype == torch.int64
     assert skipped == [("a", "b")]
-    parts, labels, _ = collate([UnreadableImage("a", "b")])
+    assert not fatal
+    parts, labels, _, _ = collate([UnreadableImage("a", "b")])
     assert len(parts) == len(labels) == 0
 
 
@@ -193,6 +194,29 @@ def test_other_errors_are_not_swallowed() -> None:
 
     with pytest.raises(ValueError, match="a mistake"):
         list(loader(ImageDataset(Numbers(4), Broken())))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_another_stops_the_run(workers: int) -> None:
+    """As one text, whichever process found out."""
+
+    class Changed(Numbers):
+        def load(self, index: int, short_side: int | None = None) -> Image.Image:
+            if index == 6:
+                raise FatError("The image 6.jpg has changed.")
+            return super().load(index)
+
+    with pytest.raises(FatError, match=r"^The image 6\.jpg has changed\.$"):
+        list(loader(ImageDataset(Changed(8), noisy), workers=workers))
+
+
+def test_images_are_left_out_for_good() -> None:
+    data = ImageDataset(Numbers(5), noisy, indices=[4, 2, 0])
+    data.keep([True, False, True])
+    assert data.indices.tolist() == [4, 0]
+    assert (len(data), data.skipped.total) == (2, 2)
+    with pytest.raises(FatError, match="No given image is left"):
+        data.keep([False, False])
 
 
 def test_empty_split_and_negative_seed() -> None:
