@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fat.data import distill as distill_file
 from fat.data.distill import DistilledBatch, DistillSpec, distill, distilled_folder
+from fat.data.folders import FolderSource
 from fat.data.images import open_image
-from fat.data.sources import FolderSource
 from fat.data.transforms import EvalTransform, apply, generator
 from fat.errors import FatError
 from fat.models import Preprocessing
