@@ -144,6 +144,10 @@ class IndexSource:
             )
         return content
 
+    def stamp(self, index: int) -> bytes:
+        """Return the recorded sha256: what `load` gives cannot change without it."""
+        return self._records[index].sha256.encode()
+
 
 @dataclass(frozen=True)
 class ImageIndex:
