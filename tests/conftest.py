@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fat.data import listing
-
 DATA = Path(
     os.environ.get("FAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data/imagenet-sample")
 )
@@ -28,10 +26,10 @@ def imagenet_sample() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_listings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Listings of the tests' folders stay out of the user's cache."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the tests, and the commands they start, keep stays out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(listing, "cache_folder", tmp_path_factory.mktemp("cache").joinpath)
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 
 

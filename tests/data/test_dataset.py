@@ -127,6 +127,15 @@ def test_processes_share_the_batches_of_one(length: int, replicas: int) -> None:
         assert sorted(together) == sorted(alone[step * size : (step + 1) * size])
 
 
+def test_processes_know_each_other_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = EpochSampler(10, 0)  # built before they do
+    assert len(sampler) == 10
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert list(sampler) == list(EpochSampler(10, 0, 1, 2))
+
+
 def test_collate_drops_the_unreadable() -> None:
     good = ((torch.ones(3, 2, 2), torch.ones(5)), 4)
     parts, labels, skipped, fatal = collate([good, UnreadableImage("a", "b"), good])
