@@ -189,7 +189,7 @@ def make_data(
     if config.index is None:
         data = _MAKE[config.source](request)
     else:
-        data = _of_index(request, ImageIndex.load(config.index, config.root, config.test_root))
+        data = _of_index(request, _load_index(config))
     if config.cache != "none":
         data.cache(config.cache, config.cache_dir, config.cache_side, progress=progress)
     return data
@@ -253,6 +253,16 @@ def _imagenet(request: _Request) -> FatDataModule:
         progress=request.progress,
     )
     return _of_index(request, index)
+
+
+def _load_index(config: DataConfig) -> ImageIndex:
+    """The index, and where its images lie now if ``data.root`` says so."""
+    assert config.index is not None
+    if config.root is None or config.source == "imagenet":
+        return ImageIndex.load(config.index, config.root, config.test_root)
+    root = ready.imagenette(config.root) if config.source == "imagenette" else Path(config.root)
+    pool, held_out = find_folders(root.expanduser(), config.test_root)
+    return ImageIndex.load(config.index, pool, held_out)
 
 
 def _of_index(request: _Request, index: ImageIndex) -> FatDataModule:

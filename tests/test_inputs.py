@@ -87,6 +87,21 @@ def test_a_folder_is_written_down_too(tmp_path: Path) -> None:
     assert sizes(again) == sizes(data)
 
 
+def test_an_index_is_read_where_its_folder_is_now(tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    own_folder(root / "train")
+    own_folder(root / "val", ("owl",))
+    data = make_data(config("folder", root=str(root)), IMAGENET, 0)
+    assert data.index is not None
+    path = str(data.index.save(tmp_path / "images.csv"))
+    root.rename(tmp_path / "moved")
+    with pytest.raises(FatError, match=r"does not exist.*data.root=DIR"):
+        make_data(config("folder", index=path), IMAGENET, 0)
+    moved = make_data(config("folder", index=path, root=str(tmp_path / "moved")), IMAGENET, 0)
+    assert labels(moved) == {-1}
+    assert sizes(moved) == sizes(data)
+
+
 def test_copies_stay_out_of_what_judges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "images"
     own_folder(root / "train")
