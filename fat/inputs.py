@@ -11,11 +11,12 @@ from torch import nn
 
 from fat.config import DataConfig
 from fat.data import hub, ready
-from fat.data.datamodule import FatDataModule, Feeding, Sampling, find_folders
+from fat.data.datamodule import FatDataModule
 from fat.data.distill import DistillSpec, distilled_folder
 from fat.data.folders import FolderSource, folder_classes
 from fat.data.index import ImageIndex
 from fat.data.sources import ImageSource
+from fat.data.splits import Feeding, Sampling, find_folders
 from fat.data.subset import choose
 from fat.errors import FatError, unknown_name
 from fat.finetune import FinetuneResult, finetune_cached

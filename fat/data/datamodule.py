@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,14 +19,20 @@ from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
 from fat.data.index import ImageIndex, some
 from fat.data.sources import ImageSource, PhotoSource
-from fat.data.transforms import (
-    DeviceCropTransform,
-    EvalTransform,
-    RandomCropTransform,
-    Transform,
-    generator,
+from fat.data.splits import (
+    CALIBRATION_DRAW,
+    SPLIT_DRAW,
+    Cut,
+    Feeding,
+    Sampling,
+    check_counts,
+    check_sampling,
+    find_folders,
+    loading,
+    share,
 )
-from fat.errors import FatError, unknown_name
+from fat.data.transforms import generator
+from fat.errors import FatError
 from fat.files import cache_folder
 
 if TYPE_CHECKING:
@@ -37,9 +43,6 @@ __all__ = [
     "TRAIN_PHOTOS",
     "VALIDATION_PHOTOS",
     "FatDataModule",
-    "Feeding",
-    "Sampling",
-    "find_folders",
 ]
 
 log = logging.getLogger(__name__)
@@ -66,91 +69,6 @@ TEST_PHOTOS = ("chelsea.png", "rocket.jpg", "moon.png")
 
 # Evaluation crops of photographs do not follow the run's seed: all runs are judged on the same.
 _EVAL_SEED = 0
-_HELD_OUT = ("val", "validation", "test")
-# What separates the draws that share one seed.
-_SPLIT_DRAW, _CALIBRATION_DRAW = 1, 2
-
-AUGMENT = ("worker", "device")
-Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
-
-
-class Feeding(TypedDict, total=False):
-    """How batches are made of images, whatever their source.
-
-    Attributes:
-        batch_size: Images per batch, 16 by default. Training drops a short last batch if there is
-            a full one.
-        workers: Processes that decode images; by default one less than the usable cores, at most 8.
-        seed: What the samples, the training order and the crops follow; 0 by default.
-        scale: Smallest and largest share of an image's area in a training crop.
-        flip: Probability that a training crop is mirrored, 0…1; 0.5 by default.
-        augment: Where training crops are cut: ``"worker"`` (the default), or ``"device"``.
-    """
-
-    batch_size: int
-    workers: int | None
-    seed: int
-    scale: tuple[float, float]
-    flip: float
-    augment: str
-
-
-class Sampling(Feeding, total=False):
-    """Which of the images of a source are taken for what.
-
-    Attributes:
-        train_images: At most so many training images; all by default.
-        calibration_images: How many of the training images calibrate (fewer if there are fewer);
-            100 by default.
-        validation_images: At most so many validation images; the whole fraction by default.
-        test_images: At most so many test images; all by default.
-        validation_fraction: Share of the images that is held out of the pool for validation; 0.1
-            by default.
-        test_fraction: Share of the images that is set apart for the test if there is no test set;
-            0.2 by default.
-    """
-
-    train_images: int | None
-    calibration_images: int
-    validation_images: int | None
-    test_images: int | None
-    validation_fraction: float
-    test_fraction: float
-
-
-class _Loading(TypedDict):
-    batch_size: int
-    workers: int | None
-    seed: int
-
-
-class _Cut:
-    """What makes datasets of sources: the transforms and the seed that a `Feeding` asks for."""
-
-    def __init__(self, preprocessing: Preprocessing, feeding: Feeding) -> None:
-        self.preprocessing = preprocessing
-        self.seed = feeding.get("seed", 0)
-        self.scale = feeding.get("scale", (0.35, 1.0))
-        self.flip = feeding.get("flip", 0.5)
-        self.augment = feeding.get("augment", "worker")
-        if self.augment not in AUGMENT:
-            raise unknown_name("data.augment", self.augment, AUGMENT)
-
-    def crop(self) -> RandomCropTransform:
-        return RandomCropTransform(self.preprocessing, self.scale, flip=self.flip)
-
-    def train(self) -> Transform:
-        if self.augment == "worker":
-            return self.crop()
-        return DeviceCropTransform(self.preprocessing, self.scale, flip=self.flip)
-
-    def still(self, source: ImageSource, indices: Indices, split: str) -> ImageDataset:
-        middle = EvalTransform(self.preprocessing)
-        return ImageDataset(source, middle, indices=indices, split=split, seed=self.seed)
-
-    def held_out(self, source: ImageSource, count: int | None) -> ImageDataset:
-        order = generator(self.seed, _SPLIT_DRAW).permutation(len(source))
-        return self.still(source, np.sort(order[:count]), "test")
 
 
 class FatDataModule(pl.LightningDataModule):
@@ -232,13 +150,13 @@ class FatDataModule(pl.LightningDataModule):
         Raises:
             FatError: If a photograph is not installed or a number is out of range.
         """
-        _check_counts(
+        check_counts(
             train_images=train_images,
             calibration_images=calibration_images,
             validation_images=validation_images,
             test_images=test_images,
         )
-        cut = _Cut(preprocessing, feeding)
+        cut = Cut(preprocessing, feeding)
 
         def split(name: str, photos: Sequence[str], count: int, seed: int) -> ImageDataset:
             crops = cut.train() if name == "training" else cut.crop()
@@ -251,7 +169,7 @@ class FatDataModule(pl.LightningDataModule):
             split("test", TEST_PHOTOS, test_images, _EVAL_SEED)
             if test is None
             else cut.held_out(test, test_images),
-            **_loading(feeding),
+            **loading(feeding),
         )
 
     @classmethod
@@ -288,7 +206,7 @@ class FatDataModule(pl.LightningDataModule):
                 three images (two with a test folder), or a number is out of range.
         """
         pool_root, held_out = find_folders(Path(root).expanduser(), test_root)
-        _check_sampling(options)
+        check_sampling(options)
         pool = FolderSource(pool_root, classes, num_classes, progress=progress)
         test = None
         if held_out is not None:
@@ -320,16 +238,16 @@ class FatDataModule(pl.LightningDataModule):
             FatError: If there are fewer than three images (two with a test source), or a number
                 is out of range.
         """
-        chosen = _check_sampling(options)
-        cut = _Cut(preprocessing, options)
-        order = generator(cut.seed, _SPLIT_DRAW).permutation(len(pool))
+        chosen = check_sampling(options)
+        cut = Cut(preprocessing, options)
+        order = generator(cut.seed, SPLIT_DRAW).permutation(len(pool))
         if test is None:
-            test_source, taken = pool, _share(len(pool), chosen.get("test_fraction", 0.2))
+            test_source, taken = pool, share(len(pool), chosen.get("test_fraction", 0.2))
             tests, order = order[:taken], order[taken:]
         else:
             test_source = test
-            tests = generator(cut.seed, _SPLIT_DRAW).permutation(len(test))
-        held = _share(len(pool), chosen.get("validation_fraction", 0.1))
+            tests = generator(cut.seed, SPLIT_DRAW).permutation(len(test))
+        held = share(len(pool), chosen.get("validation_fraction", 0.1))
         if len(order) - held < 1:
             raise FatError(
                 f"{what} holds {len(pool)} image(s); training, validation and test need at least "
@@ -337,7 +255,7 @@ class FatDataModule(pl.LightningDataModule):
             )
         held_images, trains = order[:held], order[held:][: chosen.get("train_images")]
         calibrating = chosen.get("calibration_images", 100)
-        picks = generator(cut.seed, _CALIBRATION_DRAW).permutation(trains)[:calibrating]
+        picks = generator(cut.seed, CALIBRATION_DRAW).permutation(trains)[:calibrating]
         kept = np.sort(held_images[: chosen.get("validation_images")])
         return cls(
             cut.still(pool, picks, "calibration"),
@@ -346,7 +264,7 @@ class FatDataModule(pl.LightningDataModule):
             ),
             cut.still(pool, kept, "validation"),
             cut.still(test_source, np.sort(tests[: chosen.get("test_images")]), "test"),
-            **_loading(options),
+            **loading(options),
         )
 
     @classmethod
@@ -360,7 +278,7 @@ class FatDataModule(pl.LightningDataModule):
             preprocessing: How the network wants its images.
             **feeding: See :class:`Feeding`.
         """
-        cut = _Cut(preprocessing, feeding)
+        cut = Cut(preprocessing, feeding)
 
         def still(split: str) -> ImageDataset:
             source = index.source(split)
@@ -369,7 +287,7 @@ class FatDataModule(pl.LightningDataModule):
         index.check_disjoint()
         train = ImageDataset(index.source("train"), cut.train(), split="training", seed=cut.seed)
         data = cls(
-            still("calibration"), train, still("validation"), still("test"), **_loading(feeding)
+            still("calibration"), train, still("validation"), still("test"), **loading(feeding)
         )
         data.index = index
         return data
@@ -398,7 +316,7 @@ class FatDataModule(pl.LightningDataModule):
         if test is None:
             test = PhotoSource(TEST_PHOTOS, options.get("test_images") or 300)
             data = cls.of_sources(FolderSource(images), test, preprocessing, **options)
-            crops = _Cut(preprocessing, options).crop()
+            crops = Cut(preprocessing, options).crop()
             data.test = ImageDataset(test, crops, split="test", seed=_EVAL_SEED)
             return data
         return cls.of_sources(FolderSource(images), test, preprocessing, **options)
@@ -563,63 +481,3 @@ def _usable_workers() -> int:
     else:
         cores = os.cpu_count() or 1
     return min(max(cores - 1, 0), 8)
-
-
-def _loading(feeding: Feeding) -> _Loading:
-    """Those of the options that the module itself takes."""
-    return {
-        "batch_size": feeding.get("batch_size", 16),
-        "workers": feeding.get("workers"),
-        "seed": feeding.get("seed", 0),
-    }
-
-
-def _check_sampling(options: Sampling) -> Sampling:
-    """Raise a FatError if a number is out of range; return the options."""
-    _check_counts(
-        train_images=options.get("train_images"),
-        calibration_images=options.get("calibration_images"),
-        validation_images=options.get("validation_images"),
-        test_images=options.get("test_images"),
-    )
-    validation = options.get("validation_fraction", 0.1)
-    test = options.get("test_fraction", 0.2)
-    for key, value in (("validation", validation), ("test", test)):
-        if not 0 < value < 1:
-            raise FatError(f"data.{key}_fraction is {value}; allowed: more than 0, below 1.")
-    if validation + test >= 1:
-        raise FatError(
-            f"data.validation_fraction {validation} and data.test_fraction {test} leave nothing to "
-            "train on; their sum must be below 1."
-        )
-    return options
-
-
-def _check_counts(**counts: int | None) -> None:
-    for key, value in counts.items():
-        if value is not None and value < 1:
-            raise FatError(f"data.{key} is {value}; it must be at least 1, or left out.")
-
-
-def _share(total: int, fraction: float) -> int:
-    return max(1, round(total * fraction))
-
-
-def find_folders(root: Path, test_root: str | os.PathLike[str] | None) -> tuple[Path, Path | None]:
-    """Return the pool's folder and the test images' folder, None if they are to be set apart."""
-    pool = root / "train" if (root / "train").is_dir() else root
-    if test_root is not None:
-        held_out = Path(test_root).expanduser()
-        a, b = pool.resolve(), held_out.resolve()
-        if a.is_relative_to(b) or b.is_relative_to(a):
-            raise FatError(
-                f"The test folder {held_out} and the training folder {pool} overlap, so the test "
-                "would be on training images. Type data.test_root=DIR with a folder outside."
-            )
-        return pool, held_out
-    if pool == root:
-        return pool, None
-    beside = [root / name for name in _HELD_OUT if (root / name).is_dir()]
-    if len(beside) > 1:
-        log.info("Testing on %s; not used: %s.", beside[0], ", ".join(map(str, beside[1:])))
-    return pool, beside[0] if beside else None
