@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fat.errors import FatError
 
-__all__ = ["AnyBatch", "Images", "as_batches", "first_images", "passes", "split"]
+__all__ = ["AnyBatch", "Images", "as_batches", "counted", "first_images", "passes", "split"]
 
 AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
 Images = Tensor | Iterable[AnyBatch]
@@ -51,6 +51,35 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
 def as_batches(images: Images) -> Iterable[AnyBatch]:
     """An iterable of batches, also where one batch came."""
     return [images] if isinstance(images, Tensor) else images
+
+
+def counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
+    """The batches and how many they are; what cannot tell its length is counted once.
+
+    Args:
+        what: What the images are for, in messages.
+        images: Batches that can be iterated more than once.
+
+    Raises:
+        FatError: If they come from an iterator, or there is none.
+
+    Examples:
+        >>> counted("training", [torch.zeros(4, 3, 8, 8)] * 3)[1]
+        3
+    """
+    batches = as_batches(images)
+    if isinstance(batches, Iterator):
+        raise FatError(
+            f"The {what} images come from an iterator, which is empty after one pass; give a "
+            "list of batches, a DataLoader, or an object whose __iter__ starts anew."
+        )
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        count = sum(1 for _ in batches)
+    if not count:
+        raise FatError(f"No {what} images came; give at least one batch [N, 3, H, W].")
+    return batches, count
 
 
 def first_images(images: Images, count: int) -> Iterator[Tensor]:

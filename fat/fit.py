@@ -16,7 +16,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import RandomSampler
 
-from fat.batches import AnyBatch, Images, as_batches
+from fat.batches import AnyBatch, Images, counted
 from fat.callbacks import KeepBest, NanGuard, Progress
 from fat.correct import correct_biases
 from fat.errors import FatError
@@ -236,10 +236,10 @@ def _attempt(
 def _split(
     images: Images, validation: Images | None
 ) -> tuple[Iterable[AnyBatch], Iterable[AnyBatch]]:
-    batches, count = _counted("training", images)
+    batches, count = counted("training", images)
     # Parts also of what is used whole: Lightning takes a list for a list of loaders.
     if validation is not None:
-        return _whole(batches, count), _whole(*_counted("validation", validation))
+        return _whole(batches, count), _whole(*counted("validation", validation))
     if count == 1:
         return _whole(batches, count), _whole(batches, count)
     if isinstance(getattr(images, "sampler", None), RandomSampler):
@@ -253,20 +253,3 @@ def _split(
 
 def _whole(batches: Iterable[AnyBatch], count: int) -> _Part:
     return _Part(batches, count, count + 1, chosen=False)
-
-
-def _counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
-    """The batches and how many they are; what cannot tell its length is counted once."""
-    batches = as_batches(images)
-    if isinstance(batches, Iterator):
-        raise FatError(
-            f"The {what} images come from an iterator, which is empty after one pass; give a "
-            "list of batches, a DataLoader, or an object whose __iter__ starts anew."
-        )
-    try:
-        count = len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        count = sum(1 for _ in batches)
-    if not count:
-        raise FatError(f"No {what} images came; give at least one batch [N, 3, H, W].")
-    return batches, count
