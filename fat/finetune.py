@@ -9,7 +9,7 @@ import logging
 import signal
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
-from fat.batches import AnyBatch, Images, as_batches, split
+from fat.batches import AnyBatch, Images, counted, split
 from fat.callbacks import Progress
 from fat.errors import FatError
-from fat.files import cache_folder, write_atomic
+from fat.files import cache_folder, check_writable, write_atomic
 from fat.models import FloatNetwork, head_parameters, with_classes
 from fat.schedule import annealed
 from fat.spec import FinetuneSpec
@@ -34,7 +35,7 @@ __all__ = ["FinetuneResult", "finetune", "finetune_cached"]
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache's key: another recipe under the same options needs another number."""
 
 
@@ -62,6 +63,8 @@ class FinetuneResult:
 class FinetuneModule(pl.LightningModule):
     """Cross-entropy with labels; features and classifier at rates of their own.
 
+    Batch norms keep the statistics that they came with, and train their factors and shifts.
+
     Args:
         network: Float network with its new classifier; trained in place.
         spec: The recipe.
@@ -77,9 +80,13 @@ class FinetuneModule(pl.LightningModule):
         self._sums = torch.zeros(3, dtype=torch.float64)  # images, right ones, loss
 
     def on_train_epoch_start(self) -> None:
-        """Features, and the statistics of their norms, stand still while the classifier starts."""
+        """Features stand still while the classifier starts; statistics of batch norms always do."""
         features = self.current_epoch >= self.spec.head_epochs
         self.network.train(features)
+        for module in self.network.modules():
+            # With few images those of a batch are noise, and their averages lag behind the weights.
+            if isinstance(module, _BatchNorm):
+                module.eval()
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(features or name in self._head)
 
@@ -89,12 +96,7 @@ class FinetuneModule(pl.LightningModule):
         loss = cross_entropy(
             self.network(images), labels, label_smoothing=self.spec.label_smoothing
         )
-        if not bool(loss.isfinite()):
-            raise FatError(
-                f"The loss of fine-tuning became {loss.item()} in epoch {self.current_epoch + 1}. "
-                f"Type a smaller rate: teacher.lr={self.spec.lr / 10:g} "
-                f"teacher.head_lr={self.spec.head_lr / 10:g}."
-            )
+        self._check_finite(loss)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         return loss
 
@@ -114,6 +116,7 @@ class FinetuneModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log accuracy in percent, and the mean loss."""
         count, right, loss = self._sums.tolist()
+        self._check_finite(self._sums[2])  # the last step of all has no loss after it
         self.log("val/top1", 100 * right / count, prog_bar=True)
         self.log("val/loss", loss / count)
 
@@ -147,8 +150,21 @@ class FinetuneModule(pl.LightningModule):
             group["lr"] = group["rate"] * warm * annealed(self.global_step, total)
         optimizer.step(closure=optimizer_closure)
 
+    def _check_finite(self, loss: Tensor) -> None:
+        if not bool(loss.isfinite()):
+            raise FatError(
+                f"The loss of fine-tuning became {loss.item()} in epoch {self.current_epoch + 1}. "
+                f"Type a smaller rate: teacher.lr={self.spec.lr / 10:g} "
+                f"teacher.head_lr={self.spec.head_lr / 10:g}."
+            )
+
     def _labelled(self, batch: AnyBatch) -> tuple[Tensor, Tensor]:
         images, labels = split(batch)
+        if labels.is_floating_point() or labels.shape != images.shape[:1]:
+            raise FatError(
+                f"The labels of a batch are {labels.dtype} {list(labels.shape)}; wanted one class "
+                f"index an image, int64 [{len(images)}]."
+            )
         bad = labels[(labels < 0) | (labels >= self.classes)]
         if len(bad):
             raise FatError(
@@ -156,7 +172,7 @@ class FinetuneModule(pl.LightningModule):
                 f"0 to {self.classes - 1} (-1 means: not labelled). Every image needs a class: "
                 "type data=folder data.root=DIR with one subfolder for each class."
             )
-        return images, labels
+        return images, labels.long()
 
 
 class _Best(pl.Callback):
@@ -172,7 +188,10 @@ class _Best(pl.Callback):
         figures = trainer.callback_metrics
         top1, loss = float(figures["val/top1"]), float(figures["val/loss"])
         epoch = trainer.current_epoch + 1
-        logger.info("Fine-tuning, epoch %d: %.1f %% of validation images right.", epoch, top1)
+        logger.info(
+            "Fine-tuning, epoch %d of at most %d: %.1f %% of validation images right.",
+            epoch, trainer.max_epochs, top1,
+        )  # fmt: skip
         # Small validation sets often give the same share of right ones: then the loss decides.
         if self.result is None or (top1, -loss) > (self.result.top1, -self.result.loss):
             self.result = FinetuneResult(pl_module.classes, epoch, epoch, top1, loss)
@@ -180,7 +199,11 @@ class _Best(pl.Callback):
             return
         self.result = replace(self.result, epochs=epoch)
         if epoch - self.result.best_epoch >= self.patience:
-            logger.info("No better epoch in %d: fine-tuning ends.", self.patience)
+            logger.info(
+                "Fine-tuning ends: epoch %d is still the best, %d epochs later "
+                "(teacher.patience=%d).",
+                self.result.best_epoch, self.patience, self.patience,
+            )  # fmt: skip
             trainer.should_stop = True
 
 
@@ -211,11 +234,12 @@ def finetune(
         The network of the best epoch, in eval mode and without gradients, and what was done.
 
     Raises:
-        FatError: If a label is missing or out of range, there are fewer than two classes, or the
-            loss is not finite.
+        FatError: If no image came, a label is missing or out of range, there are fewer than two
+            classes, the network has no classifier, or the loss is not finite.
         KeyboardInterrupt: If the user stopped it.
     """
     spec = spec or FinetuneSpec()
+    parts = _Batches("training", train), _Batches("validation", validation)
     result = with_classes(source, classes, seed=seed)
     module, best = FinetuneModule(result.network, spec, len(classes)), _Best(spec.patience)
     options: dict[str, Any] = {
@@ -233,20 +257,20 @@ def finetune(
     trainer = pl.Trainer(callbacks=[best, *bar], **options)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
-        # Dropout draws from the global random state, which stays the caller's.
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        # Dropout draws from the global random states, which stay the caller's.
+        devices = range(torch.cuda.device_count())
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
             for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
                 warnings.filterwarnings("ignore", expected)
             torch.manual_seed(seed)
-            trainer.fit(module, _Batches(train), _Batches(validation))
+            trainer.fit(module, *parts)
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stopped
     finally:
         # Lightning leaves Ctrl-C switched off. Only the main thread has a say in signals.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)
-    if best.result is None:
-        raise FatError("No validation image came to choose the best epoch by.")
+    assert best.result is not None
     result.network.load_state_dict(best.state)
     result.network.cpu().eval().requires_grad_(False)
     return result, best.result
@@ -297,6 +321,7 @@ def finetune_cached(
             path,
         )
         return empty, replace(found, cached=True)
+    check_writable(path.parent)  # now, rather than after the training
     result, done = finetune(
         source, train, validation, spec, classes=classes, seed=seed, progress=progress,
         trainer_options=trainer_options,
@@ -312,13 +337,13 @@ def finetune_cached(
 class _Batches:
     """Any batches, for Lightning, which would take a list for a list of loaders."""
 
-    def __init__(self, images: Images) -> None:
-        self._batches = as_batches(images)
+    def __init__(self, what: str, images: Images) -> None:
+        self._batches, self._count = counted(what, images)
         self.sampler = getattr(self._batches, "sampler", None)  # told the epoch by Lightning
         self.batch_sampler = getattr(self._batches, "batch_sampler", None)
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
+        return self._count
 
     def __iter__(self) -> Iterator[AnyBatch]:
         return iter(self._batches)
@@ -337,7 +362,14 @@ def _key(
         "seed": seed,
     }
     digest.update(json.dumps(about, sort_keys=True).encode())
-    for name, value in source.network.state_dict().items():
+    digest.update(_content(source.network.state_dict()).encode())
+    return digest.hexdigest()
+
+
+def _content(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -345,7 +377,7 @@ def _key(
 
 def _write(path: Path, key: str, network: nn.Module, result: FinetuneResult) -> None:
     state = {name: value.contiguous() for name, value in network.state_dict().items()}
-    about = {"key": key, "result": json.dumps(asdict(result))}
+    about = {"key": key, "content": _content(state), "result": json.dumps(asdict(result))}
     write_atomic(path, lambda temporary: save_file(state, temporary, metadata=about))
 
 
@@ -359,6 +391,9 @@ def _read(path: Path, key: str, network: nn.Module) -> FinetuneResult | None:
             if about.get("key") != key:
                 raise ValueError("it is of another origin")
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            # In the network's order: the file has one of its own.
+            if about["content"] != _content(network.state_dict()):
+                raise ValueError("its weights are damaged")
             return FinetuneResult(**json.loads(about["result"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         logger.warning(

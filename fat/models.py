@@ -199,7 +199,8 @@ def with_classes(source: FloatNetwork, classes: tuple[str, ...], *, seed: int = 
         A copy in eval mode, its parameters without gradients.
 
     Raises:
-        FatError: If there are fewer than two classes, or one name comes twice.
+        FatError: If there are fewer than two classes, one name comes twice, or the network has no
+            classifier.
     """
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise FatError(
@@ -207,6 +208,11 @@ def with_classes(source: FloatNetwork, classes: tuple[str, ...], *, seed: int = 
             "each with a name of its own. Type data.root=DIR with one subfolder for each class."
         )
     network = copy.deepcopy(source.network)
+    if not head_parameters(network):
+        raise FatError(
+            f"{source.name} has no classifier that could be replaced. Type model.name=NAME with a "
+            "network that has one, such as tf_efficientnet_lite0."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cast(Any, network).reset_classifier(len(classes))

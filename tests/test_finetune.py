@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +87,16 @@ def test_the_classifier_starts_alone(source: FloatNetwork) -> None:
     assert moved == head  # neither features nor the statistics of their norms
 
 
+def test_batch_norms_keep_their_statistics_and_train_the_rest(source: FloatNetwork) -> None:
+    spec = replace(SPEC, epochs=2, head_epochs=0)
+    result, _ = finetune(source, coloured(32, 0), coloured(16, 1), spec, classes=CLASSES,
+                         progress=False)  # fmt: skip
+    before, after = state(source.network), state(result.network)
+    statistics = {name for name in before if "running_" in name or "num_batches" in name}
+    assert statistics
+    assert {name for name in before if torch.equal(before[name], after[name])} == statistics
+
+
 def test_the_best_epoch_is_kept_and_waiting_ends(
     source: FloatNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +131,71 @@ def test_too_high_a_rate_is_named(source: FloatNetwork) -> None:
     batches = [(images * float("nan"), labels) for images, labels in coloured(32, 0)]
     with pytest.raises(FatError, match=r"became nan in epoch 1. Type .*teacher.lr=0.0003 "):
         finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
+
+
+def test_too_high_a_rate_is_named_also_after_the_last_step(source: FloatNetwork) -> None:
+    spec = replace(SPEC, epochs=1, head_epochs=0, lr=1e30, head_lr=1e30)
+    with pytest.raises(FatError, match=r"became (nan|inf) in epoch 1. Type .*teacher.lr=1e\+29 "):
+        finetune(source, coloured(16, 0), coloured(16, 1), spec, classes=CLASSES, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (torch.zeros(16), r"torch.float32 \[16\]; wanted .* int64 \[16\]"),
+        (torch.zeros(16, 3, dtype=torch.int64), r"torch.int64 \[16, 3\]; wanted"),
+    ],
+)
+def test_labels_of_another_kind(source: FloatNetwork, labels: Tensor, says: str) -> None:
+    batches = [(images, labels) for images, _ in coloured(16, 0)]
+    with pytest.raises(FatError, match=says):
+        finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
+
+
+def test_images_that_do_not_come_again(source: FloatNetwork) -> None:
+    good = coloured(16, 0)
+    for train, validation, says in (
+        ([], good, "No training images came"),
+        (good, [], "No validation images came"),
+        (iter(good), good, "training images come from an iterator"),
+    ):
+        with pytest.raises(FatError, match=says):
+            finetune(source, train, validation, SPEC, classes=CLASSES, progress=False)
+
+
+def test_a_last_batch_of_one(source: FloatNetwork) -> None:
+    """Its features are 1 x 1 pixel at the end, so they have no variance of their own."""
+    spec = replace(SPEC, epochs=1, head_epochs=0)
+    result, _ = finetune(source, coloured(17, 0), coloured(17, 1), spec, classes=CLASSES,
+                         progress=False)  # fmt: skip
+    assert all(bool(value.isfinite().all()) for value in result.network.state_dict().values())
+
+
+class Epochs:
+    """Batches, and a sampler that notes which epoch it is told."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches, self.sampler, self.told = batches, self, list[int]()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.told.append(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self.batches)
+
+
+def test_every_epoch_has_its_own_draws(source: FloatNetwork) -> None:
+    train = Epochs(coloured(16, 0))
+    finetune(source, train, coloured(16, 1), replace(SPEC, epochs=3), classes=CLASSES,
+             progress=False)  # fmt: skip
+    assert train.told == [0, 1, 2]
+
+
+def test_a_network_without_a_classifier(source: FloatNetwork) -> None:
+    bare = copy.deepcopy(source.network)
+    bare.pretrained_cfg = {}
+    with pytest.raises(FatError, match=r"test_efficientnet has no classifier .*model.name=NAME"):
+        with_classes(replace(source, network=bare), CLASSES)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +282,32 @@ def test_a_damaged_file_is_made_anew(
     assert "cannot be used" in caplog.text
     assert equal(state(first.network), state(again.network))
     assert cached(source, tmp_path)[1]
+
+
+def test_one_changed_bit_is_noticed(
+    source: FloatNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, _ = cached(source, tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # the tensors are at the end
+    path.write_bytes(content)
+    again, hit = cached(source, tmp_path)
+    assert not hit
+    assert "its weights are damaged" in caplog.text
+    assert equal(state(first.network), state(again.network))
+
+
+def test_a_folder_that_cannot_be_is_known_before_training(
+    source: FloatNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(FinetuneModule, "training_step", never)
+    (tmp_path / "file").touch()
+    with pytest.raises(FatError, match="Cannot write"):
+        cached(source, tmp_path / "file" / "folder")
 
 
 def test_ctrl_c_keeps_nothing(
