@@ -1,4 +1,4 @@
-"""The benchmark of the step: the table's form, and that peers get the same network. No times."""
+"""The benchmarks: their tables' form, and that peers get the same network. No times."""
 
 from __future__ import annotations
 
@@ -228,4 +228,78 @@ def test_a_mistyped_argument_of_the_table_is_said(
     monkeypatch.setattr(sys, "argv", ["presets.py", *arguments])
     with pytest.raises(SystemExit):
         presets.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def feeding(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from imported("feeding", monkeypatch)
+
+
+def feed(feeding: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["feeding.py", *arguments])
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # set again by the benchmark, and restored after it
+    threads = torch.get_num_threads()
+    try:
+        feeding.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_every_way_of_feeding_has_a_row(
+    feeding: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(
+        feeding, monkeypatch,
+        *("--images", "4", "--rounds", "1", "--batch", "2", "--size", "32", "--workers", "1"),
+    )  # fmt: skip
+    machine, images, heading, *rows = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}, Pillow" in machine
+    assert images.startswith("4 images of 500 x 375 pixels and ")
+    assert heading.split()[0] == "way"
+    table = {" ".join(row.split()[:-5]): row.split()[-5:] for row in rows}
+    assert list(table) == [
+        "decoder, all pixels", "decoder, reduced",
+        "folder", "cache=jpeg", "cache=pixels",
+        "folder, 1 workers", "cache=jpeg, 1 workers", "cache=pixels, 1 workers",
+        "folder, evaluation", "training crop alone", "batch alone",
+    ]  # fmt: skip
+    assert table["decoder, all pixels"][3] == "100%"
+    assert table["folder"][4] == "1.00x"
+    for rate, least, most, *_ in table.values():
+        assert 0 < int(least) == int(rate) == int(most)  # of one round
+
+
+def test_feeding_takes_a_folder_and_only_what_it_can_decode(
+    feeding: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = feeding.photographs(tmp_path / "images", 3)
+    (folder / "00001.jpg").write_bytes((folder / "00001.jpg").read_bytes()[:3000])
+    (folder / "00003.png").write_bytes(b"no JPEG")
+    feed(
+        feeding, monkeypatch, f"data.root={folder}",
+        *("--rounds", "1", "--size", "32", "--workers", "0"),
+    )  # fmt: skip
+    assert capsys.readouterr().out.splitlines()[1].startswith("2 images of 500 x 375 pixels")
+    for name in ("00000.jpg", "00002.jpg"):
+        (folder / name).unlink()
+    with pytest.raises(SystemExit, match="holds no JPEG that can be decoded"):
+        feed(feeding, monkeypatch, f"data.root={folder}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["DIR"], "DIR is not data.root=DIR"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--round", "x"], "invalid int value"),
+    ],
+)
+def test_a_mistyped_argument_of_feeding_is_said(
+    feeding: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit):
+        feed(feeding, monkeypatch, *arguments)
     assert message in capsys.readouterr().err

@@ -84,6 +84,7 @@ def open_image(
                 if short_side is not None and image.format == "JPEG":
                     _reduce(image, short_side)
                 image.load()
+                # A copy even where nothing is turned: it must outlive the closed file.
                 return _to_rgb(ImageOps.exif_transpose(image))
     # Pillow's decoders raise nearly anything on damaged files: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, EOFError, IndexError, …
@@ -107,8 +108,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    # A copy even of an RGB image: what is returned must outlive the closed file.
-    return image.convert("RGB") if image.mode != "RGB" else image.copy()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _sixteen_to_eight(

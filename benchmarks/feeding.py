@@ -1,0 +1,286 @@
+"""How many training images a core prepares, beside how many its JPEG decoder could.
+
+    python benchmarks/feeding.py [data.root=DIR] [--images 200] [--rounds 7] [--workers 2]
+
+Without a folder the images are crops of scikit-image's photographs, 500 x 375 pixels, ImageNet's
+average, saved as JPEG.
+
+* ``decoder``: Pillow decodes the same bytes, in memory already, to RGB. All pixels: the ceiling.
+  ``reduced``: as few as the training crop needs, by the decoder's own reduction to 1/2, 1/4 or 1/8.
+* ``folder``, ``cache=...``: the whole way of a training image, from its file to a normalised
+  float32 batch, through the loader that a run uses, with ``--workers`` processes and without.
+* ``evaluation``: the same from the folder, cut as a test image is.
+* ``alone``: parts of that way. ``training crop``: cut and resize a decoded image. ``batch``: stack
+  and normalise; of this a run on a GPU leaves the larger half to the GPU.
+
+A rate is images per CPU second of all processes that take part, starting them included: what one
+core does, however many there are and whatever else they do. Rates are medians over ``--rounds``
+rounds in which the ways take turns, after one that only warms up; ratios are medians of each
+round's own ratio, so what slows the machine down for a while falls out. Files come from the
+system's memory, caches are built before, and each round cuts other crops. torch takes one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import platform
+import resource
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, features
+
+from fat.data.cache import MODES, build_cache
+from fat.data.datamodule import TRAIN_PHOTOS
+from fat.data.dataset import ImageDataset, ImageLoader, collate
+from fat.data.folders import FolderSource
+from fat.data.images import UnreadableImage
+from fat.data.sources import ImageSource, PhotoSource
+from fat.data.transforms import EvalTransform, RandomCropTransform, Transform, generator
+from fat.errors import FatError
+from fat.models import Preprocessing
+
+ROOT = "data.root="
+HEADINGS = ("way", "images/s per core", "min", "max", "of the decoder", "of the folder")
+FORM = "{:34}{:>18}{:>8}{:>8}{:>16}{:>15}"
+DECODER, FOLDER = "decoder, all pixels", "folder"
+ALONE = 64  # decoded images that are kept for the parts
+PASSES = 4  # over the images where processes are started, so that starting them weighs less
+
+
+@dataclass
+class Way:
+    """One row: what is done to how many images, and the CPU seconds of each round."""
+
+    run: Callable[[int], object]  # given the round's number
+    images: int
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def rates(self) -> list[float]:
+        """Images per second of each round."""
+        return [self.images / seconds for seconds in self.seconds]
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="fat-feeding-") as scratch:
+        os.environ["XDG_CACHE_HOME"] = scratch  # the listing of the folder goes there too
+        try:
+            folder = options.root or photographs(Path(scratch, "images"), options.images)
+            source, indices = readable(FolderSource(folder), options.images)
+            print(machine(source, indices, options), flush=True)
+            measured = ways(source, indices, Path(scratch, "cache"), options)
+        except FatError as error:
+            raise SystemExit(f"Error: {error}") from None
+        for repeat in range(options.rounds + 1):
+            for way in measured.values():
+                seconds = timed(way, repeat)
+                if repeat:  # the first round warms up
+                    way.seconds.append(seconds)
+    print(FORM.format(*HEADINGS))
+    for name in measured:
+        print(line(name, measured))
+
+
+def parse() -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("root", nargs="?", metavar=f"{ROOT}DIR", help="a folder of JPEG images")
+    parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--size", type=int, default=224, help="side of the network's input")
+    parser.add_argument("--cache-side", type=int, default=256)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    options = parser.parse_args()
+    if options.root is not None:
+        if not options.root.startswith(ROOT):
+            parser.error(f"{options.root} is not {ROOT}DIR")
+        options.root = Path(options.root.removeprefix(ROOT)).expanduser()
+    for name, least in (("images", 1), ("rounds", 1), ("batch", 1), ("workers", 0)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name} must be at least {least}")
+    return options
+
+
+def photographs(folder: Path, count: int) -> Path:
+    """Save crops of photographs as JPEGs of ImageNet's average size."""
+    folder.mkdir()
+    source = PhotoSource(TRAIN_PHOTOS, count)
+    # Most of each photograph: what is enlarged is smooth, and smooth images decode faster.
+    cut = RandomCropTransform(preprocessing(375, 500), scale=(0.6, 1.0), ratio=(4 / 3, 4 / 3))
+    for index in range(count):
+        (pixels,) = cut(source.load(index), generator(index))
+        image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        image.save(folder / f"{index:05d}.jpg", quality=92)
+    return folder
+
+
+def preprocessing(height: int, width: int) -> Preprocessing:
+    """ImageNet's usual one."""
+    return Preprocessing(
+        size=(height, width),
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        interpolation="bicubic",
+        crop_pct=0.875,
+        crop_mode="center",
+    )
+
+
+def readable(source: FolderSource, count: int) -> tuple[FolderSource, list[int]]:
+    """A sample of the JPEG files that can be decoded.
+
+    Raises:
+        FatError: If there is none.
+    """
+    chosen: list[int] = []
+    for index in generator(0).permutation(len(source)).tolist():
+        if len(chosen) < count and is_jpeg(source.content(index)):
+            try:
+                source.load(index)
+            except UnreadableImage:
+                continue
+            chosen.append(index)
+    if not chosen:
+        raise FatError(f"{source.root} holds no JPEG that can be decoded. Type {ROOT}DIR.")
+    return source, sorted(chosen)
+
+
+def is_jpeg(content: bytes) -> bool:
+    """Whether a file begins as a JPEG does."""
+    return content[:3] == b"\xff\xd8\xff"
+
+
+def machine(source: FolderSource, indices: list[int], options: argparse.Namespace) -> str:
+    """Where, and with what images, the figures come from."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        known = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = [text.partition(":")[2].strip() for text in known if text.startswith("model name")]
+        processor = next(iter(found), processor)
+    sizes = [Image.open(source.path(index)).size for index in indices]
+    wide, high = np.mean(sizes, axis=0)
+    kilobytes = np.mean([len(source.content(index)) for index in indices]) / 1e3
+    turbo = features.version("libjpeg_turbo") or "none"
+    return (
+        f"{processor}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, Pillow "
+        f"{PIL.__version__}, libjpeg-turbo {turbo}\n{len(indices)} images of {wide:.0f} x "
+        f"{high:.0f} pixels and {kilobytes:.0f} kB on average, input {options.size} px, batch "
+        f"{options.batch}, caches at {options.cache_side} px"
+    )
+
+
+def ways(
+    source: FolderSource, indices: list[int], folder: Path, options: argparse.Namespace
+) -> dict[str, Way]:
+    """All rows, by name."""
+    config = preprocessing(options.size, options.size)
+    crop = RandomCropTransform(config)
+    encoded = [source.content(index) for index in indices]
+    count = len(indices)
+    sources: dict[str, ImageSource] = {FOLDER: source}
+    for mode in MODES:
+        sources[f"cache={mode}"] = build_cache(
+            source, indices, mode=mode, short_side=options.cache_side, folder=folder, progress=False
+        )
+    rows = {
+        DECODER: Way(lambda _: [decode(content, None) for content in encoded], count),
+        "decoder, reduced": Way(
+            lambda _: [decode(content, crop.short_side) for content in encoded], count
+        ),
+    }
+    for name, images in sources.items():
+        rows[name] = Way(through(images, indices, crop, 0, options.batch), count)
+    if options.workers:
+        many = indices * PASSES
+        for name, images in sources.items():
+            run = through(images, many, crop, options.workers, options.batch)
+            rows[f"{name}, {options.workers} workers"] = Way(run, len(many))
+    middle = EvalTransform(config)
+    rows["folder, evaluation"] = Way(through(source, indices, middle, 0, options.batch), count)
+    return rows | parts(source, indices[:ALONE], crop, options.batch)
+
+
+def parts(
+    source: FolderSource, indices: list[int], crop: RandomCropTransform, batch: int
+) -> dict[str, Way]:
+    """Rows of single parts of the way."""
+    decoded = [source.load(index) for index in indices]
+    cut = [(crop(image, generator(0)), 0) for image in decoded]
+
+    def finish(_: int) -> None:
+        for start in range(0, len(cut), batch):
+            stacked, *_ = collate(cut[start : start + batch])
+            crop.finish(*stacked)
+
+    def crops(repeat: int) -> None:
+        for number, image in enumerate(decoded):
+            crop(image, generator(repeat, number))
+
+    return {
+        "training crop alone": Way(crops, len(decoded)),
+        "batch alone": Way(finish, len(cut)),
+    }
+
+
+def decode(content: bytes, short_side: int | None) -> None:
+    """Decode to RGB, and nothing else."""
+    image = Image.open(io.BytesIO(content))
+    image.draft("RGB", None if short_side is None else (short_side, short_side))
+    image.load()
+    if image.mode != "RGB":  # grey, or four colours
+        image.convert("RGB")
+
+
+def through(
+    source: ImageSource, indices: list[int], transform: Transform, workers: int, batch: int
+) -> Callable[[int], None]:
+    """All images once, as a run loads them."""
+    data = ImageDataset(source, transform, indices=indices)
+
+    def run(repeat: int) -> None:
+        data.set_epoch(repeat)
+        loader = ImageLoader(data, batch_size=batch, collate_fn=collate, num_workers=workers)
+        images = sum(len(labels) for _, labels in loader)
+        assert images == len(indices)
+
+    return run
+
+
+def timed(way: Way, repeat: int) -> float:
+    """CPU seconds of one round, those of processes that ended in it included."""
+    before = cpu_seconds()
+    way.run(repeat)
+    return cpu_seconds() - before
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process and of all that it started and that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def line(name: str, measured: dict[str, Way]) -> str:
+    """One line of the table."""
+    rates = measured[name].rates
+    cells = [f"{value:.0f}" for value in (statistics.median(rates), min(rates), max(rates))]
+    for base, form in ((DECODER, "{:.0%}"), (FOLDER, "{:.2f}x")):
+        ratios = [a / b for a, b in zip(rates, measured[base].rates, strict=True)]
+        cells.append(form.format(statistics.median(ratios)))
+    return FORM.format(name, *cells)
+
+
+if __name__ == "__main__":
+    main()
