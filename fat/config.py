@@ -92,7 +92,7 @@ class TeacherConfig:
     """conf/teacher: what is done to the float network first, see :class:`fat.FinetuneSpec`."""
 
     source: str = "pretrained"
-    epochs: int = 15
+    epochs: int = 10
     head_epochs: int = 1
     lr: float = 1e-3
     head_lr: float = 1e-2

@@ -373,7 +373,7 @@ class FinetuneSpec:
         FatError: If a value is outside what is allowed.
     """
 
-    epochs: int = 15
+    epochs: int = 10
     head_epochs: int = 1
     lr: float = 1e-3
     head_lr: float = 1e-2
