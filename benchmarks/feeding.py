@@ -9,6 +9,7 @@ average, saved as JPEG.
   ``reduced``: as few as the training crop needs, by the decoder's own reduction to 1/2, 1/4 or 1/8.
 * ``folder``, ``cache=...``: the whole way of a training image, from its file to a normalised
   float32 batch, through the loader that a run uses, with ``--workers`` processes and without.
+* ``augment=device``: what workers do where a GPU cuts the crops, which is not counted here.
 * ``evaluation``: the same from the folder, cut as a test image is.
 * ``alone``: parts of that way. ``training crop``: cut and resize a decoded image. ``batch``: stack
   and normalise; of this a run on a GPU leaves the larger half to the GPU.
@@ -37,14 +38,21 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image, features
+from torch.utils.data import DataLoader
 
-from fat.data.cache import MODES, build_cache
+from fat.data.cache import build_cache
 from fat.data.datamodule import TRAIN_PHOTOS
 from fat.data.dataset import ImageDataset, ImageLoader, collate
 from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
 from fat.data.sources import ImageSource, PhotoSource
-from fat.data.transforms import EvalTransform, RandomCropTransform, Transform, generator
+from fat.data.transforms import (
+    DeviceCropTransform,
+    EvalTransform,
+    RandomCropTransform,
+    Transform,
+    generator,
+)
 from fat.errors import FatError
 from fat.models import Preprocessing
 
@@ -191,7 +199,7 @@ def ways(
     encoded = [source.content(index) for index in indices]
     count = len(indices)
     sources: dict[str, ImageSource] = {FOLDER: source}
-    for mode in MODES:
+    for mode in ("jpeg", "pixels"):
         sources[f"cache={mode}"] = build_cache(
             source, indices, mode=mode, short_side=options.cache_side, folder=folder, progress=False
         )
@@ -208,6 +216,14 @@ def ways(
         for name, images in sources.items():
             run = through(images, many, crop, options.workers, options.batch)
             rows[f"{name}, {options.workers} workers"] = Way(run, len(many))
+    squares = build_cache(
+        source, indices, mode="squares", short_side=options.cache_side, folder=folder,
+        progress=False,
+    )  # fmt: skip
+    device = DeviceCropTransform(config, side=options.cache_side)
+    for name, images in ((FOLDER, source), ("cache=squares", squares)):
+        run = unfinished(images, indices, device, options.batch)
+        rows[f"{name}, augment=device"] = Way(run, count)
     middle = EvalTransform(config)
     rows["folder, evaluation"] = Way(through(source, indices, middle, 0, options.batch), count)
     return rows | parts(source, indices[:ALONE], crop, options.batch)
@@ -254,6 +270,21 @@ def through(
         data.set_epoch(repeat)
         loader = ImageLoader(data, batch_size=batch, collate_fn=collate, num_workers=workers)
         images = sum(len(labels) for _, labels in loader)
+        assert images == len(indices)
+
+    return run
+
+
+def unfinished(
+    source: ImageSource, indices: list[int], transform: Transform, batch: int
+) -> Callable[[int], None]:
+    """What is left to workers where a GPU cuts the crops: batches of 8-bit pixels."""
+    data = ImageDataset(source, transform, indices=indices)
+
+    def run(repeat: int) -> None:
+        data.set_epoch(repeat)
+        loader: DataLoader[object] = DataLoader(data, batch_size=batch, collate_fn=collate)
+        images = sum(len(labels) for _, labels, _, _ in loader)
         assert images == len(indices)
 
     return run

@@ -262,6 +262,7 @@ def test_every_way_of_feeding_has_a_row(
         "decoder, all pixels", "decoder, reduced",
         "folder", "cache=jpeg", "cache=pixels",
         "folder, 1 workers", "cache=jpeg, 1 workers", "cache=pixels, 1 workers",
+        "folder, augment=device", "cache=squares, augment=device",
         "folder, evaluation", "training crop alone", "batch alone",
     ]  # fmt: skip
     assert table["decoder, all pixels"][3] == "100%"

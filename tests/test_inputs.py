@@ -191,6 +191,11 @@ def test_the_cache_holds_the_training_images(tmp_path: Path) -> None:
     for one, other in zip(plain.train_dataloader(), cached.train_dataloader(), strict=True):
         assert torch.equal(one[0], other[0])  # smaller than the cache's side
     assert cached.fingerprint() == plain.fingerprint()
+    with pytest.raises(FatError, match=r"squares is for crops on the device.*data.augment=device"):
+        make_data(replace(asked, cache="squares"), IMAGENET, 0)
+    squares = make_data(replace(asked, cache="squares", augment="device"), IMAGENET, 0)
+    images, _ = next(iter(squares.train_dataloader()))
+    assert images.shape == (8, 3, 32, 32)
     with pytest.raises(FatError, match=r"Unknown data.cache 'jpg'. Did you mean 'jpeg'"):
         make_data(replace(asked, cache="jpg"), IMAGENET, 0)
 

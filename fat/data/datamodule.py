@@ -31,7 +31,7 @@ from fat.data.splits import (
     loading,
     share,
 )
-from fat.data.transforms import generator
+from fat.data.transforms import DeviceCropTransform, generator
 from fat.errors import FatError
 from fat.files import cache_folder
 
@@ -332,7 +332,7 @@ class FatDataModule(pl.LightningDataModule):
         """Have the training images made small once, so that decoding costs little from now on.
 
         Args:
-            mode: ``"jpeg"`` or ``"pixels"``, see :mod:`fat.data.cache`.
+            mode: ``"jpeg"``, ``"pixels"`` or ``"squares"``, see :mod:`fat.data.cache`.
             folder: Where caches lie; ``~/.cache/fat/images`` by default.
             short_side: Pixels that the shorter side of an image keeps.
             progress: Whether to show a bar while they are made.
@@ -340,6 +340,11 @@ class FatDataModule(pl.LightningDataModule):
         Raises:
             FatError: If the cache cannot be made, or the mode is unknown.
         """
+        if mode == "squares" and not isinstance(self.train.transform, DeviceCropTransform):
+            raise FatError(
+                "data.cache=squares is for crops on the device: type data.augment=device, or "
+                "data.cache=pixels."
+            )
         place = cache_folder("images") if folder is None else Path(folder).expanduser()
         self.train.source = build_cache(
             self.train.source,

@@ -38,8 +38,11 @@ CROP_MODES = ("center", "squash", "border")
 # What torch resizes with antialiasing, in one pass over 8-bit pixels.
 _TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
+SHAPE = "fat.shape"
+"""Key in a squashed image's ``info``: the width and height that it had."""
+
 Parts = tuple[Tensor, ...]
-"""What a worker hands over for one image: uint8 [3, H, W], and what `finish` needs beside it."""
+"""What a worker hands over for one image: 8-bit pixels, and what `finish` needs beside them."""
 
 
 class Transform(Protocol):
@@ -183,9 +186,9 @@ class _RandomCrop:
         }
 
     def _draw(
-        self, image: Image.Image, rng: np.random.Generator
+        self, width: int, height: int, rng: np.random.Generator
     ) -> tuple[tuple[int, int, int, int], bool]:
-        box = crop_box(image.width, image.height, rng, self.scale, self.ratio)
+        box = crop_box(width, height, rng, self.scale, self.ratio)
         return box, bool(rng.random() < self.flip)
 
 
@@ -211,7 +214,7 @@ class RandomCropTransform(_RandomCrop):
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
         """Return the uint8 tensor [3, H, W] of the part that ``rng`` picks."""
-        (left, top, width, height), mirror = self._draw(image, rng)
+        (left, top, width, height), mirror = self._draw(image.width, image.height, rng)
         part = image.crop((left, top, left + width, top + height))
         pixels = _resized(part, self.preprocessing.size, self._filter)
         return (pixels.flip(-1) if mirror else pixels,)
@@ -226,7 +229,8 @@ class DeviceCropTransform(_RandomCrop):
 
     A worker only squashes the whole image to a square, the same for all, and draws the part; the
     device cuts it out by bilinear interpolation, which undoes the squashing too. For machines
-    whose device waits for its processor.
+    whose device waits for its processor. An image that is a square already and has its shape noted
+    (:mod:`fat.data.cache`) is taken as it is.
 
     Args:
         preprocessing: Size, filter, mean and std of the network.
@@ -259,18 +263,24 @@ class DeviceCropTransform(_RandomCrop):
         return self.side
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
-        """Return uint8 [3, side, side], and the part as an affine map, float32 [2, 3]."""
-        (left, top, width, height), mirror = self._draw(image, rng)
+        """Return uint8 [side, side, 3], and the part as an affine map, float32 [2, 3]."""
+        shape = image.info.get(SHAPE)
+        wide, high = shape or image.size
+        (left, top, width, height), mirror = self._draw(wide, high, rng)
         # grid_sample's coordinates run from −1 to 1 over the image.
-        across, down = width / image.width, height / image.height
-        x = (2 * left + width) / image.width - 1
-        y = (2 * top + height) / image.height - 1
+        across, down = width / wide, height / high
+        x, y = (2 * left + width) / wide - 1, (2 * top + height) / high - 1
         place = torch.tensor([[-across if mirror else across, 0.0, x], [0.0, down, y]])
-        return _resized(image, (self.side, self.side), self._filter), place
+        if shape is not None:
+            return torch.from_numpy(np.array(image)), place
+        # Channels last, as an image's memory is: the device does what turning it would cost here.
+        square = _resized(image, (self.side, self.side), self._filter)
+        return square.permute(1, 2, 0).contiguous(), place
 
     def finish(self, *parts: Tensor) -> Tensor:
         """Cut the parts out of a batch and normalise."""
-        squares, places = parts
+        pixels, places = parts
+        squares = pixels.permute(0, 3, 1, 2)
         height, width = self.preprocessing.size
         grid = torch.nn.functional.affine_grid(
             places, [len(squares), 3, height, width], align_corners=False

@@ -27,7 +27,13 @@ from fat.data.cache import MODES, CachedSource, build_cache
 from fat.data.dataset import ImageDataset, ImageLoader, collate
 from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
-from fat.data.transforms import RandomCropTransform
+from fat.data.transforms import (
+    SHAPE,
+    DeviceCropTransform,
+    RandomCropTransform,
+    apply,
+    generator,
+)
 from fat.errors import FatError
 from fat.models import Preprocessing
 
@@ -144,11 +150,29 @@ def test_an_image_is_turned_once_and_sheds_its_comment(tmp_path: Path, mode: str
     (tmp_path / "in").mkdir()
     image.save(tmp_path / "in/turned.jpg", exif=exif, quality=95, comment=b"long" * 1000)
     cached = build(FolderSource(tmp_path / "in"), tmp_path / "cache", mode)
-    right = image.rotate(-90, expand=True).resize((SIDE, round(80 * SIDE / 60)))
+    size = (SIDE, SIDE if mode == "squares" else round(80 * SIDE / 60))
+    right = image.rotate(-90, expand=True).resize(size)
     loaded = cached.load(0)
     assert loaded.size == right.size
     assert psnr(loaded, right) > 30
     assert b"longlong" not in cached.file.read_bytes()
+
+
+def test_squares_give_the_crops_of_whole_images(tmp_path: Path) -> None:
+    """The part that is cut follows the shape that an image had, not that of the square."""
+    (tmp_path / "in").mkdir()
+    for number, size in enumerate([(90, 60), (50, 80), (20, 24)]):
+        picture(number, *size).save(tmp_path / f"in/{number}.png")
+    source = FolderSource(tmp_path / "in")
+    squares = build(source, tmp_path / "cache", "squares")
+    assert {squares.load(i).size for i in range(3)} == {(SIDE, SIDE)}
+    assert squares.load(1).info[SHAPE] == (50, 80)
+    transform = DeviceCropTransform(CROP.preprocessing, side=SIDE)
+    for index in range(3):
+        for seed in range(4):
+            whole = apply(transform, source.load(index), generator(seed))
+            cached = apply(transform, squares.load(index), generator(seed))
+            assert float((whole - cached).abs().max()) < 0.06  # levels of 255, of about 4.5
 
 
 def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path) -> None:
@@ -498,7 +522,7 @@ def test_a_disk_that_fills_up_keeps_what_was_written(
     ("options", "message"),
     [
         ({"mode": "pixel"}, "Unknown data.cache 'pixel'. Did you mean 'pixels'?"),
-        ({"mode": "off"}, "Allowed: none, jpeg, pixels."),
+        ({"mode": "off"}, "Allowed: none, jpeg, pixels, squares."),
         ({"short_side": 0}, "data.cache_side is 0; it must be at least 1 pixel."),
         ({"indices": []}, "There is no image to cache. Type data.cache=none."),
     ],
