@@ -94,7 +94,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         if finetuning is not None:  # the network will have the data's own classes
             classes = own_classes(config.data)
             target = replace(target, num_classes=len(classes), classes=classes)
-        data = make_data(config.data, target, config.seed, progress=progress)
+        data = make_data(config.data, target, config.seed, device=device, progress=progress)
         data.setup()
         if data.index is not None:
             data.index.save(directory / IMAGES)

@@ -57,6 +57,7 @@ class _Request:
     config: DataConfig
     target: Target
     seed: int
+    device: torch.device | None
     progress: bool
 
     def feeding(self) -> Feeding:
@@ -171,7 +172,12 @@ def finetuned(
 
 
 def make_data(
-    config: DataConfig, target: Target, seed: int, *, progress: bool = False
+    config: DataConfig,
+    target: Target,
+    seed: int,
+    *,
+    device: torch.device | None = None,
+    progress: bool = False,
 ) -> FatDataModule:
     """The four splits that a config asks for.
 
@@ -179,6 +185,7 @@ def make_data(
         config: conf/data.
         target: Whom they are for.
         seed: What samples, order and crops follow.
+        device: Where images are made that are made from the network; None: where that is.
         progress: Whether to show bars while images are listed, made or cached.
 
     Raises:
@@ -186,7 +193,7 @@ def make_data(
     """
     if config.source not in _MAKE:
         raise unknown_name("data source", config.source, _MAKE)
-    request = _Request(config, target, seed, progress)
+    request = _Request(config, target, seed, device, progress)
     if config.index is None:
         data = _MAKE[config.source](request)
     else:
@@ -297,6 +304,7 @@ def _distilled(request: _Request) -> FatDataModule:
         request.target.preprocessing,
         DistillSpec(**asdict(request.config.distill)),
         seed=request.seed,
+        device=request.device,
         progress=request.progress,
     )
     return FatDataModule.distilled(
