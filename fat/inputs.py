@@ -11,7 +11,7 @@ from torch import nn
 
 from fat.config import DataConfig
 from fat.data import hub, ready
-from fat.data.datamodule import FatDataModule
+from fat.data.datamodule import PHOTO_TESTS, FatDataModule
 from fat.data.distill import DistillSpec, distilled_folder
 from fat.data.folders import FolderSource, folder_classes
 from fat.data.index import ImageIndex
@@ -266,6 +266,14 @@ def _imagenet(request: _Request) -> FatDataModule:
 def _load_index(config: DataConfig) -> ImageIndex:
     """The index, and where its images lie now if ``data.root`` says so."""
     assert config.index is not None
+    if config.source == "distilled":
+        try:
+            return ImageIndex.load(config.index, None, config.test_root)
+        except FatError as error:
+            raise FatError(
+                f"{error} The images of data=distilled were made from the network; to judge on "
+                "others, type data=folder data.root=DIR or data=photos."
+            ) from error
     if config.root is None or config.source == "imagenet":
         return ImageIndex.load(config.index, config.root, config.test_root)
     root = ready.imagenette(config.root) if config.source == "imagenette" else Path(config.root)
@@ -275,7 +283,14 @@ def _load_index(config: DataConfig) -> ImageIndex:
 
 def _of_index(request: _Request, index: ImageIndex) -> FatDataModule:
     index.check_labels(request.target.num_classes)
-    return FatDataModule.of_index(index, request.target.preprocessing, **request.feeding())
+    config = request.config
+    return FatDataModule.of_index(
+        index,
+        request.target.preprocessing,
+        # Crops of photographs are in no index. Other data without test images is an error.
+        photo_tests=config.test_images or PHOTO_TESTS if config.source == "distilled" else None,
+        **request.feeding(),
+    )
 
 
 def _ready(request: _Request) -> FatDataModule:

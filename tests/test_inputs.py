@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,20 @@ def test_distilled_images_train_and_real_ones_judge(
     photos = make_data(replace(asked, test_root=None), target, 0)
     assert not photos.labelled
     assert photos.test.source.name(0).startswith("chelsea")
+    finished = replace(target, network=None)
     with pytest.raises(FatError, match=r"finished run no longer has.*data=folder"):
-        make_data(asked, replace(target, network=None), 0)
+        make_data(asked, finished, 0)
+    for made, judge in ((data, asked), (photos, replace(asked, test_root=None))):
+        assert made.index is not None
+        path = made.index.save(tmp_path / "images.csv")
+        again = make_data(replace(judge, index=str(path)), finished, 0)
+        assert sizes(again) == sizes(made)
+        for one, other in zip(made.test_dataloader(), again.test_dataloader(), strict=True):
+            assert torch.equal(one[0], other[0])
+            assert torch.equal(one[1], other[1])
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(FatError, match=r"does not exist.*made from the network.*data=photos"):
+        make_data(replace(asked, index=str(path)), finished, 0)
 
 
 def test_photos_may_be_judged_on_real_images(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fat.models import Preprocessing
 
 __all__ = [
+    "PHOTO_TESTS",
     "TEST_PHOTOS",
     "TRAIN_PHOTOS",
     "VALIDATION_PHOTOS",
@@ -69,6 +70,8 @@ TEST_PHOTOS = ("chelsea.png", "rocket.jpg", "moon.png")
 
 # Evaluation crops of photographs do not follow the run's seed: all runs are judged on the same.
 _EVAL_SEED = 0
+
+PHOTO_TESTS = 300  # crops to judge by, unless told otherwise
 
 
 class FatDataModule(pl.LightningDataModule):
@@ -129,7 +132,7 @@ class FatDataModule(pl.LightningDataModule):
         train_images: int = 1000,
         calibration_images: int = 100,
         validation_images: int = 100,
-        test_images: int = 300,
+        test_images: int = PHOTO_TESTS,
         test: ImageSource | None = None,
         **feeding: Unpack[Feeding],
     ) -> FatDataModule:
@@ -166,9 +169,7 @@ class FatDataModule(pl.LightningDataModule):
             split("calibration", TRAIN_PHOTOS, calibration_images, cut.seed),
             split("training", TRAIN_PHOTOS, train_images, cut.seed),
             split("validation", VALIDATION_PHOTOS, validation_images, _EVAL_SEED),
-            split("test", TEST_PHOTOS, test_images, _EVAL_SEED)
-            if test is None
-            else cut.held_out(test, test_images),
+            _photo_tests(cut, test_images) if test is None else cut.held_out(test, test_images),
             **loading(feeding),
         )
 
@@ -269,13 +270,19 @@ class FatDataModule(pl.LightningDataModule):
 
     @classmethod
     def of_index(
-        cls, index: ImageIndex, preprocessing: Preprocessing, **feeding: Unpack[Feeding]
+        cls,
+        index: ImageIndex,
+        preprocessing: Preprocessing,
+        *,
+        photo_tests: int | None = None,
+        **feeding: Unpack[Feeding],
     ) -> FatDataModule:
         """The very images of an index.
 
         Args:
             index: Which images each split has.
             preprocessing: How the network wants its images.
+            photo_tests: Crops of photographs to judge by if the index has no test images.
             **feeding: See :class:`Feeding`.
         """
         cut = Cut(preprocessing, feeding)
@@ -286,9 +293,9 @@ class FatDataModule(pl.LightningDataModule):
 
         index.check_disjoint()
         train = ImageDataset(index.source("train"), cut.train(), split="training", seed=cut.seed)
-        data = cls(
-            still("calibration"), train, still("validation"), still("test"), **loading(feeding)
-        )
+        crops = photo_tests is not None and not index.of_split("test")
+        test = _photo_tests(cut, photo_tests or 0) if crops else still("test")
+        data = cls(still("calibration"), train, still("validation"), test, **loading(feeding))
         data.index = index
         return data
 
@@ -313,13 +320,14 @@ class FatDataModule(pl.LightningDataModule):
         Raises:
             FatError: If there are fewer than two images, or a number is out of range.
         """
+        crops = _photo_tests(Cut(preprocessing, options), options.get("test_images") or PHOTO_TESTS)
+        judges = crops.source if test is None else test
+        data = cls.of_sources(FolderSource(images), judges, preprocessing, **options)
         if test is None:
-            test = PhotoSource(TEST_PHOTOS, options.get("test_images") or 300)
-            data = cls.of_sources(FolderSource(images), test, preprocessing, **options)
-            crops = Cut(preprocessing, options).crop()
-            data.test = ImageDataset(test, crops, split="test", seed=_EVAL_SEED)
-            return data
-        return cls.of_sources(FolderSource(images), test, preprocessing, **options)
+            data.test = crops
+        held_out = test.root if isinstance(test, FolderSource) else None
+        data._write_down(Path(images), held_out, progress=False)
+        return data
 
     def cache(
         self,
@@ -360,6 +368,8 @@ class FatDataModule(pl.LightningDataModule):
         """Hash the images, and leave out copies of images that a later split has."""
         splits = {"test": self.test, "validation": self.validation, "train": self.train,
                   "calibration": self.calibration}  # fmt: skip
+        # Crops of installed photographs are no files; they follow from the options.
+        splits = {k: v for k, v in splits.items() if not isinstance(v.source, PhotoSource)}
         index = ImageIndex.of(
             {name: (data.source, data.indices.tolist()) for name, data in splits.items()},
             root=root, val_root=test_root, seed=self.seed, progress=progress,
@@ -478,6 +488,11 @@ class FatDataModule(pl.LightningDataModule):
             # Otherwise each pass would advance the global random state by one draw.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _photo_tests(cut: Cut, count: int) -> ImageDataset:
+    source = PhotoSource(TEST_PHOTOS, count)
+    return ImageDataset(source, cut.crop(), split="test", seed=_EVAL_SEED)
 
 
 def _usable_workers() -> int:

@@ -97,6 +97,11 @@ def test_no_data_at_all(tmp_path: Path) -> None:
     sheets = list((tmp_path / "cache" / "fat" / "distilled").rglob("contact_sheet.png"))
     assert len(sheets) == 1
     assert str(sheets[0]) in (tmp_path / "run" / "train.log").read_text()
+    cache = str(tmp_path / "cache")
+    judged = command("evaluate.py", f"run={tmp_path / 'run'}", XDG_CACHE_HOME=cache)
+    assert judged.returncode == 0, judged.stderr
+    assert "16 test images of distilled" in judged.stdout + judged.stderr
+    assert f"{metrics['trained']['sqnr_db']:.2f}" in judged.stdout + judged.stderr
 
 
 def test_a_key_of_another_source_is_named() -> None:
