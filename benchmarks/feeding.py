@@ -40,7 +40,7 @@ import torch
 from PIL import Image, features
 from torch.utils.data import DataLoader
 
-from fat.data.cache import build_cache
+from fat.data.cache import MODES, build_cache
 from fat.data.datamodule import TRAIN_PHOTOS
 from fat.data.dataset import ImageDataset, ImageLoader, collate
 from fat.data.folders import FolderSource
@@ -198,11 +198,14 @@ def ways(
     crop = RandomCropTransform(config)
     encoded = [source.content(index) for index in indices]
     count = len(indices)
-    sources: dict[str, ImageSource] = {FOLDER: source}
-    for mode in ("jpeg", "pixels"):
-        sources[f"cache={mode}"] = build_cache(
+    caches: dict[str, ImageSource] = {
+        mode: build_cache(
             source, indices, mode=mode, short_side=options.cache_side, folder=folder, progress=False
         )
+        for mode in MODES
+    }
+    squares = caches.pop("squares")  # for crops on the device alone
+    sources = {FOLDER: source} | {f"cache={mode}": images for mode, images in caches.items()}
     rows = {
         DECODER: Way(lambda _: [decode(content, None) for content in encoded], count),
         "decoder, reduced": Way(
@@ -216,10 +219,6 @@ def ways(
         for name, images in sources.items():
             run = through(images, many, crop, options.workers, options.batch)
             rows[f"{name}, {options.workers} workers"] = Way(run, len(many))
-    squares = build_cache(
-        source, indices, mode="squares", short_side=options.cache_side, folder=folder,
-        progress=False,
-    )  # fmt: skip
     device = DeviceCropTransform(config, side=options.cache_side)
     for name, images in ((FOLDER, source), ("cache=squares", squares)):
         run = unfinished(images, indices, device, options.batch)

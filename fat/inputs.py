@@ -11,7 +11,7 @@ from torch import nn
 
 from fat.config import DataConfig
 from fat.data import hub, ready
-from fat.data.datamodule import PHOTO_TESTS, FatDataModule
+from fat.data.datamodule import FatDataModule
 from fat.data.distill import DistillSpec, distilled_folder
 from fat.data.folders import FolderSource, folder_classes
 from fat.data.index import ImageIndex
@@ -283,14 +283,7 @@ def _load_index(config: DataConfig) -> ImageIndex:
 
 def _of_index(request: _Request, index: ImageIndex) -> FatDataModule:
     index.check_labels(request.target.num_classes)
-    config = request.config
-    return FatDataModule.of_index(
-        index,
-        request.target.preprocessing,
-        # Crops of photographs are in no index. Other data without test images is an error.
-        photo_tests=config.test_images or PHOTO_TESTS if config.source == "distilled" else None,
-        **request.feeding(),
-    )
+    return FatDataModule.of_index(index, request.target.preprocessing, **request.feeding())
 
 
 def _ready(request: _Request) -> FatDataModule:

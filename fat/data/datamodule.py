@@ -17,7 +17,7 @@ from fat.data.cache import build_cache
 from fat.data.dataset import Batch, EpochSampler, ImageDataset, ImageLoader, collate
 from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
-from fat.data.index import ImageIndex, some
+from fat.data.index import PHOTO_TESTS, ImageIndex, some
 from fat.data.sources import ImageSource, PhotoSource
 from fat.data.splits import (
     CALIBRATION_DRAW,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from fat.models import Preprocessing
 
 __all__ = [
-    "PHOTO_TESTS",
     "TEST_PHOTOS",
     "TRAIN_PHOTOS",
     "VALIDATION_PHOTOS",
@@ -71,7 +70,7 @@ TEST_PHOTOS = ("chelsea.png", "rocket.jpg", "moon.png")
 # Evaluation crops of photographs do not follow the run's seed: all runs are judged on the same.
 _EVAL_SEED = 0
 
-PHOTO_TESTS = 300  # crops to judge by, unless told otherwise
+_TEST_CROPS = 300  # to judge by, unless told otherwise
 
 
 class FatDataModule(pl.LightningDataModule):
@@ -132,7 +131,7 @@ class FatDataModule(pl.LightningDataModule):
         train_images: int = 1000,
         calibration_images: int = 100,
         validation_images: int = 100,
-        test_images: int = PHOTO_TESTS,
+        test_images: int = _TEST_CROPS,
         test: ImageSource | None = None,
         **feeding: Unpack[Feeding],
     ) -> FatDataModule:
@@ -270,19 +269,13 @@ class FatDataModule(pl.LightningDataModule):
 
     @classmethod
     def of_index(
-        cls,
-        index: ImageIndex,
-        preprocessing: Preprocessing,
-        *,
-        photo_tests: int | None = None,
-        **feeding: Unpack[Feeding],
+        cls, index: ImageIndex, preprocessing: Preprocessing, **feeding: Unpack[Feeding]
     ) -> FatDataModule:
         """The very images of an index.
 
         Args:
             index: Which images each split has.
             preprocessing: How the network wants its images.
-            photo_tests: Crops of photographs to judge by if the index has no test images.
             **feeding: See :class:`Feeding`.
         """
         cut = Cut(preprocessing, feeding)
@@ -293,8 +286,8 @@ class FatDataModule(pl.LightningDataModule):
 
         index.check_disjoint()
         train = ImageDataset(index.source("train"), cut.train(), split="training", seed=cut.seed)
-        crops = photo_tests is not None and not index.of_split("test")
-        test = _photo_tests(cut, photo_tests or 0) if crops else still("test")
+        crops = index.options.get(PHOTO_TESTS)
+        test = still("test") if crops is None else _photo_tests(cut, crops)
         data = cls(still("calibration"), train, still("validation"), test, **loading(feeding))
         data.index = index
         return data
@@ -320,11 +313,14 @@ class FatDataModule(pl.LightningDataModule):
         Raises:
             FatError: If there are fewer than two images, or a number is out of range.
         """
-        crops = _photo_tests(Cut(preprocessing, options), options.get("test_images") or PHOTO_TESTS)
-        judges = crops.source if test is None else test
-        data = cls.of_sources(FolderSource(images), judges, preprocessing, **options)
+        made = FolderSource(images)
         if test is None:
-            data.test = crops
+            crops = options.get("test_images") or _TEST_CROPS
+            photos = _photo_tests(Cut(preprocessing, options), crops)
+            data = cls.of_sources(made, photos.source, preprocessing, **options)
+            data.test = photos
+        else:
+            data = cls.of_sources(made, test, preprocessing, **options)
         held_out = test.root if isinstance(test, FolderSource) else None
         data._write_down(Path(images), held_out, progress=False)
         return data
@@ -368,11 +364,12 @@ class FatDataModule(pl.LightningDataModule):
         """Hash the images, and leave out copies of images that a later split has."""
         splits = {"test": self.test, "validation": self.validation, "train": self.train,
                   "calibration": self.calibration}  # fmt: skip
-        # Crops of installed photographs are no files; they follow from the options.
-        splits = {k: v for k, v in splits.items() if not isinstance(v.source, PhotoSource)}
+        options = {}
+        if isinstance(self.test.source, PhotoSource):  # no files; they follow from their number
+            options[PHOTO_TESTS] = len(splits.pop("test"))
         index = ImageIndex.of(
             {name: (data.source, data.indices.tolist()) for name, data in splits.items()},
-            root=root, val_root=test_root, seed=self.seed, progress=progress,
+            root=root, val_root=test_root, seed=self.seed, options=options, progress=progress,
             shared=frozenset({("calibration", "train")}),
         )  # fmt: skip
         kept, copies = index.without_copies(("test", "validation", "train"))

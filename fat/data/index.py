@@ -25,11 +25,23 @@ from fat.data.sources import ImageSource
 from fat.errors import FatError, unknown_name
 from fat.files import write_atomic
 
-__all__ = ["SPLITS", "ImageIndex", "IndexSource", "Record", "check_labels", "relative", "some"]
+__all__ = [
+    "PHOTO_TESTS",
+    "SPLITS",
+    "ImageIndex",
+    "IndexSource",
+    "Record",
+    "check_labels",
+    "relative",
+    "some",
+]
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("calibration", "train", "validation", "test")
+
+PHOTO_TESTS = "photo_tests"
+"""Option of an index whose test images are crops of installed photographs: how many."""
 
 _FORMAT = 1
 _TITLE = "# Images of a FAT run"
@@ -451,6 +463,8 @@ def _check_head(head: Mapping[str, Any]) -> None:
             raise ValueError(f"its {key} is {head[key]!r}")
     if head["format"] != _FORMAT:
         raise ValueError(f"its format is {head['format']}, but {_FORMAT} is the one known here")
+    if not isinstance(head["options"].get(PHOTO_TESTS, 1), int):
+        raise ValueError(f"its option {PHOTO_TESTS} is {head['options'][PHOTO_TESTS]!r}")
     if not all(isinstance(pair, list) and set(pair) <= set(SPLITS) for pair in head["shared"]):
         raise ValueError(f"its shared splits are {head['shared']}")
 

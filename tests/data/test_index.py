@@ -89,6 +89,7 @@ def test_damaged_files(tmp_path: Path, index: ImageIndex) -> None:
         (text.replace("# format: 1", "# format: 2"), "its format is 2, but 1"),
         (text.replace("# seed: 0", "# seed: x"), "damaged after 0 images"),
         (text.replace("# seed: 0", '# seed: "0"'), "its seed is '0'"),
+        (text.replace("# options: {", '# options: {"photo_tests": "9", '), "photo_tests is '9'"),
         (text.replace("split,path", "path,split"), "its columns are not split,path"),
         (text.replace("calibration,train", "calibrate,train", 1), "unknown split 'calibrate'"),
         (text.replace(sha, sha.upper()), "after 3 images: .* is no SHA-256"),
