@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["ChannelClip", "SameConv2d", "pad_same"]
+__all__ = ["ChannelClip", "SameConv2d", "pad_same", "pad_same_sides"]
 
 
 def pad_same(
@@ -28,13 +28,23 @@ def pad_same(
         >>> pad_same(torch.zeros(1, 1, 4, 5), (3, 3), (2, 2), (1, 1)).shape
         torch.Size([1, 1, 5, 7])
     """
+    sides = pad_same_sides((x.shape[2], x.shape[3]), kernel, stride, dilation)
+    return F.pad(x, sides) if any(sides) else x
+
+
+def pad_same_sides(
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> list[int]:
+    """How many zeros :func:`pad_same` puts to the left, right, top and bottom of H × W pixels."""
     sides: list[int] = []
     for axis in (1, 0):
-        size = x.shape[2 + axis]
-        covered = (-(-size // stride[axis]) - 1) * stride[axis]
-        total = max(covered + (kernel[axis] - 1) * dilation[axis] + 1 - size, 0)
+        covered = (-(-size[axis] // stride[axis]) - 1) * stride[axis]
+        total = max(covered + (kernel[axis] - 1) * dilation[axis] + 1 - size[axis], 0)
         sides += [total // 2, total - total // 2]
-    return F.pad(x, sides) if any(sides) else x
+    return sides
 
 
 class SameConv2d(nn.Conv2d):

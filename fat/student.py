@@ -13,6 +13,7 @@ from fat.errors import FatError
 from fat.graph.equalize import EqualizeReport
 from fat.graph.fold import FoldReport
 from fat.graph.insert import QUANTIZERS, InsertReport
+from fat.graph.integers import in_integers, run_integers
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer, WeightQuantizer
 from fat.quant.thresholds import Thresholds
 from fat.spec import QuantSpec
@@ -71,11 +72,17 @@ class Student(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, 3, H, W], float32 values on the output's grid.
 
+        Without gradients this is the arithmetic of an integer runtime (:mod:`fat.graph.integers`);
+        with them the same grids in real values, which a few integers round differently in.
+
         Raises:
             FatError: If the thresholds were never calibrated.
         """
         self.check_calibrated()
-        logits: Tensor = self.network(images.contiguous(memory_format=torch.channels_last))
+        images = images.contiguous(memory_format=torch.channels_last)
+        if not torch.is_grad_enabled() and in_integers(self.activation_quantizers(), self.layers()):
+            return run_integers(self.network, images)
+        logits: Tensor = self.network(images)
         return logits
 
     @property

@@ -25,6 +25,7 @@ __all__ = [
     "fake_quantize_bias",
     "fake_quantize_weight",
     "quantize",
+    "quantize_bias",
     "round_ste",
 ]
 
@@ -365,12 +366,28 @@ def _per_filter(scale: Tensor, weight: Tensor) -> Tensor:
     return scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() else scale
 
 
+def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Return the int32 integers of a bias: clip(round(b / (s_w·s_x)), ±(2^31−1)).
+
+    They are found in float64, since float32 cannot hold 31 bits.
+
+    Args:
+        bias: float32 [C].
+        scale: s_w·s_x, float64 [C] or 0-dim, positive.
+
+    Examples:
+        >>> quantize_bias(torch.tensor([0.5, -2.5]), torch.tensor(1.0)).tolist()
+        [0, -2]
+    """
+    q = torch.div(bias.double(), scale.double()).round_().clamp_(-INT32_MAX, INT32_MAX)
+    return q.to(torch.int32)
+
+
 class _FakeQuantizeBias(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, bias: Tensor, scale: Tensor) -> Tensor:
         step = scale.double()
-        q = torch.div(bias.double(), step).round_().clamp_(-INT32_MAX, INT32_MAX)
-        return q.mul_(step).to(bias.dtype)
+        return quantize_bias(bias, step).double().mul_(step).to(bias.dtype)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
@@ -380,8 +397,8 @@ class _FakeQuantizeBias(Function):
 def fake_quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """Move a bias onto the int32 grid of step ``scale`` = s_w · s_x.
 
-    The integers are found in float64, since float32 cannot hold 31 bits. The gradient passes to the
-    bias straight through; the step gets none: it is so fine that its part is below rounding.
+    The integers are those of :func:`quantize_bias`. The gradient passes to the bias straight
+    through; the step gets none: it is so fine that its part is below rounding.
 
     Args:
         bias: float32 [C].

@@ -18,6 +18,8 @@ from fat.quant.functional import (
     fake_quantize,
     fake_quantize_bias,
     fake_quantize_weight,
+    quantize,
+    quantize_bias,
 )
 from fat.quant.init import HISTOGRAM_STRATEGIES, initial_thresholds
 from fat.quant.observers import (
@@ -118,6 +120,33 @@ class ActivationQuantizer(nn.Module):
         scale, zero_point = self.thresholds()
         inplace = self.may_overwrite and (self._grid_clips or self.activation is None)
         return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax, inplace=inplace)
+
+    @property
+    def observing(self) -> bool:
+        """Whether tensors pass unchanged, for their statistics."""
+        return self._statistics is not None
+
+    @torch.no_grad()
+    def integer_bounds(self) -> tuple[int, int]:
+        """The smallest and the largest integer that the grid and the fused activation leave.
+
+        Rounding is monotonic, so an activation clip(x, a, b) is clip(q, q(a), q(b)) on integers.
+        """
+        ends = torch.tensor([-torch.inf, torch.inf], device=self.thresholds.high.device)
+        if isinstance(self.activation, ChannelClip):  # channel_bounds come on top
+            ends = ends.clamp(min=0.0)
+        elif self.activation is not None:
+            ends = self.activation(ends)
+        q = quantize(ends, *self.thresholds(), self.grid.qmin, self.grid.qmax)
+        return int(q[0]), int(q[1])
+
+    @torch.no_grad()
+    def channel_bounds(self) -> Tensor | None:
+        """The largest integer of each channel, int32 [C], where a clip per channel is fused."""
+        if not isinstance(self.activation, ChannelClip):
+            return None
+        bound = self.activation.bound
+        return quantize(bound, *self.thresholds(), self.grid.qmin, self.grid.qmax)
 
     def project(self) -> None:
         """Bring the thresholds' factors back into their ranges."""
@@ -255,6 +284,14 @@ class QuantLayer(nn.Module):
         if self.factor is not None:
             self.factor.clamp_(*self._bounds)
 
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer does, with another weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer with its weight and bias on their grids."""
+        return self.compute(x, *self.quantized())
+
     def quantized(self) -> tuple[Tensor, Tensor | None]:
         """Weight on its grid and bias on the int32 grid s_w·s_x."""
         if not self.weight_quantizer.enabled:
@@ -275,6 +312,17 @@ class QuantLayer(nn.Module):
             step = scale.double() * self.input_quantizer.thresholds()[0].double()
         return weight, fake_quantize_bias(self.bias, step)
 
+    @torch.no_grad()
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(int8 weight, its step [C] or 0-dim, int32 bias [C] on the grid s_w·s_x or None)."""
+        scale = self.weight_quantizer.scale()
+        rows = scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
+        weight = torch.div(self.quantized()[0], rows).round_().to(torch.int8)
+        if self.bias is None:
+            return weight, scale, None
+        step = scale.double() * self.input_quantizer.thresholds()[0].double()
+        return weight, scale, quantize_bias(self.bias, step)
+
     def extra_repr(self) -> str:
         """Layer and shape."""
         return f"{self.layer}, weight={list(self.weight.shape)}, bias={self.bias is not None}"
@@ -283,9 +331,9 @@ class QuantLayer(nn.Module):
 class QuantLinear(QuantLayer):
     """A linear layer in integers: y = x·W^T + b."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to [..., in_features]."""
-        return F.linear(x, *self.quantized())
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply another weight and bias to [..., in_features]."""
+        return F.linear(x, weight, bias)
 
 
 class QuantConv2d(QuantLayer):
@@ -322,9 +370,8 @@ class QuantConv2d(QuantLayer):
         self.groups = groups
         self.padding: Any = padding if isinstance(padding, str) else tuple(padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to [N, C, H, W]."""
-        weight, bias = self.quantized()
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve [N, C, H, W] with another weight and bias in the layer's geometry."""
         padding = self.padding
         if padding == "dynamic_same":
             kernel = (self.weight.shape[2], self.weight.shape[3])
