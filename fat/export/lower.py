@@ -11,6 +11,7 @@ integers. Rounding is monotonic, so clip(x, a, b) on the grid is clip(q, q(a), q
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,6 +93,15 @@ class Lowered:
     network: fx.GraphModule
     tensors: tuple[Integers, ...]
     example: Tensor
+
+    def logits_only(self) -> fx.GraphModule:
+        """The same network without the results after the first."""
+        network = copy.deepcopy(self.network)
+        output = network.graph.output_node()
+        output.args = (output.args[0][0],)  # type: ignore[index]
+        network.graph.eliminate_dead_code()
+        network.recompile()
+        return network
 
 
 def stored_grid(quantizer: ActivationQuantizer, dtype: torch.dtype) -> Integers:

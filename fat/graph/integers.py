@@ -5,8 +5,8 @@ activation in a hundred thousand falls to the other side of a rounding. A networ
 step of difference early in an image moves its logits as much as a third of the quantization noise.
 So inference takes the runtime's own arithmetic, ONNX Runtime's on x64:
 
-* convolution, linear: q_y = clip(round(a · M) + z_y), the accumulator a = Σ (q_x − z_x)·q_w + q_b exact,
-  M = s_x·s_w / s_y in float32;
+* convolution, linear: q_y = clip(round(a · M) + z_y), with the accumulator
+  a = Σ (q_x − z_x)·q_w + q_b exact and M = s_x·s_w / s_y in float32;
 * addition: round(q_b·(s_b/s_y) + (q_a·(s_a/s_y) + c)), two fused multiply-adds in float32, with
   c = z_y − (s_a/s_y·z_a + s_b/s_y·z_b);
 * multiplication: round(a·b · (s_a·s_b/s_y) + z_y);
@@ -14,8 +14,8 @@ So inference takes the runtime's own arithmetic, ONNX Runtime's on x64:
 * anything else: on real values, round(x / s_y) + z_y;
 * what only moves values moves integers.
 
-Rounding is half to even, accumulators are exact as long as their partial sums are below 2^24 (float32
-holds them then as they are). Integers are kept as float32 less their zero point, as convolutions want
+Rounding is half to even. Accumulators are exact as long as their partial sums are below 2^24, which
+float32 holds as they are. Integers are kept as float32 less their zero point, as convolutions want
 them.
 """
 

@@ -1,0 +1,98 @@
+"""What every export target offers: writing a network, and running the file that was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, fx
+
+from fat.export.lower import Integers, Style
+
+__all__ = ["Kernels", "Program", "Runtime", "Target"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is to be written.
+
+    Attributes:
+        network: Images [N, 3, H, W] → logits, or (logits, integers of every quantizer, …).
+        example: Images [N, 3, H, W] of the size that the file shall take, N ≥ 2.
+        tensors: What the results after the first are.
+        metadata: Texts to keep in the file, by name.
+    """
+
+    network: fx.GraphModule
+    example: Tensor
+    tensors: tuple[Integers, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What a runtime really computes, after its own optimization.
+
+    Attributes:
+        operators: How many operators of each kind there are.
+        integer_layers: How many convolutions and linear layers run as integer kernels.
+        float_layers: Those that run in float, by name or kind; empty for a file worth shipping.
+    """
+
+    operators: Mapping[str, int]
+    integer_layers: int
+    float_layers: tuple[str, ...]
+
+
+class Runtime(Protocol):
+    """A file, opened in its runtime on the CPU."""
+
+    @property
+    def name(self) -> str:
+        """The runtime and its version, such as ``onnxruntime 1.32.0``."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Texts kept in the file, by name."""
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """[N, 3, H, W] as the file says, ``None`` where any size will do."""
+
+    def run(self, images: Tensor) -> Sequence[Tensor]:
+        """All results for float32 images [N, 3, H, W]: logits [N, classes] float32, then others."""
+
+    def kernels(self) -> Kernels:
+        """What it computes in.
+
+        Raises:
+            FatError: If the runtime does not tell.
+        """
+
+
+class Target(Protocol):
+    """A format of files with its runtime."""
+
+    name: str
+    suffix: str
+    style: Style
+
+    def check(self) -> None:
+        """Raise a FatError that says what to install if something is missing."""
+
+    def write(self, program: Program, path: Path) -> None:
+        """Write a file atomically.
+
+        Raises:
+            FatError: If an operator has no form in the format (it is named), or the place cannot be
+                written; nothing is left behind.
+        """
+
+    def open(self, path: Path, *, threads: int | None = None) -> Runtime:
+        """Open a file, one of ours or another's.
+
+        Raises:
+            FatError: If it is missing, damaged or of another kind.
+        """
