@@ -1,7 +1,7 @@
 """A student → the same network spelled in integers, the form that every exporter reads.
 
-This is the reference form of torch's PT2E quantization: weights and biases are integer tensors behind
-``dequantize``, and every activation passes ``quantize`` and ``dequantize``
+This is the reference form of torch's PT2E quantization: weights and biases are integer tensors
+behind ``dequantize``, and every activation passes ``quantize`` and ``dequantize``
 (``torch.ops.quantized_decomposed``), so that a runtime sees dequantize → operation → quantize and
 computes the three as one integer kernel.
 
@@ -11,7 +11,6 @@ integers. Rounding is monotonic, so clip(x, a, b) on the grid is clip(q, q(a), q
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,6 +59,7 @@ class Integers:
     """The grid of one activation as a target stores it.
 
     Attributes:
+        key: Name of the quantizer in the student's network, one of a kind.
         layer: The operation whose result it is.
         scale: Step d, real = (q − zero_point)·d.
         zero_point: The integer that stands for 0.0.
@@ -70,6 +70,7 @@ class Integers:
         type_high: Largest integer of the type.
     """
 
+    key: str
     layer: str
     scale: float
     zero_point: int
@@ -94,17 +95,8 @@ class Lowered:
     tensors: tuple[Integers, ...]
     example: Tensor
 
-    def logits_only(self) -> fx.GraphModule:
-        """The same network without the results after the first."""
-        network = copy.deepcopy(self.network)
-        output = network.graph.output_node()
-        output.args = (output.args[0][0],)  # type: ignore[index]
-        network.graph.eliminate_dead_code()
-        network.recompile()
-        return network
 
-
-def stored_grid(quantizer: ActivationQuantizer, dtype: torch.dtype) -> Integers:
+def stored_grid(key: str, quantizer: ActivationQuantizer, dtype: torch.dtype) -> Integers:
     """The grid of an activation in a type of 8 bits.
 
     Grids that start at 0 start at the type's smallest integer, and the signed grid lies around its
@@ -128,6 +120,7 @@ def stored_grid(quantizer: ActivationQuantizer, dtype: torch.dtype) -> Integers:
         )
     low, high = quantizer.integer_bounds()
     return Integers(
+        key,
         quantizer.layer,
         float(scale),
         int(zero_point) + offset,
@@ -198,7 +191,7 @@ class _Lowering:
         return self.graph.get_attr(name)
 
     def _quantizer(self, node: fx.Node, quantizer: ActivationQuantizer) -> None:
-        grid = stored_grid(quantizer, self.style.dtype)
+        grid = stored_grid(str(node.target), quantizer, self.style.dtype)
         x = self.new[node.args[0]]  # type: ignore[index]
         integers = self._quantize(x, grid)
         if isinstance(quantizer.activation, ChannelClip):
@@ -250,7 +243,7 @@ class _Lowering:
         if (top, left) != (bottom, right):
             x, padding = self._call(F.pad, x, [left, right, top, bottom]), (0, 0)
             if self.style.padding == "quantized":
-                grid = stored_grid(layer.input_quantizer, self.style.dtype)
+                grid = self.grids[node.args[0]]  # type: ignore[index]
                 x = self._dequantize(self._quantize(x, grid), grid)
         geometry = (layer.stride, padding, layer.dilation, layer.groups)
         return self._call(F.conv2d, x, weight, bias, *geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, fx
 
 from fat.export.lower import Integers, Style
 
-__all__ = ["Kernels", "Program", "Runtime", "Target"]
+__all__ = ["Kernels", "Program", "Runtime", "Target", "Tolerance"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Program:
     """What is to be written.
 
     Attributes:
-        network: Images [N, 3, H, W] → logits, or (logits, integers of every quantizer, …).
+        network: Images [N, 3, H, W] → logits, or, where ``tensors`` are told, (logits, integers of
+            every quantizer, …).
         example: Images [N, 3, H, W] of the size that the file shall take, N ≥ 2.
         tensors: What the results after the first are.
         metadata: Texts to keep in the file, by name.
@@ -30,6 +32,17 @@ class Program:
     tensors: tuple[Integers, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    def logits_only(self) -> fx.GraphModule:
+        """The network without the results after the first."""
+        if not self.tensors:
+            return self.network
+        network = copy.deepcopy(self.network)
+        output = network.graph.output_node()
+        output.args = (output.args[0][0],)  # type: ignore[index]
+        network.graph.eliminate_dead_code()
+        network.recompile()
+        return network
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -39,11 +52,30 @@ class Kernels:
         operators: How many operators of each kind there are.
         integer_layers: How many convolutions and linear layers run as integer kernels.
         float_layers: Those that run in float, by name or kind; empty for a file worth shipping.
+        integer_operators: How many operators of all kinds compute in integers, layers among them:
+            dequantize → operation → quantize fused into one kernel.
     """
 
     operators: Mapping[str, int]
     integer_layers: int
     float_layers: tuple[str, ...]
+    integer_operators: int
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a file may be from its student.
+
+    Attributes:
+        off_by_one: Largest share of a single operation's integers that may differ, by one step.
+        sqnr_db: Least SQNR of the file's logits against the student's, dB; ``None`` for runtimes
+            that round otherwise than the student: a network makes much of single steps.
+        agreement: Least share of images, percent, with the same largest logit; ``None`` likewise.
+    """
+
+    off_by_one: float
+    sqnr_db: float | None = None
+    agreement: float | None = None
 
 
 class Runtime(Protocol):
@@ -78,17 +110,21 @@ class Target(Protocol):
     name: str
     suffix: str
     style: Style
+    tolerance: Tolerance
 
     def check(self) -> None:
         """Raise a FatError that says what to install if something is missing."""
 
     def write(self, program: Program, path: Path) -> None:
-        """Write a file atomically.
+        """Write a file that gives logits, atomically.
 
         Raises:
             FatError: If an operator has no form in the format (it is named), or the place cannot be
                 written; nothing is left behind.
         """
+
+    def write_tapped(self, program: Program, shipped: Path, path: Path) -> None:
+        """Write a twin of a file that :meth:`write` gave, which tells all integers too."""
 
     def open(self, path: Path, *, threads: int | None = None) -> Runtime:
         """Open a file, one of ours or another's.

@@ -1,13 +1,13 @@
 """What an integer runtime computes, integer by integer: a student's inference.
 
 Training fakes integers with real values that lie on grids; sums of such values are rounded, and one
-activation in a hundred thousand falls to the other side of a rounding. A network amplifies that: one
-step of difference early in an image moves its logits as much as a third of the quantization noise.
-So inference takes the runtime's own arithmetic, ONNX Runtime's on x64:
+activation in a hundred thousand falls to the other side of a rounding. A network amplifies that:
+one step of difference in an early layer moves the logits by a third of the quantization noise. So
+inference takes the runtime's own arithmetic, ONNX Runtime's on x64:
 
 * convolution, linear: q_y = clip(round(a · M) + z_y), with the accumulator
   a = Σ (q_x − z_x)·q_w + q_b exact and M = s_x·s_w / s_y in float32;
-* addition: round(q_b·(s_b/s_y) + (q_a·(s_a/s_y) + c)), two fused multiply-adds in float32, with
+* addition: round(q_a·(s_a/s_y) + (q_b·(s_b/s_y) + c)), two fused multiply-adds in float32, with
   c = z_y − (s_a/s_y·z_a + s_b/s_y·z_b);
 * multiplication: round(a·b · (s_a·s_b/s_y) + z_y);
 * global average pooling: round(Σ(q_x − z_x) · (s_x / (s_y·N)) + z_y);
@@ -153,9 +153,9 @@ def requantize(x: Any, quantizer: ActivationQuantizer) -> OnGrid:
 def _add(a: OnGrid, b: OnGrid, scale: Tensor, zero: int) -> Tensor:
     """In float64, rounded to float32 where the runtime's fused multiply-adds round."""
     by_a, by_b = (a.scale / scale).double(), (b.scale / scale).double()
-    fixed = (zero - (by_a * a.stored_zero + by_b * b.stored_zero).float()).float().double()
-    partial = ((a.values.double() + a.stored_zero) * by_a + fixed).float()
-    return ((b.values.double() + b.stored_zero) * by_b + partial.double()).float()
+    zeros = (by_a * a.stored_zero + (by_b * b.stored_zero).float().double()).float()
+    partial = ((b.values.double() + b.stored_zero) * by_b + (zero - zeros).double()).float()
+    return ((a.values.double() + a.stored_zero) * by_a + partial.double()).float()
 
 
 def _mul(a: OnGrid, b: OnGrid, scale: Tensor, zero: int) -> Tensor:

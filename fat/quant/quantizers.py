@@ -137,7 +137,8 @@ class ActivationQuantizer(nn.Module):
             ends = ends.clamp(min=0.0)
         elif self.activation is not None:
             ends = self.activation(ends)
-        q = quantize(ends, *self.thresholds(), self.grid.qmin, self.grid.qmax)
+        scale, zero_point = self.thresholds()
+        q = quantize(ends, scale, zero_point, self.grid.qmin, self.grid.qmax)
         return int(q[0]), int(q[1])
 
     @torch.no_grad()
@@ -145,8 +146,9 @@ class ActivationQuantizer(nn.Module):
         """The largest integer of each channel, int32 [C], where a clip per channel is fused."""
         if not isinstance(self.activation, ChannelClip):
             return None
+        scale, zero_point = self.thresholds()
         bound = self.activation.bound
-        return quantize(bound, *self.thresholds(), self.grid.qmin, self.grid.qmax)
+        return quantize(bound, scale, zero_point, self.grid.qmin, self.grid.qmax)
 
     def project(self) -> None:
         """Bring the thresholds' factors back into their ranges."""

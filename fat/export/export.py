@@ -1,0 +1,214 @@
+"""A student → a file that was proven equal to it: lower, write, compare, put in place."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fat.batches import Images, as_batches, split
+from fat.errors import FatError
+from fat.export.lower import lower
+from fat.export.onnx import INT4_OPSET, Onnx
+from fat.export.target import Program, Target
+from fat.export.verify import (
+    LayerDifference,
+    check_kernels,
+    check_layers,
+    check_logits,
+    compare,
+    compare_layers,
+    latency,
+)
+from fat.files import check_writable
+from fat.models import class_names
+from fat.student import Student
+
+__all__ = ["export", "export_onnx"]
+
+LAYER_IMAGES = 8
+"""Images on which every operation is compared by itself."""
+NOISE_IMAGES = 16
+
+
+def export_onnx(
+    student: Student,
+    path: str | Path,
+    images: Images | None = None,
+    *,
+    opset: int = INT4_OPSET,
+    metrics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write an ONNX file and prove that ONNX Runtime computes the student with it.
+
+    Args:
+        student: Calibrated student, on the CPU.
+        path: The file.
+        images: Held-out batches to compare on; see :func:`export`.
+        opset: Version of ONNX' operators, 18 to 23; 4-bit weights are stored as such from 21 on.
+        metrics: Figures to keep in the file's metadata.
+
+    Returns:
+        What :func:`export` returns.
+
+    Raises:
+        FatError: See :func:`export`; or for an opset that cannot be written.
+    """
+    return export(student, path, Onnx(opset), images, metrics=metrics)
+
+
+def export(
+    student: Student,
+    path: str | Path,
+    target: Target,
+    images: Images | None = None,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    progress: str | None = None,
+) -> dict[str, Any]:
+    """Write a student as a file of a target, and prove that the file equals it.
+
+    The file is run in the target's runtime: every operation's integers are compared with the
+    student's, then the logits; layers must run as integer kernels. Only a file that passes is put
+    in its place; what was there before stays otherwise.
+
+    Args:
+        student: Calibrated student, on the CPU.
+        path: The file.
+        target: What to write, such as :class:`fat.export.onnx.Onnx`.
+        images: Held-out batches, labelled or not. Without any, noise tells whether the integers are
+            equal; accuracies are then ``None``.
+        metrics: Figures to keep in the file's metadata.
+        progress: Text before a progress bar; ``None`` shows none.
+
+    Returns:
+        ``file``, ``runtime``, ``on`` ("images" or "noise"), what :func:`fat.export.verify.compare`
+        gives, ``layers`` {compared, images, differing, worst}, ``kernels`` {operators,
+        integer_operators, integer_layers, float_layers}, ``latency_ms`` {float, quantized, ratio,
+        threads, batch}, ``size_mb`` {float, quantized, ratio} of the two files, and ``seconds``.
+
+    Raises:
+        FatError: If the student is not calibrated or not on the CPU, an operator has no form in the
+            format, the place cannot be written, or the file does not compute what the student does;
+            the layer is named.
+    """
+    started = time.perf_counter()
+    target.check()
+    path = Path(path)
+    if path.is_dir():
+        raise FatError(f"{path} is a folder; give the name of a file, such as student.onnx.")
+    if student.device.type != "cpu":
+        raise FatError("The student is on a GPU; call student.to('cpu') before exporting it.")
+    check_writable(path.parent)
+    held_out = None if images is None else as_batches(images)
+    example = _example(student, held_out)
+    lowered = lower(student, example, target.style)
+    metadata = _metadata(student, metrics)
+    program = Program(lowered.network, example, lowered.tensors, metadata)
+    reference = Program(student.teacher, example, (), metadata)
+
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        shipped, tapped, floats = (
+            Path(folder) / f"{name}{target.suffix}" for name in ("shipped", "tapped", "float")
+        )
+        target.write(program, shipped)
+        runtime = target.open(shipped)
+        kernels = runtime.kernels()
+        check_kernels(kernels, student)
+
+        target.write_tapped(program, shipped, tapped)
+        differences = compare_layers(
+            student, target.open(tapped), program.tensors, _first(held_out, example)
+        )
+        check_layers(differences, target.tolerance)
+        figures = compare(
+            student, runtime, [example] if held_out is None else held_out, progress=progress
+        )
+        check_logits(figures["simulation"], target.tolerance)
+
+        target.write(reference, floats)
+        float_ms, quantized_ms = latency(target.open(floats), runtime, example[:1])
+        sizes = [1e-6 * file.stat().st_size for file in (floats, shipped)]
+        shipped.replace(path)
+
+    return {
+        "file": path.name,
+        "runtime": runtime.name,
+        "on": "noise" if held_out is None else "images",
+        **figures,
+        "layers": _summary(differences),
+        "kernels": asdict(kernels),
+        "latency_ms": {
+            "float": round(float_ms, 3),
+            "quantized": round(quantized_ms, 3),
+            "ratio": round(quantized_ms / float_ms, 3),
+            "threads": torch.get_num_threads(),
+            "batch": 1,
+        },
+        "size_mb": {
+            "float": round(sizes[0], 3),
+            "quantized": round(sizes[1], 3),
+            "ratio": round(sizes[1] / sizes[0], 4),
+        },
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _example(student: Student, images: Images | None) -> Tensor:
+    """A batch of the size that the network is for."""
+    if images is not None:
+        first = split(next(iter(images)))[0]
+        return first if len(first) > 1 else first.repeat(2, 1, 1, 1)
+    preprocessing = student.origin.get("preprocessing")
+    if preprocessing is None:
+        raise FatError(
+            "The student does not know the size of its images: give held-out ones, as in "
+            "fat.export_onnx(student, 'student.onnx', images)."
+        )
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(NOISE_IMAGES, 3, *preprocessing["size"], generator=generator)
+
+
+def _first(images: Images | None, example: Tensor) -> Tensor:
+    """The images on which single operations are compared."""
+    if images is None:
+        return example[:LAYER_IMAGES]
+    rows = itertools.chain.from_iterable(split(batch)[0] for batch in images)
+    return torch.stack(list(itertools.islice(rows, LAYER_IMAGES)))
+
+
+def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, str]:
+    """What whoever finds the file needs to feed it and to read its answers."""
+    origin = student.origin
+    names = origin.get("classes") or class_names(int(origin.get("num_classes", 0)))
+    content = {
+        "model": origin.get("name"),
+        "weights": origin.get("weights"),
+        "preprocessing": origin.get("preprocessing"),
+        "classes": None if names is None else list(names),
+        "quantization": student.spec.to_dict(),
+        "metrics": None if metrics is None else dict(metrics),
+    }
+    return {
+        f"fat.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in content.items()
+        if value is not None
+    }
+
+
+def _summary(differences: list[LayerDifference]) -> dict[str, Any]:
+    worst = max(differences, key=lambda entry: (entry.steps, entry.share))
+    return {
+        "compared": len(differences),
+        "images": LAYER_IMAGES,
+        "differing": sum(entry.share > 0.0 for entry in differences),
+        "worst": asdict(worst) if worst.share else None,
+    }

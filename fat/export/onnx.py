@@ -1,0 +1,426 @@
+"""ONNX files with QuantizeLinear and DequantizeLinear, and ONNX Runtime, which fuses them.
+
+torch's exporter writes the graph; what follows it brings it into the form that runtimes fuse:
+padding belongs to its convolution, a mean over height and width is a global average pool, and
+weights of 4 bits or fewer are stored in 4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from fat.errors import FatError
+from fat.export.lower import Style
+from fat.export.target import Kernels, Program, Runtime, Tolerance
+from fat.files import write_atomic
+
+__all__ = ["OPSETS", "Onnx", "OnnxRuntime"]
+
+OPSETS = range(18, 24)
+"""Versions of ONNX' operators that can be asked for; torch's exporter starts at 18."""
+INT4_OPSET = 21
+"""The first that has 4-bit integers."""
+INTEGER_LAYERS = frozenset({
+    "QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger",
+    "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
+})  # fmt: skip
+FLOAT_LAYERS = frozenset({
+    "Conv", "FusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
+    "MatMulNBits",
+})  # fmt: skip
+
+
+class Onnx:
+    """The target ``onnx``.
+
+    Activations are uint8, weights int8, or int4 where 4 bits or fewer are asked for, biases int32;
+    the batch is dynamic, height and width are fixed.
+
+    Args:
+        opset: Version of ONNX' operators, 18 to 23.
+
+    Raises:
+        FatError: For another opset.
+    """
+
+    name = "onnx"
+    suffix = ".onnx"
+    style = Style(torch.uint8)
+    tolerance = Tolerance(off_by_one=0.001, sqnr_db=40.0, agreement=99.5)
+
+    def __init__(self, opset: int = INT4_OPSET) -> None:
+        if opset not in OPSETS:
+            raise FatError(
+                f"ONNX opset {opset} cannot be written; allowed are {OPSETS[0]} to {OPSETS[-1]}, "
+                f"as in export.opset={INT4_OPSET}."
+            )
+        self.opset = opset
+
+    def check(self) -> None:
+        """Nothing is missing: ONNX and its runtime come with FAT."""
+
+    def write(self, program: Program, path: Path) -> None:
+        """Write a file that gives logits, see :class:`fat.export.target.Target`."""
+        model = self.build(program)
+        write_atomic(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+    def write_tapped(self, program: Program, shipped: Path, path: Path) -> None:
+        """The shipped file itself, with the integers among its outputs."""
+        model = onnx.load(shipped)
+        for number in range(len(program.tensors)):
+            model.graph.output.append(
+                helper.make_tensor_value_info(_tap(number), TensorProto.UINT8, None)
+            )
+        write_atomic(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
+
+    def build(self, program: Program) -> onnx.ModelProto:
+        """The model, checked by ONNX' own checker and shape inference.
+
+        Raises:
+            FatError: If an operator has no form in ONNX, or 4-bit weights meet an older opset.
+        """
+        model = self._exported(program)
+        graph = model.graph
+        del graph.output[1:]
+        _merge_padding(graph)
+        _global_pools(graph)
+        _own_zero_points(graph)
+        self._store_narrow_weights(graph)
+        _name_layers(graph)
+        _strip(graph)
+        model.producer_name, model.doc_string = "FAT", ""
+        del model.metadata_props[:]
+        helper.set_model_props(model, dict(program.metadata))
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    def open(self, path: Path, *, threads: int | None = None) -> Runtime:
+        """Open an ONNX file, ours or another's, in ONNX Runtime."""
+        return OnnxRuntime(path, threads=threads)
+
+    def _exported(self, program: Program) -> onnx.ModelProto:
+        outputs = ["logits", *(_tap(number) for number in range(len(program.tensors)))]
+        try:
+            with _quiet():
+                exported = torch.onnx.export(
+                    program.network,
+                    (program.example,),
+                    dynamo=True,
+                    opset_version=self.opset,
+                    input_names=["input"],
+                    output_names=outputs,
+                    dynamic_shapes=({0: torch.export.Dim("batch")},),
+                    verbose=False,
+                )
+        except Exception as error:  # torch wraps whatever failed in errors of its own
+            raise _unwritable(error) from error
+        assert exported is not None
+        model: onnx.ModelProto = exported.model_proto
+        return model
+
+    def _store_narrow_weights(self, graph: onnx.GraphProto) -> None:
+        """Weights of at most 4 bits as int4, cast to the int8 that integer kernels read.
+
+        A runtime folds the cast when it opens the file. Dequantizing int4 itself would leave a
+        float convolution: no runtime has kernels for it.
+        """
+        if self.opset < INT4_OPSET:  # stored as int8, which holds the same integers
+            return
+        for node in _layers(graph):
+            dequantize = _producer(graph, node.input[1])
+            if dequantize is None or dequantize.op_type != "DequantizeLinear":
+                continue
+            stored = _initializer(graph, dequantize.input[0])
+            if stored is None or stored.data_type != TensorProto.INT8:
+                continue
+            values = numpy_helper.to_array(stored)
+            if np.abs(values).max(initial=0) > 7:
+                continue
+            narrow = helper.make_tensor(
+                f"{stored.name}.int4", TensorProto.INT4, values.shape, values.flatten().tolist()
+            )
+            cast = helper.make_node(
+                "Cast", [narrow.name], [f"{stored.name}.int8"], to=TensorProto.INT8
+            )
+            graph.node.insert(0, cast)
+            dequantize.input[0] = cast.output[0]
+            graph.initializer.remove(stored)
+            graph.initializer.append(narrow)
+
+
+class OnnxRuntime:
+    """An ONNX file in ONNX Runtime, on the CPU.
+
+    Processors with AVX2 but without VNNI saturate sums of two int8 products at 16 bits
+    (``vpmaddubsw``); there ONNX Runtime is told to compute exactly
+    (``session.x64quantprecision``), and so must be whoever runs the file there.
+
+    Args:
+        path: The file, ours or another's.
+        threads: Threads that it may use; ``None`` for torch's number.
+
+    Raises:
+        FatError: If it is missing, damaged, or wants other inputs than images.
+    """
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        if not path.is_file():
+            raise FatError(f"There is no file {path}.")
+        self.path = path
+        self.threads = threads or torch.get_num_threads()
+        self._session = self._open()
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) != 4:
+            found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+            raise FatError(
+                f"{path} takes {found}; FAT feeds one float32 tensor of normalised images "
+                "[N, 3, H, W]."
+            )
+        self._input = inputs[0]
+
+    @property
+    def name(self) -> str:
+        """The runtime and its version."""
+        return f"onnxruntime {onnxruntime.__version__}"
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Texts kept in the file, by name."""
+        found: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        return found
+
+    @property
+    def input_shape(self) -> tuple[int | None, ...]:
+        """[N, 3, H, W], ``None`` where any size will do."""
+        return tuple(size if isinstance(size, int) else None for size in self._input.shape)
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        """All outputs for images [N, 3, H, W], see :class:`fat.export.target.Runtime`."""
+        given = np.ascontiguousarray(images.numpy())
+        fixed = self.input_shape[0]
+        if fixed is None or fixed == len(given):
+            parts = [self._session.run(None, {self._input.name: given})]
+        elif fixed == 1:
+            parts = [self._session.run(None, {self._input.name: row[None]}) for row in given]
+        else:
+            raise FatError(
+                f"{self.path} takes batches of {fixed} images; type data.batch_size={fixed}."
+            )
+        return [torch.from_numpy(np.concatenate(column)) for column in zip(*parts, strict=True)]
+
+    def kernels(self) -> Kernels:
+        """Operators of the graph that ONNX Runtime has made of the file."""
+        with tempfile.TemporaryDirectory(prefix="fat-") as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            self._open(optimized)
+            graph = onnx.load(optimized).graph
+        weights = {tensor.name for tensor in graph.initializer}
+        counts = Counter(node.op_type for node in graph.node)
+        in_float = [
+            node.name or node.op_type
+            for node in graph.node
+            if node.op_type in FLOAT_LAYERS and (weights | _constants(graph)) & set(node.input[1:])
+        ]
+        return Kernels(
+            dict(counts.most_common()),
+            sum(counts[kind] for kind in INTEGER_LAYERS),
+            tuple(in_float),
+            sum(n for kind, n in counts.items() if kind in INTEGER_LAYERS or "QLinear" in kind),
+        )
+
+    def _open(self, optimized: Path | None = None) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.log_severity_level = 3  # errors; a file of our own writing gives no reason to warn
+        if saturates():
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if optimized is not None:
+            options.optimized_model_filepath = str(optimized)
+        try:
+            return onnxruntime.InferenceSession(
+                self.path, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions share no base class
+            raise FatError(
+                f"ONNX Runtime cannot open {self.path}: {_first_line(error)} It is damaged, or "
+                "another kind of file."
+            ) from error
+
+
+def saturates() -> bool:
+    """Whether int8 products saturate on this processor, so that runtimes must be told to be exact.
+
+    Source: ONNX Runtime's documentation on quantization, "When and why do I need to try U8U8?".
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and not _vnni()
+
+
+def _vnni() -> bool:
+    probe = getattr(torch.cpu, "_is_vnni_supported", None)
+    if probe is not None and probe():
+        return True
+    try:
+        return "vnni" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
+def _tap(number: int) -> str:
+    return f"integers.{number}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's progress and its notes on its own workings."""
+    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _unwritable(error: BaseException) -> FatError:
+    """The exporter's error in one line, with the operator that it does not know."""
+    chain: list[BaseException] = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    text = "\n".join(str(link) for link in chain)
+    unknown = re.search(r"No ONNX function found for <OpOverload\(op='([^']+)'", text)
+    what = (
+        f"the operator {unknown[1]} has no form in ONNX"
+        if unknown
+        else f"torch's exporter says: {_first_line(chain[-1])}"
+    )
+    return FatError(
+        f"The network cannot be written as ONNX: {what}. Please report it with the network's name."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+# ------------------------------------------------------------------------------- what is rewritten
+
+
+def _layers(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+
+
+def _producer(graph: onnx.GraphProto, value: str) -> onnx.NodeProto | None:
+    return next((node for node in graph.node if value in node.output), None)
+
+
+def _initializer(graph: onnx.GraphProto, name: str) -> onnx.TensorProto | None:
+    return next((tensor for tensor in graph.initializer if tensor.name == name), None)
+
+
+def _constants(graph: onnx.GraphProto) -> set[str]:
+    return {out for node in graph.node if node.op_type == "Constant" for out in node.output}
+
+
+def _merge_padding(graph: onnx.GraphProto) -> None:
+    """Zeros before a convolution become its own padding, which may be uneven in ONNX."""
+    for node in [node for node in graph.node if node.op_type == "Conv"]:
+        pad = _producer(graph, node.input[0])
+        if pad is None or pad.op_type != "Pad":
+            continue
+        amounts = _initializer(graph, pad.input[1])
+        assert amounts is not None
+        before, after = numpy_helper.to_array(amounts).reshape(2, 4)
+        assert not before[:2].any()  # only height and width are ever padded
+        assert not after[:2].any()
+        sides = [int(n) for n in (*before[2:], *after[2:])]
+        attribute = next(a for a in node.attribute if a.name == "pads")
+        attribute.ints[:] = [a + b for a, b in zip(attribute.ints, sides, strict=True)]
+        node.input[0] = pad.input[0]
+        if not any(pad.output[0] in other.input for other in graph.node):
+            graph.node.remove(pad)
+
+
+def _global_pools(graph: onnx.GraphProto) -> None:
+    """Means over height and width as GlobalAveragePool, which has an integer kernel."""
+    ranks = {v.name: len(v.type.tensor_type.shape.dim) for v in graph.value_info}
+    for position, node in reversed(list(enumerate(graph.node))):
+        if node.op_type != "ReduceMean" or len(node.input) < 2:
+            continue
+        axes = _initializer(graph, node.input[1])
+        if axes is None or ranks.get(node.input[0]) != 4:
+            continue
+        if sorted(int(axis) % 4 for axis in numpy_helper.to_array(axes)) != [2, 3]:
+            continue
+        keep = next((a.i for a in node.attribute if a.name == "keepdims"), 1)
+        pooled = node.output[0] if keep else f"{node.output[0]}.pooled"
+        pool = helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], node.name)
+        following = []
+        if not keep:
+            following = [helper.make_node("Flatten", [pooled], [node.output[0]], axis=1)]
+        graph.node.remove(node)
+        for offset, new in enumerate([pool, *following]):
+            graph.node.insert(position + offset, new)
+
+
+def _own_zero_points(graph: onnx.GraphProto) -> None:
+    """Give each weight a zero point of its own.
+
+    ONNX Runtime turns int8 weights into uint8 for x64 without VNNI one by one, and fails where they
+    share a zero point.
+    """
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or len(node.input) < 3:
+            continue
+        shared = _initializer(graph, node.input[2])
+        if shared is None or _initializer(graph, node.input[0]) is None:
+            continue
+        if shared.data_type == TensorProto.INT32:  # a bias has none: it is 0 by definition
+            del node.input[2:]
+            continue
+        own = onnx.TensorProto()
+        own.CopyFrom(shared)
+        own.name = f"{node.input[0]}_zero"
+        graph.initializer.append(own)
+        node.input[2] = own.name
+    used = {name for node in graph.node for name in node.input}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+
+
+def _strip(graph: onnx.GraphProto) -> None:
+    """Leave out the exporter's notes on where each node came from: half a megabyte of paths."""
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("doc_string")
+        part.ClearField("metadata_props")
+    graph.ClearField("value_info")
+    graph.ClearField("metadata_props")
+    graph.ClearField("doc_string")
+
+
+def _name_layers(graph: onnx.GraphProto) -> None:
+    """Layers carry the names that they have in the network."""
+    for node in _layers(graph):
+        dequantize = _producer(graph, node.input[1])
+        stored = node.input[1] if dequantize is None else dequantize.input[0]
+        name = re.sub(r"\.weight(\.int8)?$", "", stored)
+        if name != stored:
+            node.name = name
