@@ -1,4 +1,4 @@
-"""Judge, or analyse, a finished run from its directory alone: python evaluate.py run=DIR."""
+"""Judge, analyse or export a finished run, or judge a file: python evaluate.py run=DIR."""
 
 from __future__ import annotations
 
@@ -16,6 +16,14 @@ def main(composed: DictConfig) -> dict[str, Any]:
     """Print and return the figures."""
     config = parse(EvaluateConfig, composed)
     # Slow imports wait until the config is known to be good.
+    if config.artefact is not None:
+        from fat.artefacts import judge_artefact
+
+        return judge_artefact(config)
+    if config.export.target != "none":
+        from fat.artefacts import export_run
+
+        return export_run(config)
     if config.analysis is not None:
         from fat.analyses import analyse_run
 

@@ -4,6 +4,7 @@ from fat.calibrate import calibrate
 from fat.checkpoint import load, save
 from fat.errors import FatError
 from fat.evaluate import evaluate
+from fat.export.export import export_onnx
 from fat.finetune import FinetuneResult, finetune
 from fat.fit import FitResult, fit
 from fat.mixed import choose_bits, size_mb
@@ -27,6 +28,7 @@ __all__ = [
     "calibrate",
     "choose_bits",
     "evaluate",
+    "export_onnx",
     "finetune",
     "fit",
     "load",

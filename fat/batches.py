@@ -97,6 +97,32 @@ def first_images(images: Images, count: int) -> Iterator[Tensor]:
             return
 
 
+class AtMost:
+    """The first ``count`` images with their labels, in batches, any number of times.
+
+    Args:
+        images: Batches.
+        count: How many images at most; no batch is drawn beyond them.
+
+    Examples:
+        >>> [len(pixels) for pixels, _ in AtMost([torch.zeros(4, 3, 8, 8)] * 3, 6)]
+        [4, 2]
+    """
+
+    def __init__(self, images: Images, count: int) -> None:
+        self.images, self.count = images, count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images and labels."""
+        left = self.count
+        for batch in as_batches(self.images):
+            pixels, labels = split(batch)
+            yield pixels[:left], labels[:left]
+            left -= len(pixels)
+            if left <= 0:
+                return
+
+
 def passes(images: Images) -> Iterator[AnyBatch]:
     """The batches of one epoch after another, without end, where epochs differ; of one otherwise.
 

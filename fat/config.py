@@ -22,12 +22,13 @@ from fat.spec import (
 __all__ = [
     "DataConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "LoggerConfig",
     "ModelConfig",
     "RunConfig",
     "TeacherConfig",
     "parse",
-    "parse_data",
+    "parse_run",
     "suggest_key",
 ]
 
@@ -218,6 +219,27 @@ class LoggerConfig:
 
 
 @dataclass
+class ExportConfig:
+    """conf/export: what file is written of a student, see :func:`fat.export.export.export`."""
+
+    target: str = "none"
+    opset: int = 21
+    integer_io: bool = False
+    images: int = 200
+    unfinished: bool = False
+
+
+@dataclass
+class ReferenceConfig:
+    """conf/evaluate.yaml: the float network of an artefact; as :class:`ModelConfig`."""
+
+    name: str | None = None
+    weights: str | None = None
+    wheel: str | None = None
+    num_classes: int | None = None
+
+
+@dataclass
 class RunConfig:
     """conf/train.yaml as a whole."""
 
@@ -227,6 +249,7 @@ class RunConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
     init: InitConfig = field(default_factory=InitConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     seed: int = 0
@@ -283,6 +306,10 @@ class EvaluateConfig:
     data: DataConfig
     run: str | None = None
     checkpoint: str | None = None
+    artefact: str | None = None
+    runtime: str | None = None
+    model: ReferenceConfig = field(default_factory=ReferenceConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int | None = None
     analysis: str | None = None
@@ -324,13 +351,13 @@ def parse(schema: type[T], composed: DictConfig) -> T:
         raise FatError(f"{key}: {reason}. Type it as in conf/, for example {key}=VALUE.") from error
 
 
-def parse_data(stored: dict[str, Any]) -> DataConfig:
-    """The data options of a run, as its config.yaml holds them.
+def parse_run(stored: dict[str, Any]) -> RunConfig:
+    """The options of a run, as its config.yaml holds them.
 
     Raises:
         FatError: If one of them is unknown here, or of another type.
     """
-    return parse(DataConfig, OmegaConf.create(stored))
+    return parse(RunConfig, OmegaConf.create(stored))
 
 
 def suggest_key(given: str, schema: type) -> str:

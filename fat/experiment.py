@@ -20,11 +20,12 @@ from fat.analysis import float_shift_db, layer_errors
 from fat.calibrate import calibrate
 from fat.callbacks import AlphaHistory
 from fat.checkpoint import check_saveable, load, save
-from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_data
+from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
 from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
 from fat.errors import FatError
 from fat.evaluate import evaluate
+from fat.exports import asked_target, export_student
 from fat.files import check_writable, write_text
 from fat.fit import FitResult, fit
 from fat.inputs import Target, finetuned, for_images, make_data, own_classes
@@ -34,6 +35,7 @@ from fat.mixed import choose_bits, mean_bits, size_mb
 from fat.models import FloatNetwork, Preprocessing, load_float_network
 from fat.module import NO_LABELS
 from fat.pipeline import prepare
+from fat.report.export import format_export
 from fat.report.run import (
     advice,
     format_figures,
@@ -76,6 +78,7 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         KeyboardInterrupt: After Ctrl-C, when the best student so far has been saved.
     """
     spec, recipe, finetuning = config.quant_spec(), config.train_spec(), config.finetune_spec()
+    target = asked_target(config.export)
     measured = read_sensitivity(config.quant.mixed) if config.quant.mixed is not None else None
     if measured is not None:
         spec = _with_mixed_bits(spec, measured, config.quant.budget_mb)
@@ -90,11 +93,11 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         loaded = load_float_network(**asdict(config.model), seed=config.seed)
         source = for_images(loaded, config.data)
         _check_measured(measured, source)
-        target = Target.of(source)
+        wanted = Target.of(source)
         if finetuning is not None:  # the network will have the data's own classes
             classes = own_classes(config.data)
-            target = replace(target, num_classes=len(classes), classes=classes)
-        data = make_data(config.data, target, config.seed, device=device, progress=progress)
+            wanted = replace(wanted, num_classes=len(classes), classes=classes)
+        data = make_data(config.data, wanted, config.seed, device=device, progress=progress)
         data.setup()
         if data.index is not None:
             data.index.save(directory / IMAGES)
@@ -103,10 +106,10 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
 
     teacher = None
     if finetuning is not None:
-        assert target.classes is not None
+        assert wanted.classes is not None
         with clock("finetune"):
             source, teacher = finetuned(
-                source, data, finetuning, target.classes,
+                source, data, finetuning, wanted.classes,
                 seed=config.seed, device=device, progress=progress,
             )  # fmt: skip
 
@@ -211,6 +214,18 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     if log is not None:
         log.log_metrics(flatten(metrics), step=result.steps if result else 0)
     _summarise(directory, spec, rows, metrics, result, student, data, device, sync_command(log))
+    if target is not None:  # last: a file that fails its test costs no finished result
+        with clock("export"):
+            report = export_student(
+                student, target, directory, data.test_dataloader(), config.export, metrics,
+                progress=progress,
+            )  # fmt: skip
+        metrics["exported"] = {target.name: report}
+        metrics["seconds"] = clock.seconds
+        write_metrics(directory / METRICS, metrics)
+        logger.info("\n%s", format_export(report))
+        if log is not None:
+            log.log_metrics(flatten({"exported": metrics["exported"]}))
     if log is not None:
         log.finalize("success")
     return _objective(after)
@@ -222,6 +237,7 @@ class FinishedRun:
 
     Attributes:
         directory: Where it is.
+        config: What it was run with.
         student: Its student, or that of the checkpoint asked for, on ``device``.
         data: The images asked for.
         data_config: What ``data`` was made from.
@@ -229,6 +245,7 @@ class FinishedRun:
     """
 
     directory: Path
+    config: RunConfig
     student: Student
     data: FatDataModule
     data_config: DataConfig
@@ -256,22 +273,22 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
             f"{directory} holds no {STUDENT}: it is not the directory of a run. train.py prints "
             "the directory at the end; by default it lies under outputs/ or multirun/."
         )
-    stored = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-    seed = stored["seed"] if config.seed is None else config.seed
+    stored = parse_run(yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")))
+    seed = stored.seed if config.seed is None else config.seed
     _set_up(config.trainer, seed)
     student = load(directory / STUDENT)
     if config.checkpoint:
         load_checkpoint(student, Path(config.checkpoint).expanduser())
     data_config = config.data
     if data_config.source == "of_run":
-        data_config = parse_data(stored["data"])
+        data_config = stored.data
         data_config.batch_size, data_config.workers = config.data.batch_size, config.data.workers
         data_config.cache = "none"  # that of training images, which may be gone
         if (directory / IMAGES).is_file():
             data_config.index = str(directory / IMAGES)
     data = make_data(data_config, _target_of_run(student.origin), seed)
     device = _device(config.trainer)
-    return FinishedRun(directory, student.to(device), data, data_config, device)
+    return FinishedRun(directory, stored, student.to(device), data, data_config, device)
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def values_outside(student: Student, images: Tensor) -> set[str]:
 
     handles = [q.register_forward_hook(note) for q in student.activation_quantizers()]
     with torch.no_grad():
-        student(images)
+        student.network(images)
     for handle in handles:
         handle.remove()
     return found

@@ -171,7 +171,7 @@ def test_features_that_are_off_cost_nothing(
 ) -> None:
     calls = {"student": 0, "teacher": 0}
     student = prepared(tiny, images)
-    for name, network in (("student", student.network), ("teacher", student.teacher)):
+    for name, network in (("student", student), ("teacher", student.teacher)):
 
         def count(*_: Any, name: str = name) -> None:
             calls[name] += 1

@@ -17,7 +17,7 @@ ORDER = [
     "quant/quantizers",
     "models",
     "graph/patterns",  # knows torch and the layers; the passes below ask it
-    "graph/trace", "graph/fold", "graph/insert",
+    "graph/trace", "graph/fold", "graph/insert", "graph/integers",
     "graph/groups", "graph/sensitivity", "graph/balance", "graph/equalize",
     "graph/features",
     "losses", "schedule", "metrics",
@@ -25,8 +25,10 @@ ORDER = [
     "sensitivity", "mixed", "parameters", "reconstruct",
     "data/*",
     "module", "callbacks", "fit", "finetune", "loggers",
+    "export/lower", "export/target", "export/onnx", "export/openvino", "export/litert",
+    "export/executorch", "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
-    "config", "inputs", "experiment", "analyses", "cli",
+    "config", "inputs", "exports", "experiment", "analyses", "artefacts", "cli",
 ]  # fmt: skip
 WHERE = {
     "hydra": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},

@@ -112,8 +112,8 @@ def export(
     example = _example(student, held_out)
     lowered = lower(student, example, target.style)
     metadata = _metadata(student, metrics)
-    program = Program(lowered.network, example, lowered.tensors, metadata)
-    reference = Program(student.teacher, example, (), metadata)
+    program = Program(lowered.network, example, lowered.tensors, lowered.weight_bits, metadata)
+    reference = Program(student.teacher, example)
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         shipped, tapped, floats = (
@@ -128,7 +128,7 @@ def export(
         differences = compare_layers(
             student, target.open(tapped), program.tensors, _first(held_out, example)
         )
-        check_layers(differences, target.tolerance)
+        check_layers(differences, target.tolerance, target.advice())
         figures = compare(
             student, runtime, [example] if held_out is None else held_out, progress=progress
         )
@@ -192,6 +192,7 @@ def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, 
     content = {
         "model": origin.get("name"),
         "weights": origin.get("weights"),
+        "num_classes": origin.get("num_classes"),
         "preprocessing": origin.get("preprocessing"),
         "classes": None if names is None else list(names),
         "quantization": student.spec.to_dict(),

@@ -11,7 +11,7 @@ integers. Rounding is monotonic, so clip(x, a, b) on the grid is clip(q, q(a), q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,12 +88,12 @@ class Lowered:
     Attributes:
         network: Images [N, 3, H, W] → (logits [N, classes], integers of every quantizer, …).
         tensors: What the results after the first are, in order.
-        example: Images of the shape that the network is for.
+        weight_bits: Bits of each weight, by the name of its tensor.
     """
 
     network: fx.GraphModule
     tensors: tuple[Integers, ...]
-    example: Tensor
+    weight_bits: Mapping[str, int]
 
 
 def stored_grid(key: str, quantizer: ActivationQuantizer, dtype: torch.dtype) -> Integers:
@@ -152,7 +152,7 @@ def lower(student: Student, example: Tensor, style: Style) -> Lowered:
         )
     with torch.no_grad():
         mark_data(student.network, example)
-        return _Lowering(student, style).run(example)
+        return _Lowering(student, style).run()
 
 
 class _Lowering:
@@ -164,8 +164,9 @@ class _Lowering:
         self.new: dict[fx.Node, fx.Node] = {}
         self.grids: dict[fx.Node, Integers] = {}  # of nodes of the student's graph
         self.taps: list[tuple[Integers, fx.Node]] = []
+        self.weight_bits: dict[str, int] = {}
 
-    def run(self, example: Tensor) -> Lowered:
+    def run(self) -> Lowered:
         for node in self.source.graph.nodes:
             module = module_of(self.source, node)
             if node.op == "output":
@@ -181,7 +182,8 @@ class _Lowering:
                 self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
                 self._keep_grid(node)
         network = fx.GraphModule(self.attributes, self.graph, "Integers")
-        return Lowered(network.eval(), tuple(grid for grid, _ in self.taps), example)
+        tensors = tuple(grid for grid, _ in self.taps)
+        return Lowered(network.eval(), tensors, self.weight_bits)
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)
@@ -256,6 +258,7 @@ class _Lowering:
                 "again from the calibrated student, with a smaller learning rate (optim.lr)."
             )
         limit = layer.weight_quantizer.grid.qmax
+        self.weight_bits[f"{name}.weight"] = layer.weight_quantizer.grid.bits
         stored = self._parameter(f"{name}.weight", weight, scale, (-limit, limit))
         if bias is None:
             return stored, None

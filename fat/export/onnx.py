@@ -89,6 +89,10 @@ class Onnx:
             )
         write_atomic(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
 
+    def advice(self) -> str:
+        """Nothing is known that makes integers differ."""
+        return ""
+
     def build(self, program: Program) -> onnx.ModelProto:
         """The model, checked by ONNX' own checker and shape inference.
 
@@ -101,7 +105,7 @@ class Onnx:
         _merge_padding(graph)
         _global_pools(graph)
         _own_zero_points(graph)
-        self._store_narrow_weights(graph)
+        self._store_narrow_weights(graph, program.weight_bits)
         _name_layers(graph)
         _strip(graph)
         model.producer_name, model.doc_string = "FAT", ""
@@ -134,7 +138,7 @@ class Onnx:
         model: onnx.ModelProto = exported.model_proto
         return model
 
-    def _store_narrow_weights(self, graph: onnx.GraphProto) -> None:
+    def _store_narrow_weights(self, graph: onnx.GraphProto, bits: Mapping[str, int]) -> None:
         """Weights of at most 4 bits as int4, cast to the int8 that integer kernels read.
 
         A runtime folds the cast when it opens the file. Dequantizing int4 itself would leave a
@@ -147,11 +151,9 @@ class Onnx:
             if dequantize is None or dequantize.op_type != "DequantizeLinear":
                 continue
             stored = _initializer(graph, dequantize.input[0])
-            if stored is None or stored.data_type != TensorProto.INT8:
+            if stored is None or bits.get(stored.name, 8) > 4:
                 continue
             values = numpy_helper.to_array(stored)
-            if np.abs(values).max(initial=0) > 7:
-                continue
             narrow = helper.make_tensor(
                 f"{stored.name}.int4", TensorProto.INT4, values.shape, values.flatten().tolist()
             )

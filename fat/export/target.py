@@ -24,12 +24,14 @@ class Program:
             every quantizer, …).
         example: Images [N, 3, H, W] of the size that the file shall take, N ≥ 2.
         tensors: What the results after the first are.
+        weight_bits: Bits of each quantized weight, by the name of its tensor.
         metadata: Texts to keep in the file, by name.
     """
 
     network: fx.GraphModule
     example: Tensor
     tensors: tuple[Integers, ...] = ()
+    weight_bits: Mapping[str, int] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def logits_only(self) -> fx.GraphModule:
@@ -68,12 +70,15 @@ class Tolerance:
 
     Attributes:
         off_by_one: Largest share of a single operation's integers that may differ, by one step.
+        input_off_by_one: The same for the network's input, whose pixels may lie in the middle
+            between two integers.
         sqnr_db: Least SQNR of the file's logits against the student's, dB; ``None`` for runtimes
             that round otherwise than the student: a network makes much of single steps.
         agreement: Least share of images, percent, with the same largest logit; ``None`` likewise.
     """
 
     off_by_one: float
+    input_off_by_one: float = 0.001
     sqnr_db: float | None = None
     agreement: float | None = None
 
@@ -125,6 +130,9 @@ class Target(Protocol):
 
     def write_tapped(self, program: Program, shipped: Path, path: Path) -> None:
         """Write a twin of a file that :meth:`write` gave, which tells all integers too."""
+
+    def advice(self) -> str:
+        """What to do if integers differ on this machine; empty where nothing is known."""
 
     def open(self, path: Path, *, threads: int | None = None) -> Runtime:
         """Open a file, one of ours or another's.

@@ -145,10 +145,21 @@ def compare_layers(
     return forced.found
 
 
-def check_layers(differences: Iterable[LayerDifference], tolerance: Tolerance) -> None:
-    """Raise a FatError that names the operations which differ by more than is tolerated."""
+def check_layers(
+    differences: Iterable[LayerDifference], tolerance: Tolerance, advice: str = ""
+) -> None:
+    """Raise a FatError that names the operations which differ by more than is tolerated.
+
+    Args:
+        differences: What :func:`compare_layers` gave.
+        tolerance: The target's.
+        advice: What else to say.
+    """
     wrong = [
-        entry for entry in differences if entry.steps > 1 or entry.share > tolerance.off_by_one
+        entry
+        for number, entry in enumerate(differences)
+        if entry.steps > 1
+        or entry.share > (tolerance.off_by_one if number else tolerance.input_off_by_one)
     ]
     if not wrong:
         return
@@ -159,7 +170,7 @@ def check_layers(differences: Iterable[LayerDifference], tolerance: Tolerance) -
     raise FatError(
         f"The file does not compute what the student computes in {len(wrong)} operation(s): "
         f"{listed} (tolerated: {100 * tolerance.off_by_one:g} % by 1). The file was not kept. "
-        "Please report it with the network's name."
+        + (advice or "Please report it with the network's name.")
     )
 
 

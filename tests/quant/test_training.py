@@ -32,7 +32,7 @@ def shifts_inside(student: Student, images: Tensor) -> set[str]:
             found.add(f"network.activation_quantizers.{key}.thresholds.shift")
 
     handles = [q.register_forward_hook(note) for q in student.activation_quantizers()]
-    student(images)
+    student.network(images)
     for handle in handles:
         handle.remove()
     return found
