@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, and per command it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 DATA = Path(
     os.environ.get("FAT_TEST_DATA", Path(__file__).parents[2] / "shared" / "data/imagenet-sample")
 )

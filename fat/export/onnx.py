@@ -290,7 +290,8 @@ def _tap(number: int) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the exporter's progress and its notes on its own workings."""
-    levels = {name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript")}
+    chatty = ("torch.onnx", "onnxscript", "onnx_ir")
+    levels = {name: logging.getLogger(name).level for name in chatty}
     for name in levels:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

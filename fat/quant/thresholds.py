@@ -226,6 +226,7 @@ class Thresholds(nn.Module):
 
 def _step(extent: Tensor, steps: int) -> Tensor:
     # No floor under the step but that of the number format: a coarser one would silently spoil
-    # filters with small weights. All-zero tensors have no extent; any step represents them.
+    # filters with small weights. All-zero tensors have no extent; any step represents them. What is
+    # not a number stays so: whoever needs a grid says which one is broken.
     step = extent / steps
-    return torch.where(step >= torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
+    return torch.where(step < torch.finfo(step.dtype).tiny, torch.ones_like(step), step)

@@ -1,0 +1,78 @@
+"""Calibrated students of small networks, one per kind of operation that exporters meet."""
+
+from __future__ import annotations
+
+import itertools
+
+import timm
+import torch
+from conftest import TinyNet, realistic
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fat
+from fat import QuantSpec, Student
+
+SCHEMES = [
+    QuantSpec(granularity=granularity, scheme=scheme)
+    for granularity, scheme in itertools.product(("scalar", "vector"), ("asymmetric", "symmetric"))
+]
+NAMES = [f"{spec.granularity}-{spec.scheme}" for spec in SCHEMES]
+
+
+def structured(count: int, size: int, seed: int = 0) -> Tensor:
+    """Images [N, 3, size, size] with some structure."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, size // 4, size // 4, generator=generator)
+    smooth = F.interpolate(coarse, size=size, mode="bilinear")
+    return smooth + 0.2 * torch.randn(count, 3, size, size, generator=generator)
+
+
+def student_of(
+    network: nn.Module | str, spec: QuantSpec | None = None, *, size: int = 32, count: int = 16
+) -> Student:
+    """A calibrated student of a network, or of one of timm's with random weights."""
+    torch.manual_seed(0)
+    images = structured(count, size)
+    if isinstance(network, str):
+        network = timm.create_model(network, num_classes=10)
+    realistic(network, images)
+    student = fat.prepare(network, images, spec or QuantSpec())
+    fat.calibrate(student, images.split(8))
+    student.origin = {
+        "name": type(network).__name__,
+        "num_classes": 10,
+        "preprocessing": {
+            "size": [size, size], "mean": [0.5] * 3, "std": [0.5] * 3,
+            "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",
+        },
+    }  # fmt: skip
+    return student
+
+
+def tiny_student(spec: QuantSpec | None = None) -> Student:
+    """A student of a TinyNet: convolutions, ReLU6, sums, pooling and a linear layer."""
+    return student_of(TinyNet(), spec, size=16)
+
+
+class Everything(nn.Module):
+    """One of each of what stands between layers: uneven padding, sums, products, pools, joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.left = nn.Conv2d(8, 8, 3, padding="same", groups=8)
+        self.right = nn.Conv2d(8, 8, (1, 4), padding="same")
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.mix = nn.Conv2d(16, 16, 1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        a, b = F.relu6(self.left(x)), self.right(x)
+        gate = F.hardsigmoid(self.gate(x.mean((2, 3), keepdim=True)))
+        x = torch.cat([(a + b) * gate, F.hardswish(b)], 1)
+        x = F.max_pool2d(x, 3, 2, 1)
+        x = F.silu(self.mix(x)) + F.leaky_relu(x, 0.1)
+        x = F.avg_pool2d(x, 2)
+        return self.head(x.mean((2, 3)))
