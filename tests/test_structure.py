@@ -25,8 +25,8 @@ ORDER = [
     "sensitivity", "mixed", "parameters", "reconstruct",
     "data/*",
     "module", "callbacks", "fit", "finetune", "loggers",
-    "export/lower", "export/target", "export/onnx", "export/openvino", "export/litert",
-    "export/executorch", "export/targets", "export/verify", "export/export", "export/artefact",
+    "export/lower", "export/target", "export/onnx", "export/openvino",
+    "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
     "config", "inputs", "exports", "experiment", "analyses", "artefacts", "cli",
 ]  # fmt: skip
