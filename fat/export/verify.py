@@ -17,8 +17,9 @@ from fat.errors import FatError
 from fat.export.lower import Integers
 from fat.export.target import Kernels, Runtime, Tolerance
 from fat.graph.integers import IntegerInterpreter, OnGrid, requantize
+from fat.graph.patterns import module_of, source
 from fat.metrics import Comparison
-from fat.quant.quantizers import ActivationQuantizer
+from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
 
 __all__ = [
@@ -37,7 +38,7 @@ class LayerDifference:
     """How one operation's integers differ when it is given the very same integers.
 
     Attributes:
-        layer: Name of the operation.
+        layer: Name of the operation; of the layer where an activation is fused into one.
         share: Share of the integers that differ.
         steps: The largest difference, in steps.
     """
@@ -115,9 +116,10 @@ class _Forced(IntegerInterpreter):
                 f"student's {list(ours.values.shape)}."
             )
         off = (theirs - ours.values).abs()
-        self.found.append(
-            LayerDifference(quantizer.layer, float((off > 0).float().mean()), int(off.max()))
-        )
+        before = source(node)
+        producer = None if before is None else module_of(self.module, before)  # type: ignore[arg-type]
+        name = producer.layer if isinstance(producer, QuantLayer) else quantizer.layer
+        self.found.append(LayerDifference(name, float((off > 0).float().mean()), int(off.max())))
         return OnGrid(theirs, ours.scale, ours.stored_zero)
 
 

@@ -100,7 +100,7 @@ def test_every_kind_of_operation_is_equal_in_the_runtime(spec: QuantSpec, tmp_pa
         ("test_resnet", QuantSpec(granularity="scalar")),
         ("test_efficientnet", QuantSpec(scheme="symmetric")),
         ("test_efficientnet", QuantSpec(bits=4, power_of_two=True)),
-        ("test_mobilenetv3", QuantSpec(weight_bits=7)),
+        ("lcnet_035", QuantSpec(weight_bits=7)),
     ],
 )
 def test_networks_of_timms_are_equal_in_the_runtime(

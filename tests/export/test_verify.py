@@ -1,0 +1,146 @@
+"""What tells whether a file is its student: measures, and the bounds that they are held to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from students import structured, tiny_student
+from torch import Tensor
+
+from fat import FatError, Student
+from fat.export.lower import Integers, Style, lower
+from fat.export.target import Kernels, Tolerance
+from fat.export.verify import (
+    LayerDifference,
+    check_kernels,
+    check_layers,
+    check_logits,
+    compare,
+    compare_layers,
+    latency,
+)
+
+TOLERANCE = Tolerance(off_by_one=0.001, input_off_by_one=0.1, sqnr_db=40.0, agreement=99.5)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Student:
+    return tiny_student()
+
+
+class Simulated:
+    """A runtime that computes exactly what a student computes, or that with something changed."""
+
+    name = "simulation 1.0"
+    input_shape = (None, 3, 16, 16)
+
+    def __init__(self, student: Student) -> None:
+        self.student, self.calls = student, 0
+        self.metadata: dict[str, str] = {}
+        self.off: dict[str, int] = {}
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        self.calls += 1
+        lowered = lower(self.student, images, Style(torch.uint8))
+        with torch.no_grad():
+            _, *integers = lowered.network(images)
+            logits = self.student(images)
+        moved = []
+        for grid, stored in zip(lowered.tensors, integers, strict=True):
+            changed = stored.clone()
+            if grid.layer in self.off:
+                edge = changed.view(-1)[0]
+                edge += self.off[grid.layer] if edge < 128 else -self.off[grid.layer]
+            moved.append(changed)
+        return [logits, *moved]
+
+    def kernels(self) -> Kernels:
+        return Kernels({}, len(self.student.layers()), (), 0)
+
+    def tensors(self, images: Tensor) -> tuple[Integers, ...]:
+        return lower(self.student, images, Style(torch.uint8)).tensors
+
+
+def test_equal_logits_have_no_distance(tiny: Student) -> None:
+    labels = torch.arange(8)
+    found = compare(tiny, Simulated(tiny), [(structured(8, 16, 3), labels)] * 2)
+    assert found["simulation"] == {"agreement": 100.0, "sqnr_db": 200.0, "largest_step": 0.0}
+    assert found["images"] == 16
+    with torch.no_grad():
+        right = (tiny(structured(8, 16, 3)).argmax(1) == labels).float().mean()
+    assert found["quantized"]["top1"] == pytest.approx(100 * float(right))
+
+
+def test_logits_of_another_shape_are_said(tiny: Student) -> None:
+    runtime = Simulated(tiny)
+    runtime.run = lambda images: [torch.zeros(len(images), 7)]  # type: ignore[method-assign]
+    with pytest.raises(FatError, match=r"\[4, 7\] for 4 images, its student \[4, 10\]"):
+        compare(tiny, runtime, structured(4, 16))
+
+
+def test_a_difference_is_told_of_the_operation_that_made_it_alone(tiny: Student) -> None:
+    images, runtime = structured(4, 16, 3), Simulated(tiny)
+    quantizers = [quantizer.layer for quantizer in tiny.activation_quantizers()]
+    runtime.off = {quantizers[4]: 9}
+    found = compare_layers(tiny, runtime, runtime.tensors(images), images)
+    assert [entry.layer for entry in found][:4] == [
+        "input",
+        "stem",
+        "blocks.0.conv_pw",
+        "blocks.0.conv_dw",
+    ]
+    assert len(found) == len(quantizers)
+    # What comes after is computed of the student's own integers, which the runtime did not use.
+    assert [entry.steps >= 8 for entry in found][:5] == [False] * 4 + [True]
+
+
+def test_integers_of_another_shape_are_said(tiny: Student) -> None:
+    images, runtime = structured(4, 16, 3), Simulated(tiny)
+    results = runtime.run(images)
+    runtime.run = lambda _: [*results[:3], results[3][:, :1], *results[4:]]  # type: ignore[method-assign]
+    with pytest.raises(FatError, match=r"integers of '.*' have shape"):
+        compare_layers(tiny, runtime, runtime.tensors(images), images)
+
+
+def test_single_steps_are_tolerated_up_to_a_share() -> None:
+    few, many = LayerDifference("conv", 0.0009, 1), LayerDifference("conv", 0.0011, 1)
+    at_input = LayerDifference("input", 0.09, 1)
+    check_layers([at_input, few], TOLERANCE)
+    with pytest.raises(FatError, match=r"1 operation\(s\): 'conv': 0\.11 % .* by up to 1 "):
+        check_layers([at_input, many], TOLERANCE)
+    with pytest.raises(FatError, match="'input'"):
+        check_layers([LayerDifference("input", 0.11, 1), few], TOLERANCE)
+
+
+def test_two_steps_are_never_tolerated() -> None:
+    with pytest.raises(FatError, match=r"'fc': 0\.001 % of the integers by up to 2.* Do that\."):
+        check_layers([LayerDifference("fc", 1e-5, 2)], TOLERANCE, "Do that.")
+
+
+def test_logits_are_held_to_what_the_target_promises() -> None:
+    check_logits({"sqnr_db": 40.0, "agreement": 99.5}, TOLERANCE)
+    check_logits({"sqnr_db": 3.0, "agreement": 1.0}, Tolerance(off_by_one=0.0))
+    with pytest.raises(FatError, match=r"39\.9 dB of the student's \(at least 40 "):
+        check_logits({"sqnr_db": 39.9, "agreement": 100.0}, TOLERANCE)
+    with pytest.raises(FatError, match=r"99\.0 % agreement"):
+        check_logits({"sqnr_db": 200.0, "agreement": 99.0}, TOLERANCE)
+
+
+def test_every_layer_must_have_an_integer_kernel(tiny: Student) -> None:
+    check_kernels(Kernels({}, 8, (), 11), tiny)
+    with pytest.raises(FatError, match="7 of 8 layers in integers; in float: none is named"):
+        check_kernels(Kernels({}, 7, (), 11), tiny)
+    with pytest.raises(FatError, match="in float: stem"):
+        check_kernels(Kernels({}, 8, ("stem",), 11), tiny)
+
+
+def test_latencies_are_taken_in_turns(tiny: Student) -> None:
+    first, second = Simulated(tiny), Simulated(tiny)
+    order: list[str] = []
+    first.run = lambda images: order.append("a") or [images]  # type: ignore[method-assign,func-returns-value]
+    second.run = lambda images: order.append("b") or [images]  # type: ignore[method-assign,func-returns-value]
+    medians = latency(first, second, structured(1, 16))
+    assert order.count("a") == order.count("b") == 33
+    assert all(median > 0.0 for median in medians)
+    assert "aaa" not in "".join(order)
+    assert order[6:10] == ["b", "a", "a", "b"]
