@@ -232,12 +232,12 @@ class OnnxRuntime:
             optimized = Path(folder) / "optimized.onnx"
             self._open(optimized)
             graph = onnx.load(optimized).graph
-        weights = {tensor.name for tensor in graph.initializer}
+        fixed = _fixed(graph)
         counts = Counter(node.op_type for node in graph.node)
         in_float = [
             node.name or node.op_type
             for node in graph.node
-            if node.op_type in FLOAT_LAYERS and (weights | _constants(graph)) & set(node.input[1:])
+            if node.op_type in FLOAT_LAYERS and fixed & set(node.input)
         ]
         return Kernels(
             dict(counts.most_common()),
@@ -339,8 +339,13 @@ def _initializer(graph: onnx.GraphProto, name: str) -> onnx.TensorProto | None:
     return next((tensor for tensor in graph.initializer if tensor.name == name), None)
 
 
-def _constants(graph: onnx.GraphProto) -> set[str]:
-    return {out for node in graph.node if node.op_type == "Constant" for out in node.output}
+def _fixed(graph: onnx.GraphProto) -> set[str]:
+    """Values that no image changes: weights, and what is computed of them alone."""
+    fixed = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:  # in the order of computation
+        if all(name in fixed for name in node.input if name):
+            fixed.update(node.output)
+    return fixed
 
 
 def _merge_padding(graph: onnx.GraphProto) -> None:
