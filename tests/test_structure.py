@@ -25,7 +25,7 @@ ORDER = [
     "sensitivity", "mixed", "parameters", "reconstruct",
     "data/*",
     "module", "callbacks", "fit", "finetune", "loggers",
-    "export/lower", "export/target", "export/onnx", "export/openvino",
+    "export/lower", "export/target", "export/onnx", "export/openvino", "export/litert",
     "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
     "config", "inputs", "exports", "experiment", "analyses", "artefacts", "cli",
