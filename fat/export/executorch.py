@@ -111,17 +111,18 @@ class ExecuTorchRuntime:
         self.path = path
         with _quiet():
             from executorch import runtime
+        with _native_log([]):
+            _set_threads(threads or torch.get_num_threads())
         log: list[str] = []
         try:
             with _native_log(log):
-                _set_threads(threads or torch.get_num_threads())
                 self._program = runtime.Runtime.get().load_program(path)
                 found = self._program.metadata(METHOD)
                 self._forward = self._program.load_method(METHOD)
         except Exception as error:  # pybind11 raises whatever it was given
-            reason = log[0] if log else _first_line(error)
+            reason = (log[0] if log else _first_line(error)).rstrip(".")
             raise FatError(
-                f"ExecuTorch cannot open {path}: {reason} It is damaged, or another kind of file."
+                f"ExecuTorch cannot open {path}: {reason}. It is damaged, or another kind of file."
             ) from error
         _OPEN.add(self)
         self._metadata: dict[str, str] | None = None
@@ -153,8 +154,13 @@ class ExecuTorchRuntime:
 
     def run(self, images: Tensor) -> list[Tensor]:
         """All outputs for images [N, 3, H, W], see :class:`fat.export.target.Runtime`."""
-        count = self.input_shape[0]
+        count, *size = self.input_shape
         assert count is not None
+        if list(images.shape[1:]) != size:
+            raise FatError(
+                f"{self.path} takes images of {size}, and what came is {list(images.shape[1:])}: "
+                "give it images of the size that it was exported for."
+            )
         if len(images) % count:
             raise FatError(
                 f"{self.path} takes batches of {count} images; type data.batch_size={count}."
@@ -244,6 +250,8 @@ def _respell(network: fx.GraphModule) -> None:
             _fuse_bounds(node)
         elif node.target is _ATEN.mean.dim:
             _keep_dimensions(graph, node)
+        elif node.target is _ATEN.cat.default:
+            _join_on_one_grid(graph, node)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.target is _OPS.dequantize_per_tensor.default:
@@ -269,15 +277,46 @@ def _fuse_bounds(clamp: fx.Node) -> None:
 
 
 def _keep_dimensions(graph: fx.Graph, mean: fx.Node) -> None:
-    """A mean as one that keeps its dimensions, and a reshape."""
+    """A mean as one that keeps its dimensions, and a reshape of its integers."""
     x, dims, *keep = mean.args
     if keep and keep[0]:
         return
-    shape = mean.meta["val"].shape
+    shape, quantize = mean.meta["val"].shape, _quantize_after(mean)
     with graph.inserting_before(mean):
         kept = graph.call_function(_ATEN.mean.dim, (x, dims, True))
     kept.meta = dict(mean.meta, val=x.meta["val"].mean(dims, keepdim=True))  # type: ignore[union-attr]
+    if quantize is not None:
+        kept = _on_grid(graph, kept, quantize.args[1:], mean)
     mean.target, mean.args, mean.kwargs = _ATEN.view.default, (kept, list(shape)), {}
+
+
+def _join_on_one_grid(graph: fx.Graph, join: fx.Node) -> None:
+    """Bring what is joined onto the result's grid first: XNNPACK joins tensors of one grid."""
+    quantize = _quantize_after(join)
+    if quantize is not None:
+        parts: Any = join.args[0]
+        grid = quantize.args[1:]
+        join.args = ([_on_grid(graph, part, grid, join) for part in parts], *join.args[1:])
+
+
+def _quantize_after(node: fx.Node) -> fx.Node | None:
+    """The quantize that is the only reader of a node, if it is one."""
+    reader = next(iter(node.users))
+    alone = len(node.users) == 1 and reader.target is _OPS.quantize_per_tensor.default
+    return reader if alone else None
+
+
+def _on_grid(graph: fx.Graph, x: fx.Node, grid: tuple[Any, ...], before: fx.Node) -> fx.Node:
+    """A real tensor, rounded onto a grid if it does not lie there yet."""
+    if x.target is _OPS.dequantize_per_tensor.default and x.args[1:] == grid:
+        return x
+    value = x.meta["val"]
+    with graph.inserting_before(before):
+        integers = graph.call_function(_OPS.quantize_per_tensor.default, (x, *grid))
+        integers.meta = dict(x.meta, val=value.to(torch.int8))
+        real = graph.call_function(_OPS.dequantize_per_tensor.default, (integers, *grid))
+        real.meta = dict(x.meta, val=value)
+    return real
 
 
 def _dequantize_per_reader(graph: fx.Graph, dequantize: fx.Node) -> None:
@@ -310,9 +349,12 @@ def _unwritable(error: BaseException) -> FatError:
     """The error in one line, with the operator that is not known."""
     while error.__cause__ is not None:
         error = error.__cause__
-    unknown = re.search(r"Missing out variants: \{'([^']+)'", str(error))
+    unknown = re.search(
+        r"Missing out variants: \{'([^']+)'|Operator torch\._ops\.(\S+) is not in Core ATen",
+        str(error),
+    )
     what = (
-        f"the operator {unknown[1]} has no form in ExecuTorch"
+        f"the operator {unknown[1] or unknown[2]} has no form in ExecuTorch"
         if unknown
         else f"its exporter says: {_first_line(error)}"
     )
@@ -428,4 +470,5 @@ def _xnnpack_graph(payload: bytes) -> Any:
         Path(folder, "schema.fbs").write_bytes(schema)
         Path(folder, "graph.bin").write_bytes(payload[start:end])
         _flatc_decompile(folder, f"{folder}/schema.fbs", f"{folder}/graph.bin")
-        return json.loads(Path(folder, "graph.json").read_bytes())
+        text = Path(folder, "graph.json").read_text(encoding="utf-8")
+    return json.loads(re.sub(r": -?(inf|nan)\b", ": null", text))  # bounds; JSON has none of them
