@@ -9,12 +9,21 @@ from omegaconf import DictConfig
 
 from fat import cli
 from fat.config import EvaluateConfig, parse
+from fat.errors import FatError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
 def main(composed: DictConfig) -> dict[str, Any]:
     """Print and return the figures."""
     config = parse(EvaluateConfig, composed)
+    asked = {
+        "artefact": config.artefact is not None,
+        "export": config.export.target != "none",
+        "analysis": config.analysis is not None,
+    }
+    if sum(asked.values()) > 1:
+        named = " and ".join(f"{name}=" for name, is_asked in asked.items() if is_asked)
+        raise FatError(f"{named} ask for different things: type one at a time.")
     # Slow imports wait until the config is known to be good.
     if config.artefact is not None:
         from fat.artefacts import judge_artefact
