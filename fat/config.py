@@ -224,6 +224,7 @@ class ExportConfig:
 
     target: str = "none"
     opset: int = 21
+    integer_io: bool = False
     images: int = 200
     unfinished: bool = False
 

@@ -35,7 +35,7 @@ def asked_target(config: ExportConfig) -> Target | None:
             f"export.target is {config.target!r}; type export=CHOICE, allowed are none, "
             f"{', '.join(TARGETS)}."
         )
-    target = make_target(config.target, opset=config.opset)
+    target = make_target(config.target, opset=config.opset, integer_io=config.integer_io)
     target.check()
     return target
 

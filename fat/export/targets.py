@@ -11,30 +11,37 @@ from fat.export.target import Runtime, Target
 
 __all__ = ["RUNTIMES", "TARGETS", "make_target", "open_artefact"]
 
-TARGETS = ("onnx", "openvino")
+TARGETS = ("onnx", "openvino", "litert", "executorch")
 RUNTIMES = {
     ".onnx": ("onnx", "openvino"),
     ".xml": ("openvino",),
+    ".tflite": ("litert",),
+    ".pte": ("executorch",),
 }
 """Which targets can open a file, the first by default."""
 
 
-def make_target(name: str, *, opset: int = INT4_OPSET) -> Target:
+def make_target(name: str, *, opset: int = INT4_OPSET, integer_io: bool = False) -> Target:
     """The target of a name.
 
     Args:
-        name: ``onnx`` or ``openvino``.
-        opset: Version of ONNX' operators.
+        name: ``onnx``, ``openvino``, ``litert`` or ``executorch``.
+        opset: Version of ONNX' operators, for the first two.
+        integer_io: Whether the file takes and gives int8, for ``litert``.
 
     Raises:
         FatError: If the name is unknown, or the target does not have what is asked for.
     """
+    if name not in TARGETS:
+        raise unknown_name("export target", name, TARGETS)
+    if integer_io and name != "litert":
+        raise FatError(f"export.integer_io is for export=litert; export={name} takes float32.")
     makers: dict[str, Callable[[], Target]] = {
         "onnx": lambda: Onnx(opset),
         "openvino": lambda: _openvino(opset),
+        "litert": lambda: _litert(integer_io),
+        "executorch": _executorch,
     }
-    if name not in makers:
-        raise unknown_name("export target", name, TARGETS)
     return makers[name]()
 
 
@@ -42,7 +49,7 @@ def open_artefact(path: Path, runtime: str | None = None, *, threads: int | None
     """Open a file in a runtime, ours or another's.
 
     Args:
-        path: An .onnx or .xml file.
+        path: An .onnx, .xml, .tflite or .pte file.
         runtime: The target whose runtime to take; ``None`` for the first that the suffix allows.
         threads: Threads that it may use.
 
@@ -64,3 +71,15 @@ def _openvino(opset: int) -> Target:
     from fat.export.openvino import OpenVino
 
     return OpenVino(opset)
+
+
+def _litert(integer_io: bool) -> Target:
+    from fat.export.litert import LiteRT
+
+    return LiteRT(integer_io=integer_io)
+
+
+def _executorch() -> Target:
+    from fat.export.executorch import ExecuTorch
+
+    return ExecuTorch()
