@@ -17,6 +17,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -49,6 +50,8 @@ FLOAT_LAYERS = frozenset({"aten::convolution", "aten::linear", "aten::addmm", "a
 
 _ATEN: Any = torch.ops.aten
 _OPS: Any = torch.ops.quantized_decomposed
+PAIRS = frozenset({_ATEN.add.Tensor, _ATEN.mul.Tensor})
+MEANS = frozenset({_ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default})
 
 
 class ExecuTorch:
@@ -254,6 +257,9 @@ def _respell(network: fx.GraphModule) -> None:
             _join_on_one_grid(graph, node)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
+        if node.target in PAIRS | MEANS:
+            _round_to_even(graph, node)
+    for node in list(graph.nodes):
         if node.target is _OPS.dequantize_per_tensor.default:
             _dequantize_per_reader(graph, node)
     network.recompile()
@@ -297,6 +303,30 @@ def _join_on_one_grid(graph: fx.Graph, join: fx.Node) -> None:
         parts: Any = join.args[0]
         grid = quantize.args[1:]
         join.args = ([_on_grid(graph, part, grid, join) for part in parts], *join.args[1:])
+
+
+def _round_to_even(graph: fx.Graph, node: fx.Node) -> None:
+    """Spell the rounding of a sum, product or mean onto a grid whose step is a power of two.
+
+    There many results lie in the middle between two integers. XNNPACK rounds sums up; the student
+    rounds to even, sums and products with the zero point added, means without. So does float32 when
+    1.5·2^23 steps are added, since one step is its last bit then.
+    """
+    quantize = _quantize_after(node)
+    inputs = {x.target for x in node.all_input_nodes}
+    if quantize is None or inputs != {_OPS.dequantize_per_tensor.default}:
+        return
+    step, zero_point, *_ = quantize.args[1:]
+    if math.frexp(step)[0] != 0.5:  # type: ignore[arg-type]
+        return
+    x = node
+    zero: Any = zero_point * step if node.target in PAIRS else 0.0  # type: ignore[operator]
+    large: Any = 1.5 * 2**23 * step  # type: ignore[operator]
+    with graph.inserting_before(quantize):
+        for amount in filter(None, (zero, large, -zero - large)):
+            x = graph.call_function(_ATEN.add.Tensor, (x, amount))
+            x.meta = dict(node.meta)
+    quantize.args = (x, *quantize.args[1:])
 
 
 def _quantize_after(node: fx.Node) -> fx.Node | None:

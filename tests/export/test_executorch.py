@@ -76,6 +76,14 @@ def test_everything_between_layers_computes_the_students_integers(
 
 
 @needs_executorch
+def test_what_lies_between_two_integers_is_rounded_as_the_student_does(tmp_path: Path) -> None:
+    student = student_of(Everything(), QuantSpec(power_of_two=True))  # where much lies there
+    found, kernels = differences(student, 32, tmp_path)
+    assert not [entry for entry in found if entry.share > 0.0]
+    check_kernels(kernels, student)
+
+
+@needs_executorch
 def test_narrow_grids_keep_their_bounds(tmp_path: Path) -> None:
     student = tiny_student(QuantSpec(bits=4))
     found, kernels = differences(student, 16, tmp_path)
