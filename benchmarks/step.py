@@ -115,16 +115,21 @@ def names(options: argparse.Namespace) -> list[str]:
     return [FLOAT, *students, TEACHER, *(PEERS if options.peers else ())]
 
 
-def machine(options: argparse.Namespace) -> str:
-    """Where, and with what, the figures come from."""
-    processor = platform.processor() or platform.machine()
+def machine_name() -> str:
+    """The processor."""
     if Path("/proc/cpuinfo").is_file():
         known = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         found = [line.partition(":")[2].strip() for line in known if line.startswith("model name")]
-        processor = next(iter(found), processor)
+        if found:
+            return found[0]
+    return platform.processor() or platform.machine()
+
+
+def machine(options: argparse.Namespace) -> str:
+    """Where, and with what, the figures come from."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    parts = [f"{processor}, {torch.get_num_threads()} threads", f"torch {torch.__version__}"]
+    parts = [f"{machine_name()}, {torch.get_num_threads()} threads", f"torch {torch.__version__}"]
     if options.device == "cuda":
         parts += [torch.cuda.get_device_name(), "bf16 autocast, channels last"]
     else:

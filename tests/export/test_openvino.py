@@ -1,0 +1,69 @@
+"""The ONNX file in OpenVINO: layers in int8, integers of single operations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("openvino", reason="needs OpenVINO: pip install -e '.[openvino]'")
+
+from students import NAMES, SCHEMES, structured, tiny_student
+
+from fat import FatError, QuantSpec
+from fat.export.export import export
+from fat.export.onnx import Onnx, saturates
+from fat.export.openvino import OpenVino, OpenVinoRuntime
+from fat.export.target import Program
+
+
+@pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
+def test_files_are_proven_equal(spec: QuantSpec, tmp_path: Path) -> None:
+    # Where sums of int8 products saturate, 7 bits leave room for them.
+    bits = 7 if saturates() else 8
+    spec = QuantSpec(granularity=spec.granularity, scheme=spec.scheme, weight_bits=bits)
+    student = tiny_student(spec)
+    report = export(student, tmp_path / "student.onnx", OpenVino(), structured(16, 16, 5))
+    assert report["runtime"].startswith("openvino ")
+    assert report["kernels"]["integer_layers"] == len(student.layers())
+    assert report["kernels"]["float_layers"] == ()
+
+
+def test_its_file_is_that_of_onnx(tmp_path: Path) -> None:
+    spec = QuantSpec(weight_bits=7)
+    for target in (Onnx(), OpenVino()):
+        export(tiny_student(spec), tmp_path / f"{target.name}.onnx", target)
+    first, second = ((tmp_path / f"{name}.onnx").read_bytes() for name in ("onnx", "openvino"))
+    assert first == second
+
+
+@pytest.mark.skipif(not saturates(), reason="needs a processor with AVX2 and without VNNI")
+def test_sums_that_saturate_are_found_and_what_helps_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FatError, match=r"saturate at 16 bits.*quant\.weight\.bits=7"):
+        export(tiny_student(), tmp_path / "student.onnx", OpenVino(), structured(16, 16, 5))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_and_shape_are_read(tmp_path: Path) -> None:
+    student = tiny_student(QuantSpec(weight_bits=7))
+    export(student, tmp_path / "student.onnx", OpenVino())
+    runtime = OpenVinoRuntime(tmp_path / "student.onnx")
+    assert runtime.input_shape == (None, 3, 16, 16)
+    assert runtime.metadata["fat.model"] == "TinyNet"
+    assert runtime.run(structured(3, 16))[0].shape == (3, 10)
+
+
+def test_float_layers_are_told(tmp_path: Path) -> None:
+    student = tiny_student()
+    Onnx().write(Program(student.teacher, structured(2, 16)), tmp_path / "float.onnx")
+    kernels = OpenVinoRuntime(tmp_path / "float.onnx").kernels()
+    assert kernels.integer_layers == 0
+    assert len(kernels.float_layers) == len(student.layers())
+
+
+def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"nothing of the kind")
+    with pytest.raises(FatError, match=r"OpenVINO cannot open .*damaged"):
+        OpenVinoRuntime(tmp_path / "broken.onnx")
+    with pytest.raises(FatError, match="There is no file"):
+        OpenVinoRuntime(tmp_path / "none.onnx")
