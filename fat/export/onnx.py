@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import re
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,10 @@ class Onnx:
         del graph.output[1:]
         _merge_padding(graph)
         _global_pools(graph)
-        _own_zero_points(graph)
-        self._store_narrow_weights(graph, program.weight_bits)
+        bits = dict(program.weight_bits)
+        copies = _own_weights(graph)
+        bits |= {copy: bits[weight] for copy, weight in copies.items() if weight in bits}
+        self._store_narrow_weights(graph, bits)
         _name_layers(graph)
         _strip(graph)
         model.producer_name, model.doc_string = "FAT", ""
@@ -389,29 +392,50 @@ def _global_pools(graph: onnx.GraphProto) -> None:
             graph.node.insert(position + offset, new)
 
 
-def _own_zero_points(graph: onnx.GraphProto) -> None:
-    """Give each weight a zero point of its own.
+def _own_weights(graph: onnx.GraphProto) -> dict[str, str]:
+    """Give each layer a weight and a zero point of its own.
 
-    ONNX Runtime turns int8 weights into uint8 for x64 without VNNI one by one, and fails where they
-    share a zero point.
+    The exporter stores equal tensors once. ONNX Runtime turns int8 weights into uint8 for x64
+    without VNNI one by one, and fails where layers share them.
+
+    Returns:
+        The names of the weights that became copies, and of what they are copies of.
     """
+    copies: dict[str, str] = {}
+    seen: set[str] = set()
     for node in graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) < 3:
             continue
-        shared = _initializer(graph, node.input[2])
-        if shared is None or _initializer(graph, node.input[0]) is None:
+        weight, zero = (_initializer(graph, name) for name in (node.input[0], node.input[2]))
+        if weight is None or zero is None:
             continue
-        if shared.data_type == TensorProto.INT32:  # a bias has none: it is 0 by definition
+        if zero.data_type == TensorProto.INT32:  # a bias has none: it is 0 by definition
             del node.input[2:]
             continue
-        own = onnx.TensorProto()
-        own.CopyFrom(shared)
-        own.name = f"{node.input[0]}_zero"
-        graph.initializer.append(own)
-        node.input[2] = own.name
+        if weight.name in seen:
+            stem = weight.name.removesuffix(".weight")
+            taken = {tensor.name for tensor in graph.initializer}
+            node.input[0] = _copy(graph, weight, _free(stem, weight.name[len(stem) :], taken))
+            copies[node.input[0]] = weight.name
+        seen.add(node.input[0])
+        node.input[2] = _copy(graph, zero, f"{node.input[0]}_zero")
     used = {name for node in graph.node for name in node.input}
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
+    return copies
+
+
+def _copy(graph: onnx.GraphProto, tensor: onnx.TensorProto, name: str) -> str:
+    copied = graph.initializer.add()
+    copied.CopyFrom(tensor)
+    copied.name = name
+    return name
+
+
+def _free(stem: str, suffix: str, taken: Set[str]) -> str:
+    """stem_1.suffix, or the first number that is not taken."""
+    numbered = (f"{stem}_{number}{suffix}" for number in itertools.count(1))
+    return next(name for name in numbered if name not in taken)
 
 
 def _strip(graph: onnx.GraphProto) -> None:
@@ -426,9 +450,11 @@ def _strip(graph: onnx.GraphProto) -> None:
 
 def _name_layers(graph: onnx.GraphProto) -> None:
     """Layers carry the names that they have in the network."""
+    taken: set[str] = set()
     for node in _layers(graph):
         dequantize = _producer(graph, node.input[1])
         stored = node.input[1] if dequantize is None else dequantize.input[0]
         name = re.sub(r"\.weight(\.int8)?$", "", stored)
-        if name != stored:
-            node.name = name
+        if name != stored:  # in a float file, layers may share a weight
+            node.name = name if name not in taken else _free(name, "", taken)
+            taken.add(node.name)

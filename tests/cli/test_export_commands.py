@@ -88,7 +88,7 @@ def test_an_interrupted_run_is_exported_on_demand_only(copied: Path) -> None:
     (copied / "metrics.json").write_text(json.dumps({**metrics, "training": None}))
     before = (copied / "student.onnx").read_bytes()
     result = command("evaluate.py", f"run={copied}", "export=onnx")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "was interrupted" in result.stderr
     assert "export.unfinished=true" in result.stderr
     assert "Traceback" not in result.stderr
@@ -155,6 +155,6 @@ def test_a_file_that_does_not_say_its_images_needs_to_be_told(tmp_path: Path) ->
 
 def test_an_old_opset_is_refused_before_anything_is_loaded() -> None:
     result = command("train.py", *RUN, "export.opset=11")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "18 to 23, as in export.opset=21" in result.stderr
     assert "Folded" not in result.stderr

@@ -1,0 +1,103 @@
+"""Each target's files beside the students that they were written from: equal, or how far apart.
+
+    python benchmarks/targets.py [--target litert] [--data DIR] [--model mobilenet_v2] [--bits 8]
+
+Every row is one ``fat.export`` with its verification: six networks (see benchmarks/export.py for
+their weights and images), scalar and vector, symmetric and asymmetric, calibrated and not trained.
+
+* ``sim dB``, ``sim %``: the file's logits against the student's, and equal answers.
+* ``differing``: operations of which some integers differ when all get the same integers, of how
+  many; ``worst %``: the largest share of integers that differ in one (each by one step).
+* ``file dB``, ``student dB``: both against the float network.
+* ``ratio``: latency of one image, file / float file, in turns in one process; ``size``: the same of
+  their bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from export import NETWORKS, setting
+from step import machine_name
+
+import fat
+from fat.batches import Images
+from fat.errors import FatError
+from fat.export.export import export
+from fat.export.target import Target
+from fat.export.targets import TARGETS, make_target
+
+HEADINGS = (
+    "sim dB", "sim %", "differing", "worst %", "file dB", "student dB", "layers", "ratio", "size",
+)  # fmt: skip
+FORM = "{:20} {:7} {:11}" + "{:>11}" * len(HEADINGS)
+
+
+def main() -> None:
+    """Export, verify and print."""
+    options = parse()
+    target = make_target(options.target)
+    target.check()
+    print(f"{machine_name()}, {torch.get_num_threads()} threads, weights of {options.bits} bits")
+    print(FORM.format(options.target, "", "", *HEADINGS), flush=True)
+    logging.getLogger().setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.out or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for model in options.model:
+            source, calibration, test = setting(model, options)
+            for granularity, scheme in itertools.product(options.granularity, options.scheme):
+                spec = fat.QuantSpec(
+                    weight_bits=options.bits, granularity=granularity, scheme=scheme
+                )
+                student = fat.prepare(source, calibration[:1], spec)
+                fat.calibrate(student, calibration)
+                path = folder / f"{model}-{granularity}-{scheme}{target.suffix}"
+                try:
+                    cells = row(student, path, target, test)
+                    text = FORM.format(model, granularity, scheme, *cells)
+                except FatError as error:
+                    text = f"{model} {granularity} {scheme}: {error}"
+                print(text, flush=True)
+
+
+def row(student: fat.Student, path: Path, target: Target, test: Images) -> Iterator[str]:
+    """The cells of one file."""
+    report = export(student, path, target, test)
+    simulation, layers, worst = report["simulation"], report["layers"], report["layers"]["worst"]
+    yield f"{simulation['sqnr_db']:.1f}"
+    yield f"{simulation['agreement']:.1f}"
+    yield f"{layers['differing']} of {layers['compared']}"
+    yield f"{100 * worst['share']:.1g}" if worst else "0"
+    yield f"{report['quantized']['sqnr_db']:.2f}"
+    yield f"{fat.evaluate(student, test)['quantized']['sqnr_db']:.2f}"
+    yield str(report["kernels"]["integer_layers"])
+    yield f"{report['latency_ms']['ratio']:.2f}"
+    yield f"{report['size_mb']['ratio']:.3f}"
+
+
+def parse() -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--target", default="onnx", choices=TARGETS)
+    parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--images", type=int, default=64, help="test images")
+    for name, choices in (
+        ("granularity", ("scalar", "vector")),
+        ("scheme", ("asymmetric", "symmetric")),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=list(choices), choices=choices)
+    parser.add_argument("--bits", type=int, default=8, help="of the weights")
+    parser.add_argument("--out", type=Path, help="folder to keep the files in")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
