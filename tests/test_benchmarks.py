@@ -16,10 +16,13 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fat.export.onnx import Onnx, OnnxRuntime
+from fat.export.target import Program
 from fat.graph.fold import fold_batch_norms
 from fat.graph.trace import trace
 from fat.layers import SameConv2d
 from fat.models import load_float_network
+from tests.export.students import structured, tiny_student
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 ARGUMENTS = (
@@ -304,3 +307,38 @@ def test_a_mistyped_argument_of_feeding_is_said(
     with pytest.raises(SystemExit):
         feed(feeding, monkeypatch, *arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_targets_row_holds_what_its_headings_say(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (targets,) = imported("targets", monkeypatch)
+    images = structured(8, 16, seed=1)
+    cells = list(targets.row(tiny_student(), tmp_path / "tiny.onnx", Onnx(), [images]))
+    assert len(cells) == len(targets.HEADINGS)
+    named = dict(zip(targets.HEADINGS, cells, strict=True))
+    assert (named["sim dB"], named["sim %"], named["worst %"]) == ("200.0", "100.0", "0")
+    assert named["differing"].startswith("0 of ")
+    assert named["file dB"] == named["student dB"]
+    assert int(named["layers"]) == len(tiny_student().layers())
+    assert float(named["ratio"]) > 0.0
+    assert float(named["size"]) > 0.0
+
+
+@pytest.mark.slow
+def test_onnxruntimes_own_tool_quantizes_the_same_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (export,) = imported("export", monkeypatch)
+    student, images = tiny_student(), structured(8, 16)
+    paths = {kind: tmp_path / f"{kind}.onnx" for kind in ("float", "theirs")}
+    Onnx().write(Program(student.teacher, images), paths["float"])
+    options = argparse.Namespace(granularity="vector", scheme="asymmetric")
+    export.quantize(paths["float"], paths["theirs"], [images], options)
+    files = {kind: OnnxRuntime(path) for kind, path in paths.items()}
+    assert files["float"].kernels().integer_layers == 0
+    assert files["theirs"].kernels().integer_layers > 0
+    times = export.medians(files, images[:1], repeats=1)
+    assert set(times) == set(files)
+    assert all(value > 0.0 for value in times.values())
