@@ -126,7 +126,11 @@ def export(
 
         target.write_tapped(program, shipped, tapped)
         differences = compare_layers(
-            student, target.open(tapped), program.tensors, _first(held_out, example)
+            student,
+            target.open(tapped),
+            program.tensors,
+            _first(held_out, example),
+            ties=target.tolerance.ties,
         )
         check_layers(differences, target.tolerance, target.advice())
         figures = compare(

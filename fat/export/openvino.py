@@ -31,7 +31,7 @@ class OpenVino(Onnx):
     """
 
     name = "openvino"
-    tolerance = Tolerance(off_by_one=0.001, input_off_by_one=0.2)
+    tolerance = Tolerance(off_by_one=0.001, ties=2**-10)
 
     def check(self) -> None:
         """Raise a FatError that says what to install if OpenVINO is missing."""

@@ -70,15 +70,15 @@ class Tolerance:
 
     Attributes:
         off_by_one: Largest share of a single operation's integers that may differ, by one step.
-        input_off_by_one: The same for the network's input, whose pixels may lie in the middle
-            between two integers.
+        ties: Real values this near to the middle between two integers, in steps, may go to either.
+            Pixels often lie there: 127.5 is their zero where mean and deviation are 0.5.
         sqnr_db: Least SQNR of the file's logits against the student's, dB; ``None`` for runtimes
             that round otherwise than the student: a network makes much of single steps.
         agreement: Least share of images, percent, with the same largest logit; ``None`` likewise.
     """
 
     off_by_one: float
-    input_off_by_one: float = 0.001
+    ties: float = 0.0
     sqnr_db: float | None = None
     agreement: float | None = None
 

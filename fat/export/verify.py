@@ -100,10 +100,11 @@ class _Forced(IntegerInterpreter):
     """Goes on with the file's integers after each quantizer, so that differences do not add up."""
 
     def __init__(
-        self, network: fx.GraphModule, integers: dict[str, tuple[Integers, Tensor]]
+        self, network: fx.GraphModule, integers: dict[str, tuple[Integers, Tensor]], ties: float
     ) -> None:
         super().__init__(network)
         self.integers = integers
+        self.ties = ties
         self.found: list[LayerDifference] = []
 
     def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> OnGrid:
@@ -116,6 +117,9 @@ class _Forced(IntegerInterpreter):
                 f"student's {list(ours.values.shape)}."
             )
         off = (theirs - ours.values).abs()
+        if self.ties and isinstance(x, Tensor):
+            middle = (x / ours.scale - (theirs + ours.values) / 2).abs()
+            off[(off == 1) & (middle <= self.ties)] = 0
         before = source(node)
         producer = None if before is None else module_of(self.module, before)  # type: ignore[arg-type]
         name = producer.layer if isinstance(producer, QuantLayer) else quantizer.layer
@@ -125,7 +129,12 @@ class _Forced(IntegerInterpreter):
 
 @torch.no_grad()
 def compare_layers(
-    student: Student, tapped: Runtime, tensors: Sequence[Integers], images: Tensor
+    student: Student,
+    tapped: Runtime,
+    tensors: Sequence[Integers],
+    images: Tensor,
+    *,
+    ties: float = 0.0,
 ) -> list[LayerDifference]:
     """Compare a file's integers with the student's, operation by operation.
 
@@ -136,13 +145,14 @@ def compare_layers(
         tapped: The file's twin that tells its integers.
         tensors: What its results after the logits are.
         images: One batch.
+        ties: See :class:`fat.export.target.Tolerance`.
 
     Returns:
         One entry per quantizer, in the order of the graph.
     """
     results = tapped.run(images)[1:]
     by_key = {grid.key: (grid, stored) for grid, stored in zip(tensors, results, strict=True)}
-    forced = _Forced(student.network, by_key)
+    forced = _Forced(student.network, by_key, ties)
     forced.run(images.contiguous(memory_format=torch.channels_last))
     return forced.found
 
@@ -158,10 +168,7 @@ def check_layers(
         advice: What else to say.
     """
     wrong = [
-        entry
-        for number, entry in enumerate(differences)
-        if entry.steps > 1
-        or entry.share > (tolerance.off_by_one if number else tolerance.input_off_by_one)
+        entry for entry in differences if entry.steps > 1 or entry.share > tolerance.off_by_one
     ]
     if not wrong:
         return
