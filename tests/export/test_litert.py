@@ -90,6 +90,18 @@ def test_everything_that_stands_between_layers_equals_the_students(
 
 
 @needs_litert
+def test_equal_arrays_are_stored_once(in_integers: Written) -> None:
+    import flatbuffers
+
+    content = in_integers.path.read_bytes()
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(litert._File(content).model.Pack(builder), litert.IDENTIFIER)
+    layers = in_integers.student.layers()
+    zeros = 2 * 8 * sum(layer.weight.shape[0] for layer in layers)  # of weights and biases
+    assert len(content) < len(builder.Output()) - zeros // 2
+
+
+@needs_litert
 def test_a_file_takes_and_gives_float32(in_floats: Written) -> None:
     runtime = LiteRTRuntime(in_floats.path, threads=1)
     assert runtime.input_shape == (1, 3, 16, 16)
