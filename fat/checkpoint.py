@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.files import write_atomic
 from fat.graph.insert import QUANTIZERS, link_inputs
 from fat.graph.patterns import PRESERVING_METHODS
@@ -125,7 +125,7 @@ def load(path: str | os.PathLike[str]) -> Student:
     except FatError:
         raise
     except Exception as error:  # whatever a file holds that was damaged or tampered with
-        raise FatError(f"{path} does not fit together: {_first_line(error)}") from error
+        raise FatError(f"{path} does not fit together: {first_line(error)}") from error
     return student
 
 
@@ -151,7 +151,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FatError(
-            f"{path} cannot be read as safetensors: {_first_line(error)} It is truncated, damaged, "
+            f"{path} cannot be read as safetensors: {first_line(error)} It is truncated, damaged, "
             "or another kind of file."
         ) from error
     if FORMAT not in metadata:
@@ -163,7 +163,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         content = json.loads(metadata[FORMAT])
         version = content["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FatError(f"{path} does not fit together: {_first_line(error)}") from error
+        raise FatError(f"{path} does not fit together: {first_line(error)}") from error
     if version != VERSION:
         raise FatError(f"{path} has version {version} of the format; this FAT reads {VERSION}.")
     return content, tensors
@@ -360,7 +360,3 @@ def _unsaveable(what: str, where: str) -> FatError:
         f"'{where}' is {what}, which a student file cannot hold as data. Please report it with the "
         "network's name."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -8,11 +8,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["FatError", "nearest", "unknown_name"]
+__all__ = ["FatError", "first_line", "nearest", "unknown_name"]
 
 
 class FatError(Exception):
     """A mistake that the user can mend. The entry points print its text without a traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as much of it as fits into a sentence.
+
+    Examples:
+        >>> first_line(ValueError("no such layer" + chr(10) + "at line 3"))
+        'no such layer'
+        >>> first_line(KeyError())
+        'KeyError'
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:

@@ -23,7 +23,7 @@ from fat.checkpoint import check_saveable, load, save
 from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
 from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.evaluate import evaluate
 from fat.exports import asked_target, export_student
 from fat.files import check_writable, write_text
@@ -330,8 +330,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
         stored_spec = QuantSpec.from_dict(stored["spec"]).to_dict()
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise FatError(
-            f"{path} is no checkpoint of a FAT run, or it is damaged: "
-            f"{(str(error) or type(error).__name__).splitlines()[0][:200]}"
+            f"{path} is no checkpoint of a FAT run, or it is damaged: {first_line(error)}"
         ) from error
     for what, theirs, ours in (
         ("network", stored["origin"].get("name"), student.origin.get("name")),

@@ -23,7 +23,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
-from fat.errors import FatError, unknown_name
+from fat.errors import FatError, first_line, unknown_name
 
 __all__ = [
     "FloatNetwork",
@@ -369,7 +369,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
                 "run here. Where you trust the file, save its tensors alone: "
                 "torch.save(network.state_dict(), 'weights.pth'), or as .safetensors."
             ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise FatError(
             f"The weights file {path} ({path.stat().st_size} bytes) cannot be read; it is "
             f"truncated, damaged or no weights file: {reason:.200} "
@@ -528,7 +528,7 @@ def _from_hub(name: str, wheel: str | None, num_classes: int | None) -> tuple[nn
     # Whatever goes wrong while fetching (no route, no certificate, a proxy's page, a file cut
     # short) the way on is the same.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise FatError(_ways_on(name, wheel, cached or source, reason.rstrip("."))) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 
 __all__ = ["Member", "Place", "Reader", "parquet_rows", "tar_members"]
 
@@ -127,8 +127,12 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, str, int]]:
                     row += 1
     except _arrow_errors() as error:
         raise FatError(
-            f"{path} cannot be read as parquet: {_first_line(error)}. Copy or download it again."
+            f"{path} cannot be read as parquet: {_reason(error)}. Copy or download it again."
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")
 
 
 def _check_columns(schema: Any, path: Path) -> bool:
@@ -166,10 +170,6 @@ def _arrow_errors() -> tuple[type[Exception], ...]:
     import pyarrow
 
     return (pyarrow.ArrowException, OSError)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 class Reader:
@@ -229,7 +229,7 @@ class Reader:
             except FileNotFoundError:
                 raise
             except _arrow_errors() as error:
-                raise OSError(_first_line(error)) from error
+                raise OSError(_reason(error)) from error
             self._groups = group
         content = group[2][place.row - group[1]].as_py()
         if content is None:

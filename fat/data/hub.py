@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 
 __all__ = ["asked_for", "fetch"]
 
@@ -47,7 +47,7 @@ def fetch(root: str | None) -> Path:
         )
     # No route, no such dataset, no permission, a full disk: one way on.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise FatError(
             f"The dataset {name} could not be had from the Hugging Face hub: {reason:.300} Log in "
             "with hf auth login if it asks for permission (ImageNet does), or type data.root=DIR "

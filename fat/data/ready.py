@@ -17,7 +17,7 @@ from torchvision.datasets.utils import download_and_extract_archive
 from fat.data.images import UNKNOWN
 from fat.data.sources import ImageSource
 from fat.data.transforms import generator
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.files import cache_folder
 
 __all__ = ["ArraySource", "LabelledSet", "cifar10", "digits", "imagenette"]
@@ -180,7 +180,7 @@ def _download(name: str, place: Path, url: str, md5: str) -> None:
         download_and_extract_archive(url, str(place), md5=md5)
     # No route, no certificate, a proxy's page (a wrong checksum), a full disk: one way on.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise FatError(
             f"data={name} is not in {place} and could not be downloaded: {reason:.200}. Fetch "
             f"{url} elsewhere, unpack it and type data.root=DIR with the folder it was unpacked "

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.export.lower import Style
 from fat.export.target import Kernels, Program, Runtime, Tolerance
 from fat.files import write_atomic
@@ -123,7 +123,7 @@ class ExecuTorchRuntime:
                 found = self._program.metadata(METHOD)
                 self._forward = self._program.load_method(METHOD)
         except Exception as error:  # pybind11 raises whatever it was given
-            reason = (log[0] if log else _first_line(error)).rstrip(".")
+            reason = (log[0] if log else first_line(error)).rstrip(".")
             raise FatError(
                 f"ExecuTorch cannot open {path}: {reason}. It is damaged, or another kind of file."
             ) from error
@@ -180,7 +180,7 @@ class ExecuTorchRuntime:
             raise
         except Exception as error:
             raise FatError(
-                f"The kernels of {self.path} cannot be told: {_first_line(error)} It was written "
+                f"The kernels of {self.path} cannot be told: {first_line(error)} It was written "
                 "by another version of ExecuTorch."
             ) from error
         counts = Counter(f"{kind.removeprefix('XNN')} {precision}" for kind, precision in nodes)
@@ -203,7 +203,7 @@ class ExecuTorchRuntime:
             return deserialize_pte_binary(self.path.read_bytes()).program
         except Exception as error:
             raise FatError(
-                f"{self.path} cannot be parsed: {_first_line(error)} It was written by another "
+                f"{self.path} cannot be parsed: {first_line(error)} It was written by another "
                 "version of ExecuTorch."
             ) from error
 
@@ -386,16 +386,12 @@ def _unwritable(error: BaseException) -> FatError:
     what = (
         f"the operator {unknown[1] or unknown[2]} has no form in ExecuTorch"
         if unknown
-        else f"its exporter says: {_first_line(error)}"
+        else f"its exporter says: {first_line(error)}"
     )
     return FatError(
         f"The network cannot be written for ExecuTorch: {what}. Please report it with the "
         "network's name."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 # ----------------------------------------------------------------------------------------- running

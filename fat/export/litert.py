@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.export.lower import Style
 from fat.export.target import Kernels, Program, Runtime, Tolerance
 from fat.files import write_atomic
@@ -378,7 +378,7 @@ def _unwritable(error: BaseException) -> FatError:
     what = (
         f"the operator {unknown[1]} has no form in TensorFlow Lite"
         if unknown
-        else f"litert_torch says: {_first_line(error)}"
+        else f"litert_torch says: {first_line(error)}"
     )
     return FatError(
         f"The network cannot be written for LiteRT: {what}. Please report it with the network's "
@@ -388,12 +388,8 @@ def _unwritable(error: BaseException) -> FatError:
 
 def _unreadable(path: Path, error: BaseException) -> FatError:
     return FatError(
-        f"LiteRT cannot open {path}: {_first_line(error)} It is damaged, or another kind of file."
+        f"LiteRT cannot open {path}: {first_line(error)} It is damaged, or another kind of file."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 # --------------------------------------------------------------------------------- the file's graph

@@ -26,7 +26,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.export.lower import Style
 from fat.export.target import Kernels, Program, Runtime, Tolerance
 from fat.files import write_atomic
@@ -263,7 +263,7 @@ class OnnxRuntime:
             )
         except Exception as error:  # its exceptions share no base class
             raise FatError(
-                f"ONNX Runtime cannot open {self.path}: {_first_line(error)} It is damaged, or "
+                f"ONNX Runtime cannot open {self.path}: {first_line(error)} It is damaged, or "
                 "another kind of file."
             ) from error
 
@@ -316,15 +316,11 @@ def _unwritable(error: BaseException) -> FatError:
     what = (
         f"the operator {unknown[1]} has no form in ONNX"
         if unknown
-        else f"torch's exporter says: {_first_line(chain[-1])}"
+        else f"torch's exporter says: {first_line(chain[-1])}"
     )
     return FatError(
         f"The network cannot be written as ONNX: {what}. Please report it with the network's name."
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 # ------------------------------------------------------------------------------- what is rewritten
