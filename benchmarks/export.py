@@ -151,9 +151,13 @@ def setting(
 
 @torch.no_grad()
 def see(network: nn.Module, images: Sequence[Tensor]) -> None:
-    """Give batch norms the statistics of images."""
+    """Give batch norms the statistics of images, and a weight to those that start at zero.
+
+    A residual network's last norm of each block does, which leaves nothing there to compute.
+    """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
+        norm.weight.masked_fill_(norm.weight == 0.0, 1.0)
         norm.reset_running_stats()
         norm.momentum = None  # the plain average
     network.train()
