@@ -33,6 +33,7 @@ from fat.files import write_atomic
 
 __all__ = ["OPSETS", "Onnx", "OnnxRuntime"]
 
+Array = np.ndarray[Any, Any]
 OPSETS = range(18, 24)
 """Versions of ONNX' operators that can be asked for; torch's exporter starts at 18."""
 INT4_OPSET = 21
@@ -158,7 +159,7 @@ class Onnx:
                 continue
             values = numpy_helper.to_array(stored)
             narrow = helper.make_tensor(
-                f"{stored.name}.int4", TensorProto.INT4, values.shape, values.flatten().tolist()
+                f"{stored.name}.int4", TensorProto.INT4, values.shape, _packed(values), raw=True
             )
             cast = helper.make_node(
                 "Cast", [narrow.name], [f"{stored.name}.int8"], to=TensorProto.INT8
@@ -345,6 +346,12 @@ def _fixed(graph: onnx.GraphProto) -> set[str]:
         if all(name in fixed for name in node.input if name):
             fixed.update(node.output)
     return fixed
+
+
+def _packed(values: Array) -> bytes:
+    """Integers of 4 bits, two in a byte, the first in the lower half, as ONNX has them."""
+    halves = np.pad(values.astype(np.uint8).ravel() & 15, (0, values.size % 2))
+    return (halves[0::2] | halves[1::2] << 4).tobytes()
 
 
 def _merge_padding(graph: onnx.GraphProto) -> None:
