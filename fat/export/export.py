@@ -21,6 +21,7 @@ from fat.export.onnx import INT4_OPSET, Onnx
 from fat.export.target import Program, Target
 from fat.export.verify import (
     LayerDifference,
+    check_float,
     check_kernels,
     check_layers,
     check_logits,
@@ -139,7 +140,9 @@ def export(
         check_logits(figures["simulation"], target.tolerance)
 
         target.write(reference, floats)
-        float_ms, quantized_ms = latency(target.open(floats), runtime, example[:1])
+        float_runtime = target.open(floats)
+        check_float(float_runtime, student, example[:1])
+        float_ms, quantized_ms = latency(float_runtime, runtime, example[:1])
         sizes = [1e-6 * file.stat().st_size for file in (floats, shipped)]
         shipped.replace(path)
 

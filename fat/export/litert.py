@@ -260,9 +260,12 @@ def _spelled(program: Program) -> fx.GraphModule:
 
     It takes images [N, H, W, 3]; constants are real values that pass quantize and dequantize;
     bounds are operations on real values; every reader of a tensor has a dequantize of its own; the
-    results after the logits are real values.
+    results after the logits are real values. Tensors are contiguous: of others litert_torch makes
+    copies, which it tells apart by their addresses alone, though freed memory is used again.
     """
     network = copy.deepcopy(program.network)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.contiguous()
     graph = network.graph
     (images,) = (node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(images):
@@ -311,7 +314,7 @@ def _real_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, in
         held[arg.target] if isinstance(arg, fx.Node) else arg for arg in node.args
     ))  # fmt: skip
     attribute = f"{name.replace('.', '_')}_real"
-    network.register_buffer(attribute, values)
+    network.register_buffer(attribute, values.contiguous())
     if name in bits:  # any weight is int8; fewer bits use fewer of its integers
         node.args = (*node.args[:-3], -127, 127, torch.int8)
     quantize = _OPS.quantize_per_channel if per_channel else _OPS.quantize_per_tensor

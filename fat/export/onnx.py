@@ -351,7 +351,8 @@ def _fixed(graph: onnx.GraphProto) -> set[str]:
 def _packed(values: Array) -> bytes:
     """Integers of 4 bits, two in a byte, the first in the lower half, as ONNX has them."""
     halves = np.pad(values.astype(np.uint8).ravel() & 15, (0, values.size % 2))
-    return (halves[0::2] | halves[1::2] << 4).tobytes()
+    packed: bytes = (halves[0::2] | halves[1::2] << 4).tobytes()
+    return packed
 
 
 def _merge_padding(graph: onnx.GraphProto) -> None:

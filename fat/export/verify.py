@@ -24,6 +24,7 @@ from fat.student import Student
 
 __all__ = [
     "LayerDifference",
+    "check_float",
     "check_kernels",
     "check_layers",
     "check_logits",
@@ -31,6 +32,10 @@ __all__ = [
     "compare_layers",
     "latency",
 ]
+
+
+FLOAT_DB = 60.0
+"""What a float file has to reach: float32 sums in another order are at 90 dB and more."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +206,26 @@ def check_logits(figures: Mapping[str, float | None], tolerance: Tolerance) -> N
                 "asked for), though every operation by itself computes the same. The file was not "
                 "kept. Please report it with the network's name."
             )
+
+
+@torch.no_grad()
+def check_float(runtime: Runtime, student: Student, images: Tensor) -> None:
+    """Raise a FatError if the float network's file, which latencies are compared with, is wrong.
+
+    Args:
+        runtime: The file, opened.
+        student: Whose float network it holds.
+        images: One batch.
+    """
+    figures, unknown = Comparison(), torch.full((len(images),), -1)
+    figures.update(runtime.run(images)[0], student.float_logits(images), unknown)
+    found = figures.compute()["sqnr_db"]
+    if found is None or found < FLOAT_DB:
+        raise FatError(
+            f"The runtime computes the float network to {found} dB only (at least {FLOAT_DB:g} is "
+            "asked for), so there is nothing to compare with. The file was not kept. Please report "
+            "it with the network's name."
+        )
 
 
 def check_kernels(kernels: Kernels, student: Student) -> None:

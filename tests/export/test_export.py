@@ -138,6 +138,24 @@ def test_layers_in_float_are_refused_by_name(tiny: Student, tmp_path: Path) -> N
     assert content(tmp_path) == {}
 
 
+class WrongFloat(Onnx):
+    """Writes a float network without its first layer's weights."""
+
+    def build(self, program: Program) -> onnx.ModelProto:
+        model = super().build(program)
+        if not program.tensors:
+            stem = next(x for x in model.graph.initializer if x.name == "stem.weight")
+            zeros = np.zeros_like(numpy_helper.to_array(stem))
+            stem.CopyFrom(numpy_helper.from_array(zeros, stem.name))
+        return model
+
+
+def test_a_float_file_that_is_wrong_is_not_compared_with(tiny: Student, tmp_path: Path) -> None:
+    with pytest.raises(FatError, match=r"computes the float network to -?[\d.]+ dB only"):
+        export(tiny, tmp_path / "student.onnx", WrongFloat())
+    assert content(tmp_path) == {}
+
+
 class FullDisk(Onnx):
     """Writes half of a file, then the disk is full."""
 

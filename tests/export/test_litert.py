@@ -90,6 +90,17 @@ def test_everything_that_stands_between_layers_equals_the_students(
 
 
 @needs_litert
+def test_layers_of_one_shape_keep_their_own_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(width, 64, 3, padding=1, bias=False) for width in (3, *[64] * 7)]
+    network = torch.fx.symbolic_trace(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    LiteRT().write(Program(network.eval(), IMAGES), tmp_path / "float.tflite")
+    logits = LiteRTRuntime(tmp_path / "float.tflite").run(IMAGES)[0]
+    torch.testing.assert_close(logits, network(IMAGES).detach(), rtol=1e-4, atol=1e-6)
+
+
+@needs_litert
 def test_equal_arrays_are_stored_once(in_integers: Written) -> None:
     import flatbuffers
 
