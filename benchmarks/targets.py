@@ -70,7 +70,8 @@ def main() -> None:
 def row(student: fat.Student, path: Path, target: Target, test: Images) -> Iterator[str]:
     """The cells of one file."""
     report = export(student, path, target, test)
-    simulation, layers, worst = report["simulation"], report["layers"], report["layers"]["worst"]
+    simulation, layers = report["simulation"], report["layers"]
+    worst = layers["worst"]
     yield f"{simulation['sqnr_db']:.1f}"
     yield f"{simulation['agreement']:.1f}"
     yield f"{layers['differing']} of {layers['compared']}"

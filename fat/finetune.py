@@ -25,7 +25,7 @@ from torch.optim import AdamW, Optimizer
 
 from fat.batches import AnyBatch, Images, counted, split
 from fat.callbacks import Progress
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.files import cache_folder, check_writable, write_atomic
 from fat.models import FloatNetwork, head_parameters, with_classes
 from fat.schedule import annealed
@@ -398,6 +398,6 @@ def _read(path: Path, key: str, network: nn.Module) -> FinetuneResult | None:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         logger.warning(
             "The fine-tuned network %s cannot be used (%s) and is made anew.",
-            path, str(error).splitlines()[0][:200],
+            path, first_line(error),
         )  # fmt: skip
         return None

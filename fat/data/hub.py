@@ -47,10 +47,9 @@ def fetch(root: str | None) -> Path:
         )
     # No route, no such dataset, no permission, a full disk: one way on.
     except Exception as error:
-        reason = first_line(error)
         raise FatError(
-            f"The dataset {name} could not be had from the Hugging Face hub: {reason:.300} Log in "
-            "with hf auth login if it asks for permission (ImageNet does), or type data.root=DIR "
-            "with a copy on this machine."
+            f"The dataset {name} could not be had from the Hugging Face hub: {first_line(error)} "
+            "Log in with hf auth login if it asks for permission (ImageNet does), or type "
+            "data.root=DIR with a copy on this machine."
         ) from error
     return Path(folder)

@@ -10,7 +10,6 @@ Images are run one by one: the file takes a batch of 1, as phones do.
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -34,7 +33,7 @@ from torch import Tensor, fx
 
 from fat.errors import FatError, first_line
 from fat.export.lower import Style
-from fat.export.target import Kernels, Program, Runtime, Tolerance
+from fat.export.target import Kernels, Program, Runtime, Tolerance, in_order
 from fat.files import write_atomic
 
 __all__ = ["ExecuTorch", "ExecuTorchRuntime"]
@@ -224,7 +223,7 @@ def _converted(network: fx.GraphModule, example: Tensor, metadata: Mapping[str, 
             )
             from executorch.exir import to_edge_transform_and_lower
 
-            exported = torch.export.export(_in_order(network), (example.contiguous(),))
+            exported = torch.export.export(in_order(network), (example.contiguous(),))
             _respell(exported.graph_module)
             edge = to_edge_transform_and_lower(
                 exported,
@@ -235,14 +234,6 @@ def _converted(network: fx.GraphModule, example: Tensor, metadata: Mapping[str, 
             return content
     except Exception as error:  # torch and ExecuTorch wrap whatever failed in errors of their own
         raise _unwritable(error) from error
-
-
-def _in_order(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose weights lie in memory as XNNPACK's exporter wants them: not channels-last."""
-    network = copy.deepcopy(network)
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-    return network
 
 
 def _respell(network: fx.GraphModule) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from fat.errors import FatError, first_line
 from fat.export.lower import Style
-from fat.export.target import Kernels, Program, Runtime, Tolerance
+from fat.export.target import Kernels, Program, Runtime, Tolerance, in_order
 from fat.files import write_atomic
 
 __all__ = ["LiteRT", "LiteRTRuntime"]
@@ -263,9 +263,7 @@ def _spelled(program: Program) -> fx.GraphModule:
     results after the logits are real values. Tensors are contiguous: of others litert_torch makes
     copies, which it tells apart by their addresses alone, though freed memory is used again.
     """
-    network = copy.deepcopy(program.network)
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.contiguous()
+    network = in_order(program.network)
     graph = network.graph
     (images,) = (node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(images):
@@ -314,7 +312,7 @@ def _real_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, in
         held[arg.target] if isinstance(arg, fx.Node) else arg for arg in node.args
     ))  # fmt: skip
     attribute = f"{name.replace('.', '_')}_real"
-    network.register_buffer(attribute, values.contiguous())
+    network.register_buffer(attribute, values)
     if name in bits:  # any weight is int8; fewer bits use fewer of its integers
         node.args = (*node.args[:-3], -127, 127, torch.int8)
     quantize = _OPS.quantize_per_channel if per_channel else _OPS.quantize_per_tensor

@@ -18,7 +18,7 @@ from fat.export.lower import Integers
 from fat.export.target import Kernels, Runtime, Tolerance
 from fat.graph.integers import IntegerInterpreter, OnGrid, requantize
 from fat.graph.patterns import module_of, source
-from fat.metrics import Comparison
+from fat.metrics import Comparison, logits_sqnr_db
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
 
@@ -217,14 +217,12 @@ def check_float(runtime: Runtime, student: Student, images: Tensor) -> None:
         student: Whose float network it holds.
         images: One batch.
     """
-    figures, unknown = Comparison(), torch.full((len(images),), -1)
-    figures.update(runtime.run(images)[0], student.float_logits(images), unknown)
-    found = figures.compute()["sqnr_db"]
-    if found is None or found < FLOAT_DB:
+    found = logits_sqnr_db(student.float_logits(images), runtime.run(images)[0])
+    if found < FLOAT_DB:
         raise FatError(
-            f"The runtime computes the float network to {found} dB only (at least {FLOAT_DB:g} is "
-            "asked for), so there is nothing to compare with. The file was not kept. Please report "
-            "it with the network's name."
+            f"The runtime computes the float network to {found:.1f} dB only (at least "
+            f"{FLOAT_DB:g} is asked for), so there is nothing to compare with. The file was not "
+            "kept. Please report it with the network's name."
         )
 
 

@@ -26,13 +26,10 @@ def format_export(report: Mapping[str, Any]) -> str:
             f"{100 * worst['share']:.2g} % by {worst['steps']}"
         )
     computing = ", ".join(f"{count} {kind}" for kind, count in kernels["operators"].items())
-    rows = {"float": report["float"], "file": report["quantized"]}
-    if report["float"]["top1"] is None:  # no labels
-        del rows["float"]
     return "\n".join(
         [
             f"{report['file']} in {report['runtime']}, {report['images']} {report['on']}:",
-            format_figures(rows),
+            format_figures({"float": report["float"], "file": report["quantized"]}),
             f"Against the simulation: {simulation['agreement']:.2f} % agreement, logits at "
             f"{simulation['sqnr_db']:.1f} dB, at most {simulation['largest_step']:g} steps off.",
             f"Single operations: {layers['compared']} compared on {layers['images']} images, "

@@ -112,10 +112,11 @@ def versions() -> dict[str, str]:
 
 
 def format_figures(rows: Mapping[str, Mapping[str, float | None]]) -> str:
-    """A table for people: one row per network, columns without any value left out.
+    """A table for people: one row per network; rows and columns without any value are left out.
 
     Examples:
-        >>> print(format_figures({"float": {"top1": 90.0}, "int8": {"top1": 89.5, "rmse": None}}))
+        >>> rows = {"float": {"top1": 90.0}, "int8": {"top1": 89.5, "rmse": None}, "none": {}}
+        >>> print(format_figures(rows))
                   top-1
         float     90.00
         int8      89.50
@@ -128,6 +129,9 @@ def format_figures(rows: Mapping[str, Mapping[str, float | None]]) -> str:
         "rmse": "RMSE",
     }
     columns = [key for key in titles if any(row.get(key) is not None for row in rows.values())]
+    rows = {
+        name: row for name, row in rows.items() if any(row.get(key) is not None for key in columns)
+    }
     width = max(len(name) for name in rows) + 2 if rows else 0
     width = max(width, 10)
     lines = [" " * width + " ".join(f"{titles[key]:>{_wide(key)}}" for key in columns)]
