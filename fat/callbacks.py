@@ -1,21 +1,24 @@
-"""What watches a training: the best state, states that are not finite, and the time left."""
+"""What watches a training: the best state, broken states, checkpoints, figures, the time left."""
 
 from __future__ import annotations
 
 import copy
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
 from fat.errors import FatError
+from fat.files import put_in_place, write_text
 from fat.module import DistillModule
 from fat.student import Student
 
-__all__ = ["AlphaHistory", "KeepBest", "NanGuard", "Progress"]
+__all__ = ["AlphaHistory", "History", "KeepBest", "NanGuard", "Progress", "Snapshots"]
 
 logger = logging.getLogger(__name__)
 
@@ -130,9 +133,117 @@ class NanGuard(pl.Callback):
                 "optim.gradient_clip=1.0."
             )
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps; the last good state is taken anew when training goes on."""
+        return {"restored": self.restored, "in_a_row": self._in_a_row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.restored, self._in_a_row = state_dict["restored"], state_dict["in_a_row"]
+
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
         self._good = (student_of(pl_module).trained_state(), optimizers)
+
+
+class Snapshots(pl.Callback):
+    """Keeps the whole state of a training in one file, for going on after a crash.
+
+    Written at every validation, when the system asks the process to end (SIGTERM), and in between
+    after every so many seconds; never where a validation is still to come at the same step.
+
+    Args:
+        path: The file; it is replaced atomically.
+        every: Seconds between two of them.
+    """
+
+    def __init__(self, path: Path, every: float) -> None:
+        self.path = path
+        self.every = every
+        self._kept = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Keep the state if it is time."""
+        due = time.monotonic() - self._kept >= self.every or trainer.received_sigterm
+        last = batch_idx + 1 == trainer.num_training_batches
+        # fit's own trainer validates by batches, never by the clock.
+        assert isinstance(trainer.val_check_batch, int)
+        validates = (batch_idx + 1) % trainer.val_check_batch == 0
+        if due and not last and not validates:
+            self._keep(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the state that was judged."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._keep(trainer)
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        # All processes take part in gathering the state; Lightning lets the first one write.
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            put_in_place(partial, self.path)
+        self._kept = time.monotonic()
+
+
+class History(pl.Callback):
+    """Writes what is logged, step by step, into a CSV file: ``step,name,value``.
+
+    ``train/…`` of a step is of the batch that made it, ``val/…`` of the network after it. A
+    training that goes on from a checkpoint forgets what came after that.
+
+    Args:
+        path: The file.
+    """
+
+    HEADER = "step,name,value\n"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin the file where there is none."""
+        if trainer.is_global_zero and not self.path.exists():
+            write_text(self.path, self.HEADER)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Drop what a training that was cut off had written after its last checkpoint."""
+        if not trainer.is_global_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
+        whole = (line for line in lines if line.endswith("\n"))
+        before = [line for line in whole if int(line.partition(",")[0]) <= trainer.global_step]
+        write_text(self.path, self.HEADER + "".join(dict.fromkeys(before)))
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Write the step's figures."""
+        self._write(trainer, "train/")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the figures of the network as it is."""
+        self._write(trainer, "val/")
+
+    def _write(self, trainer: pl.Trainer, kind: str) -> None:
+        if not trainer.is_global_zero:
+            return
+        figures = trainer.callback_metrics.items()
+        rows = [f"{trainer.global_step},{k},{float(v):.9g}\n" for k, v in figures if k[: len(kind)] == kind]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(rows))
 
 
 class Progress(TQDMProgressBar):

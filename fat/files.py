@@ -16,6 +16,7 @@ from fat.errors import FatError
 __all__ = [
     "cache_folder",
     "check_writable",
+    "put_in_place",
     "write_atomic",
     "write_csv",
     "write_json",
@@ -61,18 +62,27 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     temporary = Path(name)
     try:
         write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
         # A temporary file is private; the result has the rights of any other new file.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        temporary.replace(target)
+        put_in_place(temporary, target)
     except OSError as error:
         raise _unwritable(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Give a complete file its name, whatever had it before; also a power cut leaves one of them.
+
+    Raises:
+        OSError: If the system refuses.
+    """
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(target)
 
 
 def _unwritable(target: Path, error: OSError) -> FatError:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
 
-from fat.batches import AnyBatch, Images, counted
-from fat.callbacks import KeepBest, NanGuard, Progress
+from fat.batches import AnyBatch, Images, counted, split
+from fat.callbacks import KeepBest, NanGuard, Progress, Snapshots
 from fat.correct import correct_biases
 from fat.errors import FatError
+from fat.kept import LAST, RECONSTRUCTION, START, Kept
 from fat.module import DistillModule
 from fat.reconstruct import reconstruct
 from fat.spec import TrainSpec
@@ -62,6 +65,9 @@ class FitResult:
 class _Part:
     """Every n-th batch of an iterable, or all the others, with a length.
 
+    Lightning keeps :meth:`state_dict` in its checkpoints, and a training that goes on in the middle
+    of an epoch starts with the batch after it.
+
     Args:
         batches: Iterable anew for each epoch.
         count: How many batches it gives.
@@ -73,6 +79,8 @@ class _Part:
         self, batches: Iterable[AnyBatch], count: int, every: int, *, chosen: bool
     ) -> None:
         self._batches, self._every, self._chosen = batches, every, chosen
+        self._drawn = 0  # of the batches, in this pass
+        self._skip = 0
         # Lightning looks for samplers here to tell them the epoch; without, every epoch is alike.
         self.sampler = getattr(batches, "sampler", None)
         self.batch_sampler = getattr(batches, "batch_sampler", None)
@@ -83,9 +91,32 @@ class _Part:
         return self._length
 
     def __iter__(self) -> Iterator[AnyBatch]:
-        for index, batch in enumerate(self._batches):
+        skip, self._skip = self._skip, 0
+        # A loader that knows how need not load what is skipped.
+        start_at = getattr(self._batches, "start_at", None)
+        if skip and start_at is not None:
+            start_at(skip)
+        numbered: Iterator[tuple[int, AnyBatch]] = enumerate(
+            self._batches, skip if start_at is not None else 0
+        )
+        for index, batch in numbered:
+            # The loader's own count, as it leaves out batches in which nothing could be read.
+            self._drawn = getattr(self._batches, "drawn", index + 1)
+            if index < skip:
+                continue
             if (index % self._every == self._every - 1) == self._chosen:
                 yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How far this pass has come."""
+        return {"drawn": self._drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Start the next pass where the other was left; where it had ended, at the first batch."""
+        drawn = state["drawn"]
+        held = drawn // self._every
+        given = held if self._chosen else drawn - held
+        self._skip = 0 if given >= self._length else drawn
 
 
 def fit(
@@ -98,7 +129,9 @@ def fit(
     progress: bool = True,
     seed: int = 0,
     trainer_options: dict[str, Any] | None = None,
-    resume: str | None = None,
+    checkpoints: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 60.0,
+    resume: bool = False,
     **overrides: Any,
 ) -> FitResult:
     """Distil the float network into the student, in place; the best student seen is what remains.
@@ -114,7 +147,11 @@ def fit(
         progress: Whether to show a progress bar.
         seed: Seeds whatever draws from global random state in the user's own data.
         trainer_options: More arguments of :class:`pytorch_lightning.Trainer`, such as ``logger``.
-        resume: Lightning checkpoint to go on from.
+        checkpoints: Folder to keep the state of the training in, so that it can go on after a
+            crash, and the best student so far (``step=….ckpt``). ``None`` keeps nothing.
+        checkpoint_every: Seconds between such states; each validation leaves one too.
+        resume: Go on from what ``checkpoints`` holds, at the step that was kept last; with the same
+            student, images and options the result is that of a training which never stopped.
         **overrides: Fields of :class:`fat.TrainSpec` to replace, such as ``epochs=3``.
 
     Returns:
@@ -124,7 +161,8 @@ def fit(
     Raises:
         KeyboardInterrupt: If the user stopped it before the calibrated student was judged.
         FatError: If the student is not calibrated, nothing in it can be trained, the images cannot
-            be iterated twice, the validation loss is not finite, or training keeps giving NaN.
+            be iterated twice, the validation loss is not finite, training keeps giving NaN, or
+            ``checkpoints`` holds the state of a training with other options.
 
     Examples:
         >>> import torch, fat
@@ -141,12 +179,15 @@ def fit(
     student.check_calibrated()
     train, validation = _split(images, validation)
     keep, guard = KeepBest(), NanGuard(spec.nan_patience)
+    kept = Kept(checkpoints, student, spec)
+    if not resume:
+        kept.clear()
     options: dict[str, Any] = {
         "max_epochs": spec.epochs,
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": kept.folder is not None,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "log_every_n_steps": 1,
@@ -156,7 +197,9 @@ def fit(
         **(trainer_options or {}),
     }
     bar = bool(options["enable_progress_bar"])
-    watchers = [keep, guard, *callbacks, *([Progress()] if bar else [])]
+    watchers: list[Callback] = [keep, guard, *callbacks, *([Progress()] if bar else [])]
+    if kept.folder is not None:  # last, so that what is kept is what the others left
+        watchers += [_best_checkpoint(kept.folder), Snapshots(kept.folder / LAST, checkpoint_every)]
     pl.seed_everything(seed, verbose=False)
     module = DistillModule(student, spec)
     trainer = pl.Trainer(callbacks=watchers, **options)
@@ -169,7 +212,8 @@ def fit(
             # differently. The other warning is about Lightning's own code.
             for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
                 warnings.filterwarnings("ignore", expected)
-            if resume is None:
+            begun = kept.load(START)
+            if begun is None:
                 trainer.validate(module, validation, verbose=False)
                 if keep.calibrated_loss is None or not math.isfinite(keep.calibrated_loss):
                     raise FatError(
@@ -184,13 +228,32 @@ def fit(
                     reconstruction = attempt(
                         "Block-wise reconstruction",
                         lambda: reconstruct(
-                            student, train, validation, spec, seed=seed, progress=bar
+                            student, train, validation, spec, seed=seed, progress=bar,
+                            done=kept.load(RECONSTRUCTION),
+                            keep=partial(kept.save, RECONSTRUCTION),
                         ),
-                    )
+                    )  # fmt: skip
                 if spec.bias_correction:
                     correction = attempt("Bias correction", lambda: correct_biases(student, train))
+                kept.save(
+                    START,
+                    {
+                        "student": student.trained_state(),
+                        "best": keep.state_dict(),
+                        "reconstruction": reconstruction,
+                        "correction": correction,
+                    },
+                )
+            else:
+                module.look(split(next(iter(validation)))[0])
+                student.load_trained_state(begun["student"])
+                keep.load_state_dict(begun["best"])
+                reconstruction, correction = begun["reconstruction"], begun["correction"]
             if spec.epochs:
-                trainer.fit(module, train, validation, ckpt_path=resume, weights_only=True)
+                last = kept.path(LAST)
+                if last is not None:
+                    logger.info("Going on from %s.", last)
+                trainer.fit(module, train, validation, ckpt_path=last, weights_only=True)
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
@@ -210,6 +273,16 @@ def fit(
         reconstruction=reconstruction,
         restored=guard.restored,
         interrupted=interrupted or trainer.interrupted,
+    )
+
+
+def _best_checkpoint(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="step={step}",
+        auto_insert_metric_name=False,
+        monitor="val/loss",
+        save_top_k=1,
     )
 
 

@@ -12,6 +12,7 @@ from torch.optim import Adam, Optimizer
 from fat.batches import AnyBatch, split
 from fat.blocks import Blocks
 from fat.errors import FatError
+from fat.kept import random_states, set_random_states
 from fat.losses import label_loss, make_loss, relative_error
 from fat.metrics import Comparison
 from fat.parameters import parameter_groups
@@ -55,6 +56,7 @@ class DistillModule(pl.LightningModule):
         self._validation_loss: list[tuple[int, Tensor]] = []
         self._blocks = Blocks(student) if spec.feature_weight else None
         self._labelled = 0
+        self._random: dict[str, Any] | None = None
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
         """Loss of one batch, with the terms that are asked for."""
@@ -90,8 +92,7 @@ class DistillModule(pl.LightningModule):
     def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
         """Compare student and teacher on one batch."""
         images, labels = split(batch)
-        if self._blocks is not None:
-            self._blocks.look(images)  # the first time before any bias is corrected
+        self.look(images)  # the first time before any bias is corrected
         teacher, student = self.student.float_logits(images), self.student(images)
         self._validation_loss.append((len(images), self.loss(teacher, student)))
         self.comparison.update(student, teacher, labels)
@@ -131,6 +132,31 @@ class DistillModule(pl.LightningModule):
         self.student.project()
         self.log("train/lr", rate)
 
+    def look(self, images: Tensor) -> None:
+        """Have the blocks that are compared chosen on images [N, 3, H, W]; once, and if asked for.
+
+        To be called while the student is as it was calibrated.
+        """
+        if self._blocks is not None:
+            self._blocks.look(images)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note, in plain values, whose thresholds these are."""
-        checkpoint["fat"] = {"spec": self.student.spec.to_dict(), "origin": self.student.origin}
+        """Note, in plain values, whose thresholds these are, and all random states."""
+        checkpoint["fat"] = {
+            "spec": self.student.spec.to_dict(),
+            "origin": self.student.origin,
+            "labelled": self._labelled,
+            "random": random_states(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what :meth:`on_save_checkpoint` noted."""
+        noted = checkpoint["fat"]
+        self._labelled = noted.get("labelled", 0)
+        self._random = noted.get("random")
+
+    def on_train_start(self) -> None:
+        """Random states last: loading a checkpoint may have drawn from them."""
+        if self._random is not None:
+            set_random_states(self._random)
+            self._random = None

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -62,6 +62,8 @@ def reconstruct(
     *,
     seed: int = 0,
     progress: bool = True,
+    done: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], object] = lambda state: None,
 ) -> list[BlockResult]:
     """Train the student's blocks one after another, in place, on ‖f − f_float‖² / ‖f_float‖².
 
@@ -77,6 +79,8 @@ def reconstruct(
         spec: The rates, and ``spec.reconstruction``.
         seed: Seeds the choice of images and of mixed elements.
         progress: Whether to show a progress bar.
+        done: What ``keep`` was given last by a call that was cut off, to go on behind that block.
+        keep: Called after every block with plain values and tensors.
 
     Returns:
         One result per block, in the order of the network.
@@ -102,12 +106,22 @@ def reconstruct(
     bar = tqdm(
         total=len(ends) * options.steps, desc="Reconstruct", disable=not progress, leave=False
     )
-    results = []
+    results: list[BlockResult] = []
+    if done is not None:  # the float side above was copied from the student as it came
+        student.load_trained_state(done["student"])
+        generator.set_state(done["generator"])
+        results = [BlockResult(**result) for result in done["results"]]
+    finished = len(results)
     start: fx.Node | None = None
-    for end in ends:
+    for index, end in enumerate(ends):
         block = segment(student.network, start, end)
         twin = segment(floating, _same(floating, start), _same(floating, end))
         wanted = [_carry(twin, x) for x in exact]
+        if index < finished:
+            bar.update(options.steps)
+            given, exact = [_carry(block, x) for x in given], wanted
+            start = end
+            continue
         modules = _parts(block)
         output = _carry(block, given[1])
         before = _error(output, wanted[1])
@@ -126,6 +140,13 @@ def reconstruct(
         logger.debug("Block to %s: error %.4f -> %.4f, kept: %s", name, before, after, kept)
         given, exact = [_carry(block, given[0]), output], wanted
         start = end
+        keep(
+            {
+                "student": student.trained_state(),
+                "generator": generator.get_state(),
+                "results": [asdict(result) for result in results],
+            }
+        )
     bar.close()
     return results
 

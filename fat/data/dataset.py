@@ -179,6 +179,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.length = length
         self.seed = seed
         self.epoch = 0
+        self.skip = 0  # so many positions of the next pass are left out, of this process's own
         self._replica, self._replicas = replica, replicas
 
     def _share(self) -> tuple[int, int]:
@@ -201,7 +202,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         epoch, (replica, replicas) = self.epoch, self._share()
         order = generator(self.seed, epoch).permutation(self.length)
         whole = len(self) * replicas
-        for position in order[replica:whole:replicas]:
+        skip, self.skip = self.skip, 0
+        for position in order[replica:whole:replicas][skip:]:
             yield epoch, int(position)
 
 
@@ -234,6 +236,16 @@ class ImageLoader(DataLoader[Any]):
     """
 
     device = torch.device("cpu")
+    drawn = 0
+    """How many batches of this pass were drawn so far, empty ones included."""
+    _start = 0
+
+    def start_at(self, batch: int) -> None:
+        """Begin the next pass, and only that, with a later batch; loads none of those before."""
+        if not isinstance(self.sampler, EpochSampler) or self.batch_size is None:
+            raise FatError("Only a loader of training images can start in the middle of a pass.")
+        self.sampler.skip = batch * self.batch_size
+        self._start = batch
 
     def to(self, device: torch.device | str) -> ImageLoader:
         """Have the batches finished on a device, where they stay. Returns the loader itself."""
@@ -250,7 +262,9 @@ class ImageLoader(DataLoader[Any]):
         dataset = self.dataset
         assert isinstance(dataset, ImageDataset)
         batches = len(self)
-        for number, (parts, labels, skipped, fatal) in enumerate(super().__iter__(), start=1):
+        start, self._start = self._start, 0
+        for number, (parts, labels, skipped, fatal) in enumerate(super().__iter__(), start + 1):
+            self.drawn = number
             if fatal:
                 raise FatError(fatal)
             dataset.skipped.add(skipped)

@@ -1,0 +1,109 @@
+"""What a training keeps on disk so that it can go on after a crash, as data that loads no code."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fat.errors import FatError, first_line
+from fat.files import write_atomic
+from fat.spec import TrainSpec
+from fat.student import Student
+
+__all__ = ["LAST", "RECONSTRUCTION", "START", "Kept", "random_states", "set_random_states"]
+
+LAST = "last.ckpt"
+"""Lightning's checkpoint: student, optimizer, loops, data loader, random states."""
+START = "start.pt"
+"""The student that gradient descent over the whole network starts from."""
+RECONSTRUCTION = "reconstruction.pt"
+"""The student after the last block that was reconstructed."""
+
+
+class Kept:
+    """The files of one training in a folder.
+
+    Args:
+        folder: Where they are; ``None`` keeps nothing and finds nothing.
+        student: Whose training it is.
+        spec: Its recipe. Another one finds no file of this one.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike[str] | None, student: Student, spec: TrainSpec
+    ) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self._whose = {"quantization": student.spec.to_dict(), "recipe": asdict(spec)}
+
+    def clear(self) -> None:
+        """Remove what an earlier training left here."""
+        if self.folder is not None:
+            for path in [*self.folder.glob("*.ckpt"), *self.folder.glob("*.pt")]:
+                path.unlink()
+
+    def path(self, name: str) -> Path | None:
+        """Where a file is, ``None`` where there is none."""
+        if self.folder is None or not (self.folder / name).is_file():
+            return None
+        return self.folder / name
+
+    def save(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep tensors and plain values."""
+        if self.folder is not None:
+            kept = {"whose": self._whose, "content": dict(content)}
+            write_atomic(self.folder / name, lambda path: torch.save(kept, path))
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """What was kept, ``None`` where nothing was.
+
+        Raises:
+            FatError: If the file is damaged, or of another training.
+        """
+        path = self.path(name)
+        if path is None:
+            return None
+        try:
+            kept = torch.load(path, map_location="cpu", weights_only=True)
+            whose, content = kept["whose"], kept["content"]
+        except Exception as error:  # torch.load raises nearly anything on a damaged file
+            raise FatError(
+                f"{path} cannot be read: {first_line(error)}. Remove {path.parent} to train anew."
+            ) from error
+        for what, options in self._whose.items():
+            if whose[what] != options:
+                raise FatError(
+                    f"{path} is of a training with another {what}. Go on with the options it had, "
+                    "or train anew in another folder."
+                )
+        found: dict[str, Any] = content
+        return found
+
+
+def random_states() -> dict[str, Any]:
+    """All global random states, as tensors and plain values."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    version, internal, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(name), torch.from_numpy(np.asarray(keys).copy()), *rest],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def set_random_states(states: Mapping[str, Any]) -> None:
+    """Put back what :func:`random_states` gave."""
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    name, keys, *rest = states["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
