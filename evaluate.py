@@ -13,6 +13,7 @@ from fat.errors import FatError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
+@cli.task
 def main(composed: DictConfig) -> dict[str, Any]:
     """Print and return the figures."""
     config = parse(EvaluateConfig, composed)
@@ -37,7 +38,7 @@ def main(composed: DictConfig) -> dict[str, Any]:
         from fat.analyses import analyse_run
 
         return analyse_run(config)
-    from fat.experiment import evaluate_run
+    from fat.runs import evaluate_run
 
     return evaluate_run(config)
 

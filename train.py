@@ -6,17 +6,14 @@ import hydra
 from omegaconf import DictConfig
 
 from fat import cli
-from fat.config import RunConfig, parse
+from fat.config import RunConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@cli.task
 def main(composed: DictConfig) -> float:
     """Run one experiment; the result is what sweepers make small."""
-    config = parse(RunConfig, composed)
-    # Slow imports wait until the config is known to be good.
-    from fat.experiment import run
-
-    return run(config, cli.run_directory(), cli.sweep_group())
+    return cli.job(composed)
 
 
 if __name__ == "__main__":

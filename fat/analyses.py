@@ -8,7 +8,6 @@ from typing import Any
 from fat.batches import first_images
 from fat.config import EvaluateConfig
 from fat.errors import FatError, unknown_name
-from fat.experiment import open_run
 from fat.files import check_writable
 from fat.report.sensitivity import (
     SensitivityReport,
@@ -16,6 +15,7 @@ from fat.report.sensitivity import (
     write_plot,
     write_sensitivity,
 )
+from fat.runs import open_run
 from fat.sensitivity import sensitivity
 
 __all__ = ["analyse_run"]

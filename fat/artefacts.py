@@ -14,7 +14,6 @@ from torch import nn
 from fat.config import EvaluateConfig
 from fat.data.datamodule import FatDataModule
 from fat.errors import FatError
-from fat.experiment import METRICS, open_run
 from fat.export.artefact import judge
 from fat.export.target import Runtime
 from fat.export.targets import open_artefact
@@ -24,6 +23,7 @@ from fat.inputs import Target, for_images, make_data
 from fat.models import Preprocessing, load_float_network
 from fat.report.export import format_export
 from fat.report.run import format_figures, write_metrics
+from fat.runs import METRICS, open_run
 
 __all__ = ["export_run", "judge_artefact"]
 

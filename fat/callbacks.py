@@ -241,7 +241,11 @@ class History(pl.Callback):
         if not trainer.is_global_zero:
             return
         figures = trainer.callback_metrics.items()
-        rows = [f"{trainer.global_step},{k},{float(v):.9g}\n" for k, v in figures if k[: len(kind)] == kind]
+        rows = [
+            f"{trainer.global_step},{k},{float(v):.9g}\n"
+            for k, v in figures
+            if k[: len(kind)] == kind
+        ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(rows))
 

@@ -1,26 +1,58 @@
-"""What both entry points share: errors without a traceback, and run directories."""
+"""What the entry points share: errors without a traceback, run directories, sweeps."""
 
 from __future__ import annotations
 
+import functools
+import json
+import math
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fat.config import suggest_key
+from fat.config import RunConfig, parse, suggest_key
 from fat.errors import FatError, nearest
 
-__all__ = ["explain", "guarded", "run_directory", "sweep_group"]
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "task"]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it."""
+FAILED = 1
+"""Exit status of a sweep of which a job failed."""
+AUTO = "auto"
+CHANGEABLE = ("trainer", "logger", "name", "hydra")
+"""Groups that may be given beside ``resume=DIR``: they do not change the result."""
+
+_errors: list[Exception] = []
+_failed_jobs: list[Path] = []
+
+
+def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
+    """Let errors of a Hydra task reach :func:`guarded` without Hydra's own lines about them."""
+
+    @functools.wraps(function)
+    def quiet(composed: DictConfig) -> Any:
+        try:
+            return function(composed)
+        except FatError as error:
+            _errors.append(error)
+            return math.nan
+
+    return quiet
 
 
 def guarded(main: Callable[[], Any], schema: type) -> None:
@@ -32,7 +64,10 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead of being printed
     try:
+        sys.argv[1:] = arguments(sys.argv[1:])
         main()
+        if _errors:
+            raise _errors[0]
     except FatError as error:
         print(f"\nError: {error}", file=sys.stderr)
         sys.exit(2)
@@ -49,6 +84,183 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    if _failed_jobs:
+        sys.exit(FAILED)
+
+
+def arguments(given: Sequence[str]) -> list[str]:
+    """The command line with the places that ``resume`` and ``sweep.resume`` mean.
+
+    Args:
+        given: Without the program's name.
+
+    Raises:
+        FatError: If there is nothing to go on with.
+
+    Examples:
+        >>> arguments(["model=resnet18"])
+        ['model=resnet18']
+    """
+    words = list(given)
+    resume, sweep_resume = _value(words, "resume"), _value(words, "sweep.resume")
+    multirun = any(word in ("-m", "--multirun") for word in words)
+    if resume is not None:
+        if multirun:
+            raise FatError("resume= goes on with one run; for a sweep type sweep.resume=true.")
+        words = [word for word in words if not word.startswith("resume=")]
+        words.append(f"resume={_quoted(resume)}")
+        if resume == AUTO:
+            if _value(words, "hydra.run.dir") is None:
+                raise FatError(
+                    "resume=auto goes on with the run in a directory, or begins it there: type "
+                    "hydra.run.dir=DIR too."
+                )
+        else:
+            if not (Path(resume) / "config.yaml").is_file():  # Hydra would make the folder
+                raise FatError(
+                    f"{resume} holds no config.yaml: it is not the directory of a run. train.py "
+                    "prints the directory at the end; by default it lies under outputs/ or "
+                    "multirun/."
+                )
+            # What was composed first stays in .hydra.
+            words += [f"hydra.run.dir={_quoted(resume)}", "hydra.output_subdir=null"]
+    if sweep_resume is not None and sweep_resume.lower() not in ("false", "null"):
+        if not multirun:
+            raise FatError("sweep.resume goes on with a sweep: type -m too.")
+        found = _sweep_of(words) if sweep_resume.lower() == "true" else Path(sweep_resume)
+        if not found.is_dir():
+            raise FatError(f"There is no sweep in {found}: sweep.resume takes its directory.")
+        words = [word for word in words if not word.startswith("sweep.resume=")]
+        words += ["sweep.resume=true", f"hydra.sweep.dir={_quoted(str(found))}"]
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun: the first process alone writes
+        words = [word for word in words if not word.startswith("hydra.run.dir=")]
+        words += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+    return words
+
+
+def _value(words: Sequence[str], key: str) -> str | None:
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
+    if not found:
+        return None
+    return found[-1].strip("'\"") or None
+
+
+def _quoted(value: str) -> str:
+    """As Hydra's grammar wants it, where the value is more than letters, digits and slashes."""
+    if re.fullmatch(r"[\w./:-]+", value):
+        return value
+    escaped = value.replace("'", r"\'")
+    return f"'{escaped}'"
+
+
+def _sweep_of(words: Sequence[str]) -> Path:
+    """The newest sweep that the same command line started."""
+    command = _command_line(words)
+    given = _value(words, "hydra.sweep.dir")
+    if given is not None:
+        return Path(given)
+    noted = sorted(Path("multirun").glob("*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(noted):
+        if json.loads(path.read_text(encoding="utf-8")).get("command") == command:
+            return path.parent
+    raise FatError(
+        f"No sweep under multirun/ was started by: {command}\nType sweep.resume=DIR with the "
+        "directory of the sweep, or leave sweep.resume out to start one."
+    )
+
+
+def _command_line(words: Sequence[str]) -> str:
+    """The command that starts the same, whatever it says about going on and where."""
+    kept = [
+        word for word in words
+        if not word.startswith(("sweep.resume=", "hydra.sweep.dir=", "resume="))
+    ]  # fmt: skip
+    return shlex.join(["python", Path(sys.argv[0]).name, *kept])
+
+
+def job(composed: DictConfig) -> float:
+    """Do the run that Hydra composed, alone or as a job of a sweep.
+
+    Raises:
+        FatError: For anything the user can mend, of a run by itself.
+    """
+    hydra = HydraConfig.get()
+    overrides = list(hydra.overrides.task)
+    command = shlex.join(["python", "train.py", *overrides])
+    directory = Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN:
+        command = shlex.join(
+            ["python", "train.py", *(o for o in overrides if not o.startswith("sweep."))]
+        )
+        config = parse(RunConfig, composed)
+        # Slow imports wait until the config is known to be good.
+        from fat.sweeps import Sweep, run_job
+
+        place = Path(hydra.sweep.dir)
+        sweep = Sweep(place.as_posix(), place, bool(config.sweep.resume), int(hydra.job.num))
+        return run_job(config, directory, command=command, sweep=sweep)
+    if composed.get("resume") in (None, AUTO):
+        config = parse(RunConfig, composed)
+    else:
+        config, command = _config_of_run(Path(composed.resume), overrides, composed)
+
+    from fat.sweeps import run_job
+
+    return run_job(config, directory, command=command, resume=composed.get("resume") is not None)
+
+
+def _config_of_run(
+    directory: Path, overrides: Sequence[str], composed: DictConfig
+) -> tuple[RunConfig, str | None]:
+    """The options of the run in a directory, with what may be changed of them."""
+    from fat.runs import read_config, read_metrics, stored_config
+
+    given = [word for word in overrides if not word.startswith("resume=")]
+    for word in given:
+        group = re.split(r"[.=@]", word.lstrip("+~"))[0]
+        if group not in CHANGEABLE:
+            raise FatError(
+                f"resume= takes the options of the run itself; leave out {word}. Only trainer, "
+                "logger and name may be others."
+            )
+    merged = OmegaConf.create(stored_config(read_config(directory)))
+    for word in given:
+        key = re.split("=", word.lstrip("+~"))[0]
+        OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
+    metrics = read_metrics(directory)
+    return parse(RunConfig, merged), None if metrics is None else metrics["command"]
+
+
+class SweepReport(Callback):
+    """Notes what a sweep is before its first job, and writes its report after the last."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write sweep.json."""
+        from fat.sweeps import start_sweep
+
+        directory = Path(config.hydra.sweep.dir)
+        overrides = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        parsed = OverridesParser.create().parse_overrides(
+            [*overrides, *config.hydra.overrides.task]
+        )
+        choices = {
+            override.get_key_element(): len(list(override.sweep_string_iterator()))
+            if override.is_discrete_sweep()
+            else 1
+            for override in parsed
+        }
+        start_sweep(
+            directory,
+            directory.as_posix(),
+            _command_line(sys.argv[1:]),
+            math.prod(choices.values()),
+        )
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the report, say what failed, and drop what only jobs needed."""
+        from fat.sweeps import end_sweep
+
+        _failed_jobs.extend(end_sweep(Path(config.hydra.sweep.dir)))
 
 
 def explain(error: Exception, schema: type) -> str:
@@ -75,14 +287,3 @@ def explain(error: Exception, schema: type) -> str:
         key = re.search(r"Missing mandatory value: (\S+)", text)
         return f"{key[1] if key else 'A value'} is needed: type {key[1] if key else 'KEY'}=VALUE."
     return text.splitlines()[0]
-
-
-def run_directory() -> Path:
-    """Hydra's output directory of this job."""
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def sweep_group() -> str | None:
-    """A name that all jobs of a multirun share, ``None`` for a single run."""
-    hydra = HydraConfig.get()
-    return Path(hydra.sweep.dir).as_posix() if hydra.mode == RunMode.MULTIRUN else None

@@ -198,13 +198,14 @@ class OptimConfig:
 
 @dataclass
 class TrainerConfig:
-    """conf/trainer: where training runs."""
+    """conf/trainer: where training runs, and how often its state is kept."""
 
     accelerator: str = "cpu"
     devices: int = 1
     precision: str = "32-true"
     threads: int | None = None
     progress: bool = True
+    checkpoint_every: float = 60.0
 
 
 @dataclass
@@ -240,6 +241,13 @@ class ReferenceConfig:
 
 
 @dataclass
+class SweepConfig:
+    """What a sweep does; ``resume``: false, true (the last sweep of this command) or its folder."""
+
+    resume: Any = False
+
+
+@dataclass
 class RunConfig:
     """conf/train.yaml as a whole."""
 
@@ -252,8 +260,11 @@ class RunConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     seed: int = 0
     name: str | None = None
+    hub: str | None = None
+    resume: str | None = None
 
     def quant_spec(self) -> QuantSpec:
         """The frozen, checked form of ``quant`` and ``init``.

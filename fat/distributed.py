@@ -45,9 +45,7 @@ _alone: ContextVar[bool] = ContextVar("fat_alone", default=False)
 
 
 def _together() -> bool:
-    return (
-        not _alone.get() and distributed.is_available() and distributed.is_initialized()
-    )
+    return not _alone.get() and distributed.is_available() and distributed.is_initialized()
 
 
 def rank() -> int:

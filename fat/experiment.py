@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-import yaml
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.strategies import DDPStrategy
 from tqdm.auto import tqdm
 
+from fat import distributed
 from fat.analysis import float_shift_db, layer_errors
 from fat.calibrate import calibrate
-from fat.callbacks import AlphaHistory
-from fat.checkpoint import check_saveable, load, save
-from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
+from fat.callbacks import AlphaHistory, History
+from fat.checkpoint import check_saveable, save
+from fat.config import RunConfig, TrainerConfig
 from fat.data.datamodule import FatDataModule
-from fat.data.dataset import ImageLoader
-from fat.errors import FatError, first_line
-from fat.evaluate import evaluate
+from fat.errors import FatError
+from fat.evaluate import accuracy_drop, evaluate
 from fat.exports import asked_target, export_student
-from fat.files import check_writable, write_text
 from fat.fit import FitResult, fit
 from fat.inputs import Target, finetuned, for_images, make_data, own_classes
 from fat.loggers import make_logger, sync_command
-from fat.memory import keep_freed_memory
+from fat.memo import LogitsMemo
 from fat.mixed import choose_bits, mean_bits, size_mb
-from fat.models import FloatNetwork, Preprocessing, load_float_network
+from fat.models import FloatNetwork, load_float_network
 from fat.module import NO_LABELS
 from fat.pipeline import prepare
 from fat.report.export import format_export
@@ -45,29 +44,50 @@ from fat.report.run import (
     write_thresholds,
 )
 from fat.report.sensitivity import SensitivityReport, format_bits, read_sensitivity
+from fat.runs import (
+    CHECKPOINTS,
+    EQUALIZATION,
+    HISTORY,
+    IMAGES,
+    METRICS,
+    STUDENT,
+    THRESHOLDS,
+    begin,
+    device_of,
+    flatten,
+    objective,
+    set_up,
+    stored_config,
+)
 from fat.spec import QuantSpec
 from fat.student import Student
 
-__all__ = ["FinishedRun", "evaluate_run", "open_run", "run"]
+__all__ = ["run"]
 
 logger = logging.getLogger(__name__)
 
-STUDENT, METRICS, CONFIG, THRESHOLDS = (
-    "student.safetensors",
-    "metrics.json",
-    "config.yaml",
-    "thresholds.csv",
-)
-EQUALIZATION, IMAGES = "equalization.csv", "images.csv"
+LOG = "train.log"
 
 
-def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
+def run(
+    config: RunConfig,
+    directory: Path,
+    *,
+    command: str | None = None,
+    sweep: str | None = None,
+    shared: Path | None = None,
+    resume: bool = False,
+) -> float:
     """Quantize one network, train its thresholds, judge it, and leave the run directory.
 
     Args:
-        config: What conf/ composed.
+        config: What conf/ composed. With more than one device, one process is started for each,
+            unless torchrun has done so.
         directory: The run directory.
-        group: Name that the runs of one sweep share in the logger.
+        command: What gives this run again, for reports.
+        sweep: What the sweep that it belongs to is called.
+        shared: Folder where the runs of a sweep leave what they have in common.
+        resume: Go on with the run that the directory holds, if it holds one.
 
     Returns:
         What a sweeper should make small: points of top-1 lost against the float network, or
@@ -77,19 +97,53 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         FatError: For anything the user can mend.
         KeyboardInterrupt: After Ctrl-C, when the best student so far has been saved.
     """
+    trainer = config.trainer
+    arguments = (config, directory, command, sweep, shared, resume)
+    accelerator = device_of(trainer).type.replace("cuda", "gpu")
+    if distributed.started_outside():
+        distributed.join(accelerator)
+    elif trainer.devices > 1:
+        value: float = distributed.launch(_run_as_one_of, arguments, trainer.devices, accelerator)
+        return value
+    return _run(*arguments)
+
+
+def _run_as_one_of(config: RunConfig, directory: Path, *others: Any) -> float:
+    """A run in one of the processes that :func:`run` started, where nobody set up logging."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if distributed.rank() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(directory / LOG)]
+    level = logging.INFO if distributed.rank() == 0 else logging.ERROR
+    logging.basicConfig(format="%(message)s", level=level, handlers=handlers, force=True)
+    return _run(config, directory, *others)
+
+
+def _run(
+    config: RunConfig,
+    directory: Path,
+    command: str | None,
+    sweep: str | None,
+    shared: Path | None,
+    resume: bool,
+) -> float:
+    writes = distributed.rank() == 0
+    with distributed.first():
+        earlier = begin(directory, config, resume=resume or not writes)
     spec, recipe, finetuning = config.quant_spec(), config.train_spec(), config.finetune_spec()
     target = asked_target(config.export)
     measured = read_sensitivity(config.quant.mixed) if config.quant.mixed is not None else None
     if measured is not None:
         spec = _with_mixed_bits(spec, measured, config.quant.budget_mb)
-    check_writable(directory)
-    write_text(directory / CONFIG, yaml.safe_dump(asdict(config), sort_keys=False))
-    _set_up(config.trainer, config.seed)
-    device = _device(config.trainer)
-    progress = config.trainer.progress
-    clock = _Clock()
+    set_up(config.trainer, config.seed)
+    device = device_of(config.trainer)
+    if earlier is not None and earlier["status"] == "finished":
+        logger.info("%s is finished already.", directory)
+        return objective(earlier)
+    progress = config.trainer.progress and writes
+    clock = _Clock({} if earlier is None else earlier["seconds"])
 
-    with clock("load"):
+    with clock("load"), distributed.first():
         loaded = load_float_network(**asdict(config.model), seed=config.seed)
         source = for_images(loaded, config.data)
         _check_measured(measured, source)
@@ -97,9 +151,12 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         if finetuning is not None:  # the network will have the data's own classes
             classes = own_classes(config.data)
             wanted = replace(wanted, num_classes=len(classes), classes=classes)
-        data = make_data(config.data, wanted, config.seed, device=device, progress=progress)
+        images = config.data
+        if resume and images.index is None and (directory / IMAGES).is_file():
+            images = replace(images, index=str(directory / IMAGES))  # whatever came since
+        data = make_data(images, wanted, config.seed, device=device, progress=progress)
         data.setup()
-        if data.index is not None:
+        if data.index is not None and writes:
             data.index.save(directory / IMAGES)
         if recipe.label_weight and recipe.epochs and not data.train.source.labelled:
             raise FatError(NO_LABELS)  # known now, rather than after the first epoch
@@ -107,35 +164,39 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
     teacher = None
     if finetuning is not None:
         assert wanted.classes is not None
-        with clock("finetune"):
+        with clock("finetune"), distributed.first():  # the others find it in the cache
             source, teacher = finetuned(
                 source, data, finetuning, wanted.classes,
                 seed=config.seed, device=device, progress=progress,
             )  # fmt: skip
 
-    with clock("prepare"):
+    with clock("prepare"), distributed.alone():
         examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
         student = prepare(source.network, examples or data.example_batch()[0], spec)
         _check_layers(measured, student)
         student.origin = _origin(source)
         check_saveable(student)
         _say_prepared(student)
-        if student.report is not None and student.report.equalize is not None:
+        if student.report is not None and student.report.equalize is not None and writes:
             write_equalization(directory / EQUALIZATION, student.report.equalize)
     student = student.to(device)
+    student.memo = LogitsMemo(student.teacher, shared and shared / "logits.sqlite")
 
     with clock("calibrate"):
-        images = data.calibration_dataloader().to(device)
-        calibrate(student, tqdm(images, "Calibrate", leave=False, disable=not progress))
+        batches = data.calibration_dataloader().to(device)
+        calibrate(student, tqdm(batches, "Calibrate", leave=False, disable=not progress))
         shift = None
         if spec.equalize.method != "none":
             shift = float_shift_db(student, data.val_dataloader().to(device))
             logger.info("Equalization moved the float logits to %.1f dB on unseen images.", shift)
 
-    with clock("evaluate"):
-        before = evaluate(
-            student, data.test_dataloader().to(device), progress=_bar(config, "calibrated")
-        )
+    if earlier is None:
+        with clock("evaluate"):
+            before = evaluate(
+                student, data.test_dataloader().to(device), progress=_bar(progress, "calibrated")
+            )
+    else:
+        before = _before(earlier)
     metrics: dict[str, Any] = {
         "model": source.name,
         "weights": source.weights,
@@ -148,27 +209,36 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
         "init": {"weight": spec.weight_init.name, "activation": spec.activation_init.name},
         "seed": config.seed,
         "versions": versions(),
+        "command": command,
+        "sweep": sweep,
+        "status": "calibrated",
         "float": before["float"],
         "calibrated": before["quantized"],
         "accuracy_drop": before["accuracy_drop"],
         "equalization": _equalization(student, shift),
         "seconds": clock.seconds,
     }
-    # Written now, so that whatever happens while training costs no finished result.
-    write_metrics(directory / METRICS, metrics)
-    save(student, directory / STUDENT)
     rows = {"float": before["float"], "calibrated": before["quantized"]}
-    logger.info("Before training, on %d test images:\n%s", before["images"], format_figures(rows))
+    if earlier is None:
+        if writes:  # now, so that whatever happens while training costs no finished result
+            write_metrics(directory / METRICS, metrics)
+            save(student, directory / STUDENT)
+        images_seen = before["images"]
+        logger.info("Before training, on %d test images:\n%s", images_seen, format_figures(rows))
 
     result: FitResult | None = None
     after = before
     log = None
     if recipe.trains:
-        log = make_logger(
-            run_name=config.name or _run_name(source.name, spec),
-            folder=directory,
-            config=asdict(config),
-            **{**asdict(config.logger), "group": config.logger.group or group},
+        log = (
+            make_logger(
+                run_name=config.name or _run_name(source.name, spec),
+                folder=directory,
+                config=stored_config(config),
+                **{**asdict(config.logger), "group": config.logger.group or sweep},
+            )
+            if writes
+            else None
         )
         with clock("train"):
             result = fit(
@@ -176,198 +246,73 @@ def run(config: RunConfig, directory: Path, group: str | None = None) -> float:
                 data.train_dataloader().to(device),
                 validation=data.val_dataloader().to(device),
                 spec=recipe,
-                callbacks=_callbacks(directory, logging_on=log is not None),
-                progress=config.trainer.progress,
+                callbacks=[
+                    History(directory / HISTORY),
+                    *([AlphaHistory()] if log is not None else []),
+                ],
+                progress=progress,
                 seed=config.seed,
-                trainer_options={
-                    "accelerator": config.trainer.accelerator,
-                    "devices": config.trainer.devices,
-                    "precision": config.trainer.precision,
-                    "logger": log or False,
-                    "enable_checkpointing": True,
-                },
+                trainer_options={**_devices(config.trainer), "logger": log or False},
+                checkpoints=directory / CHECKPOINTS,
+                checkpoint_every=config.trainer.checkpoint_every,
+                resume=resume,
             )
             student = student.to(device)
-            save(student, directory / STUDENT)
-            write_thresholds(directory / THRESHOLDS, student)
+            if writes:
+                save(student, directory / STUDENT)
+                write_thresholds(directory / THRESHOLDS, student)
         if result.interrupted:
             logger.warning(
                 "Interrupted after %d steps. The best student so far (step %d) is in %s; judge it "
-                "with: python evaluate.py run=%s",
-                result.steps, result.best_step, directory / STUDENT, directory,
+                "with: python evaluate.py run=%s\nGo on with: python train.py resume=%s",
+                result.steps, result.best_step, directory / STUDENT, directory, directory,
             )  # fmt: skip
             raise KeyboardInterrupt
         with clock("evaluate"):
             after = evaluate(
-                student, data.test_dataloader().to(device), progress=_bar(config, "trained")
+                student, data.test_dataloader().to(device), progress=_bar(progress, "trained")
             )
         rows["trained"] = after["quantized"]
         metrics["trained"] = after["quantized"]
         metrics["training"] = asdict(result)
-    else:
+    elif writes:
         write_thresholds(directory / THRESHOLDS, student)
-
     metrics["accuracy_drop"] = after["accuracy_drop"]
-    metrics["data"] |= data.summary()
-    metrics["seconds"] = clock.seconds
-    write_metrics(directory / METRICS, metrics)
-    if log is not None:
-        log.log_metrics(flatten(metrics), step=result.steps if result else 0)
-    _summarise(directory, spec, rows, metrics, result, student, data, device, sync_command(log))
-    if target is not None:  # last: a file that fails its test costs no finished result
-        with clock("export"):
-            report = export_student(
-                student, target, directory, data.test_dataloader(), config.export, metrics,
-                progress=progress,
-            )  # fmt: skip
-        metrics["exported"] = {target.name: report}
+    if not writes:
+        return objective({"trained": None, **metrics})
+
+    with distributed.alone():  # the rest needs one process
+        metrics["data"] |= data.summary()
         metrics["seconds"] = clock.seconds
+        metrics["status"] = "trained" if target is not None else "finished"
         write_metrics(directory / METRICS, metrics)
-        logger.info("\n%s", format_export(report))
         if log is not None:
-            log.log_metrics(flatten({"exported": metrics["exported"]}))
-    if log is not None:
-        log.finalize("success")
-    return _objective(after)
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run, opened again.
-
-    Attributes:
-        directory: Where it is.
-        config: What it was run with.
-        student: Its student, or that of the checkpoint asked for, on ``device``.
-        data: The images asked for.
-        data_config: What ``data`` was made from.
-        device: Where the student is; ``batches`` brings images there.
-    """
-
-    directory: Path
-    config: RunConfig
-    student: Student
-    data: FatDataModule
-    data_config: DataConfig
-    device: torch.device
-
-    def batches(self, loader: ImageLoader) -> ImageLoader:
-        """A loader's batches, on the student's device."""
-        return loader.to(self.device)
-
-
-def open_run(config: EvaluateConfig) -> FinishedRun:
-    """Open a finished run from its directory alone.
-
-    Args:
-        config: What conf/evaluate.yaml composed.
-
-    Raises:
-        FatError: If the directory, its student or a given checkpoint is not what it should be.
-    """
-    if not config.run:
-        raise FatError("Which run? Type python evaluate.py run=DIR with a directory of train.py.")
-    directory = Path(config.run).expanduser()
-    if not (directory / STUDENT).is_file():
-        raise FatError(
-            f"{directory} holds no {STUDENT}: it is not the directory of a run. train.py prints "
-            "the directory at the end; by default it lies under outputs/ or multirun/."
-        )
-    stored = parse_run(yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8")))
-    seed = stored.seed if config.seed is None else config.seed
-    _set_up(config.trainer, seed)
-    student = load(directory / STUDENT)
-    if config.checkpoint:
-        load_checkpoint(student, Path(config.checkpoint).expanduser())
-    data_config = config.data
-    if data_config.source == "of_run":
-        data_config = stored.data
-        data_config.batch_size, data_config.workers = config.data.batch_size, config.data.workers
-        data_config.cache = "none"  # that of training images, which may be gone
-        if (directory / IMAGES).is_file():
-            data_config.index = str(directory / IMAGES)
-    data = make_data(data_config, _target_of_run(student.origin), seed)
-    device = _device(config.trainer)
-    return FinishedRun(directory, stored, student.to(device), data, data_config, device)
-
-
-def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge a finished run again, from its directory alone.
-
-    Args:
-        config: What conf/evaluate.yaml composed.
-
-    Returns:
-        What :func:`fat.evaluate` gives.
-
-    Raises:
-        FatError: If the directory, its student or a given checkpoint is not what it should be.
-    """
-    opened = open_run(config)
-    bar = "evaluate" if config.trainer.progress else None
-    figures = evaluate(opened.student, opened.batches(opened.data.test_dataloader()), progress=bar)
-    rows = {"float": figures["float"], "quantized": figures["quantized"]}
-    logger.info(
-        "%s, %d test images of %s:\n%s",
-        opened.directory, figures["images"],
-        opened.data_config.root or opened.data_config.source, format_figures(rows),
-    )  # fmt: skip
-    return figures
-
-
-def load_checkpoint(student: Student, path: Path) -> None:
-    """Put what a Lightning checkpoint of the same run holds into the student.
-
-    Raises:
-        FatError: If the file is missing, damaged, or of another network or bit-width.
-    """
-    if not path.is_file():
-        raise FatError(f"There is no checkpoint {path}; a run keeps its own under checkpoints/.")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        stored, state = content["fat"], content["state_dict"]
-        # Options that a checkpoint of an earlier version lacks have their defaults.
-        stored_spec = QuantSpec.from_dict(stored["spec"]).to_dict()
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise FatError(
-            f"{path} is no checkpoint of a FAT run, or it is damaged: {first_line(error)}"
-        ) from error
-    for what, theirs, ours in (
-        ("network", stored["origin"].get("name"), student.origin.get("name")),
-        ("quantization", stored_spec, student.spec.to_dict()),
-    ):
-        if theirs != ours:
-            raise FatError(
-                f"{path} is of another {what} than the run: {_difference(theirs, ours)}. Give a "
-                "checkpoint from the run's own checkpoints/."
-            )
-    prefix = "student."
-    student.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    )
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested mapping by dotted name, for loggers.
-
-    Examples:
-        >>> flatten({"trained": {"top1": 90.0, "top5": None}, "model": "x"})
-        {'trained.top1': 90.0}
-    """
-    flat: dict[str, float] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = value
-    return flat
+            log.log_metrics(flatten(metrics), step=result.steps if result else 0)
+        sync = sync_command(log)
+        _summarise(directory, spec, rows, metrics, result, student, data, device, sync)
+        if target is not None:  # last: a file that fails its test costs no finished result
+            with clock("export"):
+                report = export_student(
+                    student, target, directory, data.test_dataloader(), config.export, metrics,
+                    progress=progress,
+                )  # fmt: skip
+            metrics["exported"] = {target.name: report}
+            metrics["seconds"] = clock.seconds
+            metrics["status"] = "finished"
+            write_metrics(directory / METRICS, metrics)
+            logger.info("\n%s", format_export(report))
+            if log is not None:
+                log.log_metrics(flatten({"exported": metrics["exported"]}))
+        if log is not None:
+            log.finalize("success")
+    return objective({"trained": None, **metrics})
 
 
 class _Clock:
-    """Seconds spent under each name."""
+    """Seconds spent under each name, on top of those that an interrupted run had spent."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: Mapping[str, float]) -> None:
+        self.seconds = dict(seconds)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -379,28 +324,38 @@ class _Clock:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
-def _set_up(trainer: TrainerConfig, seed: int) -> None:
-    if trainer.accelerator == "cpu":
-        keep_freed_memory()
-    if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
-    pl.seed_everything(seed, verbose=False)
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+def _bar(progress: bool, name: str) -> str | None:
+    return f"Evaluate {name}" if progress else None
 
 
-def _device(trainer: TrainerConfig) -> torch.device:
-    if trainer.accelerator == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise FatError(
-            f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here. "
-            "Type trainer=cpu."
-        )
-    return torch.device("cuda")
+def _devices(trainer: TrainerConfig) -> dict[str, Any]:
+    """Arguments of Lightning's trainer."""
+    options: dict[str, Any] = {
+        "accelerator": device_of(trainer).type.replace("cuda", "gpu"),
+        "devices": trainer.devices,
+        "precision": trainer.precision,
+    }
+    if distributed.size() > 1:
+        options |= {
+            "num_nodes": distributed.size() // trainer.devices,
+            # No tensor but the trained ones changes, and the teacher's need not be sent each step;
+            # processes may also have different numbers of validation batches.
+            "strategy": DDPStrategy(
+                cluster_environment=TorchElasticEnvironment(), broadcast_buffers=False
+            ),
+            "use_distributed_sampler": False,  # the loaders see to it themselves
+        }
+    return options
 
 
-def _bar(config: RunConfig, name: str) -> str | None:
-    return f"Evaluate {name}" if config.trainer.progress else None
+def _before(earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`fat.evaluate` had given before the training of a run that goes on."""
+    top1 = earlier["float"]["top1"], earlier["calibrated"]["top1"]
+    return {
+        "float": earlier["float"],
+        "quantized": earlier["calibrated"],
+        "accuracy_drop": accuracy_drop(*top1),
+    }
 
 
 def _origin(source: FloatNetwork) -> dict[str, Any]:
@@ -411,15 +366,6 @@ def _origin(source: FloatNetwork) -> dict[str, Any]:
         "classes": source.classes,
         "preprocessing": source.preprocessing.to_dict(),
     }
-
-
-def _target_of_run(origin: Mapping[str, Any]) -> Target:
-    classes = origin.get("classes")
-    return Target(
-        Preprocessing.from_dict(origin["preprocessing"]),
-        origin["num_classes"],
-        None if classes is None else tuple(classes),
-    )
 
 
 def _run_name(model: str, spec: QuantSpec) -> str:
@@ -486,18 +432,6 @@ def _of_another_network(difference: str) -> FatError:
     )
 
 
-def _callbacks(directory: Path, *, logging_on: bool) -> list[Callback]:
-    checkpoint = ModelCheckpoint(
-        dirpath=directory / "checkpoints",
-        filename="step={step}",
-        auto_insert_metric_name=False,
-        monitor="val/loss",
-        save_top_k=1,
-        save_last=True,
-    )
-    return [checkpoint, *([AlphaHistory()] if logging_on else [])]
-
-
 def _say_prepared(student: Student) -> None:
     report = student.report
     assert report is not None
@@ -558,7 +492,7 @@ def _summarise(
         lines.append(
             f"Reconstruction {result.reconstruction}; bias correction {result.bias_correction}; "
             f"{result.steps} steps, kept the student of step {result.best_step}: validation loss "
-            f"{result.calibrated_loss:.4f} -> {result.best_loss:.4f}."
+            f"{result.calibrated_loss:.4g} -> {result.best_loss:.4g}."
         )
     collapsed = advice(spec, rows["calibrated"], result, [])
     if collapsed is not None:
@@ -570,16 +504,3 @@ def _summarise(
     if sync:
         lines.append(f"Logged offline; upload with: {sync}")
     logger.info("\n%s", "\n".join(lines))
-
-
-def _objective(figures: Mapping[str, Any]) -> float:
-    drop = figures["accuracy_drop"]
-    return float(drop if drop is not None else 100.0 - figures["quantized"]["agreement"])
-
-
-def _difference(theirs: Any, ours: Any) -> str:
-    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
-        for key in ours:
-            if theirs.get(key) != ours[key]:
-                return f"{key} is {theirs.get(key)}, the run's is {ours[key]}"
-    return f"{theirs}, the run's is {ours}"

@@ -209,8 +209,13 @@ def fit(
     try:
         with warnings.catch_warnings():
             # The student is trained in eval mode on purpose: it holds nothing that behaves
-            # differently. The other warning is about Lightning's own code.
-            for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
+            # differently; and checkpoints lie beside what was kept before. The other warning is
+            # about Lightning's own code.
+            for expected in (
+                ".*in eval mode at the start of training.*",
+                ".*Checkpoint directory .* exists and is not empty.*",
+                ".*LeafSpec.*",
+            ):
                 warnings.filterwarnings("ignore", expected)
             begun = kept.load(START)
             if begun is None:

@@ -14,6 +14,7 @@ from fat.graph.equalize import EqualizeReport
 from fat.graph.fold import FoldReport
 from fat.graph.insert import QUANTIZERS, InsertReport
 from fat.graph.integers import in_integers, run_integers
+from fat.memo import LogitsMemo
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer, WeightQuantizer
 from fat.quant.thresholds import Thresholds
 from fat.spec import QuantSpec
@@ -47,6 +48,7 @@ class Student(nn.Module):
 
     Attributes:
         origin: Plain values about where the float network came from (name, weights, preprocessing).
+        memo: What remembers the teacher's logits of batches that come again; ``None``: nothing.
     """
 
     is_calibrated: Tensor
@@ -64,6 +66,7 @@ class Student(nn.Module):
         self.spec = spec
         self.report = report
         self.origin: dict[str, Any] = {}
+        self.memo: LogitsMemo | None = None
         self.register_buffer("is_calibrated", torch.tensor(False))
         # Depthwise convolutions run several times faster with channels last, on CPUs as on GPUs.
         self.to(memory_format=torch.channels_last)
@@ -97,9 +100,14 @@ class Student(nn.Module):
                 "The student is not calibrated yet; call fat.calibrate(student, images)."
             )
 
-    @torch.no_grad()
     def float_logits(self, images: Tensor) -> Tensor:
         """The teacher's logits [N, classes] of images [N, 3, H, W], without a graph."""
+        if self.memo is not None and self.memo.wants(images):
+            return self.memo(images, self._teacher_logits)
+        return self._teacher_logits(images)
+
+    @torch.no_grad()
+    def _teacher_logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self.teacher(images.contiguous(memory_format=torch.channels_last))
         return logits
 

@@ -32,8 +32,8 @@ COLLAPSE = 80.0
 
 METRICS_KEYS = (
     "model", "weights", "teacher", "data", "bits", "granularity", "scheme", "init", "seed",
-    "versions", "float", "calibrated", "trained", "accuracy_drop", "seconds", "equalization",
-    "training", "size_mb", "exported",
+    "versions", "command", "sweep", "status", "float", "calibrated", "trained", "accuracy_drop",
+    "seconds", "equalization", "training", "size_mb", "exported",
 )  # fmt: skip
 """Keys of metrics.json in their order; docs/metrics.md says what each holds."""
 

@@ -131,7 +131,7 @@ def test_checkpoints_of_mixed_bits_load(mixed: tuple[Path, str], tmp_path: Path)
 
 
 def test_a_checkpoint_without_a_later_option_loads(mixed: tuple[Path, str], tmp_path: Path) -> None:
-    from fat.experiment import load_checkpoint
+    from fat.runs import load_checkpoint
 
     folder, _ = mixed
     content = torch.load(next((folder / "checkpoints").glob("*.ckpt")), weights_only=True)

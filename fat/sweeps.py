@@ -1,0 +1,184 @@
+"""Jobs of a sweep: each leaves a result or the reason why not, and the sweep goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fat import distributed
+from fat.config import RunConfig
+from fat.errors import FatError, first_line
+from fat.experiment import run
+from fat.files import write_json
+from fat.runs import FAILURE, METRICS
+
+__all__ = ["SHARED", "SWEEP", "Sweep", "end_sweep", "failures", "run_job", "start_sweep"]
+
+logger = logging.getLogger(__name__)
+
+SWEEP, SHARED = "sweep.json", "shared"
+"""File that says what the sweep is, and folder of what its jobs have in common."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The sweep that a job belongs to.
+
+    Attributes:
+        id: What it is called, in loggers and reports.
+        directory: Where its jobs have their run directories.
+        resume: Whether finished jobs are left as they are and interrupted ones go on.
+        number: Which job this is, from 0.
+    """
+
+    id: str
+    directory: Path
+    resume: bool
+    number: int
+
+
+def start_sweep(directory: Path, id: str, command: str, jobs: int) -> None:
+    """Note what a sweep is, before its first job.
+
+    Args:
+        directory: The sweep's directory.
+        id: What it is called.
+        command: What starts it again, and by which ``sweep.resume=true`` finds it.
+        jobs: How many jobs it has.
+    """
+    content = {"id": id, "command": command, "jobs": jobs, "started": time.time()}
+    write_json(directory / SWEEP, content)
+
+
+def run_job(
+    config: RunConfig,
+    directory: Path,
+    *,
+    command: str | None = None,
+    sweep: Sweep | None = None,
+    resume: bool = False,
+) -> float:
+    """Do one run, by itself or as a job of a sweep.
+
+    A run that fails leaves ``failure.json``: ``error`` (the exception's name), ``message``,
+    ``traceback`` (``null`` where the message says what to do) and ``command``.
+
+    Args:
+        config: The run's options.
+        directory: The run directory.
+        command: What gives this run again.
+        sweep: The sweep; failures do not stop it.
+        resume: Go on with what the directory holds, if it holds a run.
+
+    Returns:
+        What :func:`fat.experiment.run` returns; NaN for a job that failed.
+
+    Raises:
+        FatError: For anything the user can mend, of a run by itself.
+        KeyboardInterrupt: After Ctrl-C.
+    """
+    shared = None
+    if sweep is not None:
+        _say_progress(sweep)
+        shared = sweep.directory / SHARED
+        resume = resume or sweep.resume
+    # What fails before a run has begun in a directory must not mark the run that is there.
+    known = resume or not (directory / METRICS).is_file()
+    if known and distributed.rank() == 0:
+        (directory / FAILURE).unlink(missing_ok=True)
+    try:
+        return run(
+            config, directory, command=command, sweep=sweep.id if sweep else None,
+            shared=shared, resume=resume,
+        )  # fmt: skip
+    except Exception as error:
+        if known:
+            _note_failure(directory, error, command)
+        if sweep is None:
+            raise
+        if not isinstance(error, FatError):
+            logger.exception("Job %d failed.", sweep.number + 1)
+        else:
+            logger.error("Job %d failed: %s", sweep.number + 1, error)
+        return math.nan
+
+
+def end_sweep(directory: Path) -> list[Path]:
+    """Say what came of a sweep, and drop what only its jobs needed.
+
+    Args:
+        directory: The sweep's directory.
+
+    Returns:
+        The run directories of the jobs that failed.
+    """
+    failed = failures(directory)
+    for place, why in failed.items():
+        logger.error("Failed: %s: %s", place, first_line(why["message"]))
+    if failed:
+        logger.error(
+            "%d jobs failed; the others are done. The same command with sweep.resume=true tries "
+            "them again.", len(failed),
+        )  # fmt: skip
+    else:
+        shutil.rmtree(directory / SHARED, ignore_errors=True)
+    return list(failed)
+
+
+def failures(directory: Path) -> dict[Path, dict[str, Any]]:
+    """What the jobs of a sweep failed of, by run directory.
+
+    Args:
+        directory: The sweep's directory.
+    """
+    found = sorted(directory.glob(f"*/{FAILURE}"), key=lambda path: _number(path.parent))
+    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def _number(directory: Path) -> tuple[int, str]:
+    first = directory.name.partition("-")[0]
+    return (int(first) if first.isdigit() else 0, directory.name)
+
+
+def _note_failure(directory: Path, error: Exception, command: str | None) -> None:
+    if distributed.rank() != 0:
+        return
+    told = isinstance(error, FatError)
+    content = {
+        "error": type(error).__name__,
+        "message": str(error),
+        "traceback": None if told else "".join(traceback.format_exception(error)),
+        "command": command,
+    }
+    try:
+        write_json(directory / FAILURE, content)
+    except FatError as unwritable:  # the first error is the one to tell
+        logger.warning("The failure could not be noted: %s", unwritable)
+
+
+def _say_progress(sweep: Sweep) -> None:
+    """Which job of how many, and how long the others will take if they take as long."""
+    try:
+        noted = json.loads((sweep.directory / SWEEP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    jobs, started = int(noted["jobs"]), float(noted["started"])
+    ended = [
+        path.stat().st_mtime
+        for name in (METRICS, FAILURE)
+        for path in sweep.directory.glob(f"*/{name}")
+    ]
+    # Only what this start of the sweep did tells how fast it is.
+    done = sum(end > started for end in ended)
+    text = f"Job {sweep.number + 1} of {jobs}"
+    if done and sweep.number:
+        minutes = (time.time() - started) / done * (jobs - sweep.number) / 60
+        text += f", about {minutes:.0f} minutes left"
+    logger.info("%s.", text)
