@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fat import distributed
 from fat.batches import Images, as_batches, split
 from fat.metrics import sqnr_db
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
@@ -62,7 +63,8 @@ def float_shift_db(student: Student, images: Images) -> float:
             moved = student.network(pixels.contiguous(memory_format=torch.channels_last))
             signal += float(teacher.square().sum())
             noise += float((teacher - moved.double()).square().sum())
-    return sqnr_db(signal, noise)
+    sums = distributed.all_sum(torch.tensor([signal, noise], dtype=torch.float64))
+    return sqnr_db(*sums.tolist())
 
 
 @torch.no_grad()

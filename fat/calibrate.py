@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from fat import distributed
 from fat.batches import Images, as_batches, split
 from fat.errors import FatError
 from fat.student import Student
@@ -25,7 +26,7 @@ def calibrate(student: Student, images: Images) -> None:
     Args:
         student: From :func:`fat.prepare`.
         images: One batch [N, 3, H, W], or any iterable of batches, labelled or not. About 100
-            images are enough.
+            images are enough. Of several processes each gives its own; all get the same thresholds.
 
     Raises:
         FatError: If there is no image, or a layer's values are not finite. The student then keeps
@@ -49,7 +50,7 @@ def calibrate(student: Student, images: Images) -> None:
             pixels = split(batch)[0]
             student.network(pixels.contiguous(memory_format=torch.channels_last))
             seen += len(pixels)
-        if not seen:
+        if not int(distributed.all_sum(torch.tensor(seen))):
             raise FatError("No images came to calibrate on; give at least one batch [N, 3, H, W].")
         for quantizer in quantizers:
             quantizer.stop_observing(keep=True)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor
 
+from fat.distributed import all_max
 from fat.errors import FatError
 from fat.files import put_in_place, write_text
 from fat.module import DistillModule
@@ -171,7 +173,8 @@ class Snapshots(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Keep the state if it is time."""
-        due = time.monotonic() - self._kept >= self.every or trainer.received_sigterm
+        mine = time.monotonic() - self._kept >= self.every or trainer.received_sigterm
+        due = bool(all_max(torch.tensor(int(mine))))  # all processes take part, or none
         last = batch_idx + 1 == trainer.num_training_batches
         # fit's own trainer validates by batches, never by the clock.
         assert isinstance(trainer.val_check_batch, int)

@@ -5,6 +5,7 @@ Nothing here is needed by a single process, where all calls give back what they 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -25,9 +26,11 @@ __all__ = [
     "all_max",
     "all_sum",
     "alone",
+    "broadcast_object",
     "broadcast_state",
     "first",
     "gather_batch",
+    "gather_objects",
     "gather_rows",
     "join",
     "launch",
@@ -114,7 +117,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """The rows [N/processes, ...] of all processes as one batch [N, ...].
+    """The rows [n, ...] of all processes, of which each may have another n, as one batch [N, ...].
 
     Gradients pass to this process's own rows alone. A loss L of the whole batch, times
     :func:`size`, thus gives after DDP's mean over processes the gradient of L: exact also where L
@@ -122,7 +125,10 @@ def gather_batch(x: Tensor) -> Tensor:
     """
     if size() == 1:
         return x
-    parts = list(gather_rows(x.detach().contiguous()))
+    counts = gather_rows(torch.tensor(len(x))).tolist()
+    padded = x.detach().new_zeros((max(counts), *x.shape[1:]))
+    padded[: len(x)] = x.detach()
+    parts = [part[:count] for part, count in zip(gather_rows(padded), counts, strict=True)]
     parts[rank()] = x
     return torch.cat(parts)
 
@@ -146,6 +152,15 @@ def broadcast_object(value: T) -> T:
     box = [value]
     distributed.broadcast_object_list(box, 0)
     return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes in the order of ranks, any that can be pickled."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def _movable(x: Tensor) -> Tensor:
@@ -192,7 +207,17 @@ def launch(work: Callable[..., Any], arguments: Sequence[Any], count: int, accel
         workers = [
             context.Process(
                 target=_worker,
-                args=(sender, work, tuple(arguments), index, count, accelerator, meeting, threads),
+                args=(
+                    sender,
+                    work,
+                    tuple(arguments),
+                    index,
+                    count,
+                    accelerator,
+                    meeting,
+                    threads,
+                    multiprocessing.get_start_method(),
+                ),  # fmt: skip
                 name=f"fat-{index}",
             )
             for index in range(count)
@@ -202,6 +227,10 @@ def launch(work: Callable[..., Any], arguments: Sequence[Any], count: int, accel
         sender.close()
         try:
             return _wait(workers, receiver)
+        except KeyboardInterrupt:  # which all of them got: the first saves what it has
+            for worker in workers:
+                worker.join(60)
+            raise
         finally:
             for worker in workers:
                 if worker.is_alive():
@@ -265,7 +294,10 @@ def _worker(
     accelerator: str,
     meeting: str,
     threads: int,
+    start_method: str,
 ) -> None:
+    # A spawned process would spawn its loaders' workers too, each of which imports torch anew.
+    multiprocessing.set_start_method(start_method, force=True)
     os.environ.update(
         RANK=str(index), LOCAL_RANK=str(index), GROUP_RANK="0",
         WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),

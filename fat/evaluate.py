@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from fat import distributed
 from fat.batches import Images, as_batches, split
 from fat.metrics import Comparison
 from fat.student import Student
@@ -21,7 +22,8 @@ def evaluate(student: Student, images: Images, *, progress: str | None = None) -
 
     Args:
         student: Calibrated student.
-        images: Batches that nothing was trained or chosen on, labelled or not.
+        images: Batches that nothing was trained or chosen on, labelled or not. Of several processes
+            each gives its own, and all get the figures of all.
         progress: Text before a progress bar; ``None`` shows none.
 
     Returns:
@@ -32,7 +34,8 @@ def evaluate(student: Student, images: Images, *, progress: str | None = None) -
     Raises:
         FatError: If the student is not calibrated, or a batch is not one of images.
     """
-    quantized, reference = Comparison(), Comparison()
+    device = student.device
+    quantized, reference = Comparison().to(device), Comparison().to(device)
     started, count = time.perf_counter(), 0
     batches = as_batches(images)
     was_training = student.training
@@ -48,7 +51,7 @@ def evaluate(student: Student, images: Images, *, progress: str | None = None) -
         student.train(was_training)
     floats, figures = reference.compute(), quantized.compute()
     return {
-        "images": count,
+        "images": int(distributed.all_sum(torch.tensor(count))),
         "float": {"top1": floats["top1"], "top5": floats["top5"]},
         "quantized": dict(figures),
         "accuracy_drop": accuracy_drop(floats["top1"], figures["top1"]),

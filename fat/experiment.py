@@ -278,6 +278,7 @@ def _run(
     elif writes:
         write_thresholds(directory / THRESHOLDS, student)
     metrics["accuracy_drop"] = after["accuracy_drop"]
+    data.share_skipped()
     if not writes:
         return objective({"trained": None, **metrics})
 
@@ -341,7 +342,7 @@ def _devices(trainer: TrainerConfig) -> dict[str, Any]:
             # No tensor but the trained ones changes, and the teacher's need not be sent each step;
             # processes may also have different numbers of validation batches.
             "strategy": DDPStrategy(
-                cluster_environment=TorchElasticEnvironment(), broadcast_buffers=False
+                cluster_environment=TorchElasticEnvironment(), forward_sync_buffers=False
             ),
             "use_distributed_sampler": False,  # the loaders see to it themselves
         }

@@ -18,6 +18,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
 
+from fat import distributed
 from fat.batches import AnyBatch, Images, counted, split
 from fat.callbacks import KeepBest, NanGuard, Progress, Snapshots
 from fat.correct import correct_biases
@@ -139,7 +140,8 @@ def fit(
     Args:
         student: Calibrated student.
         images: Training batches, labelled or not; a list, a DataLoader or anything that can be
-            iterated once per epoch. Labels are used with ``label_weight`` above 0 only.
+            iterated once per epoch. Labels are used with ``label_weight`` above 0 only. Of several
+            processes each gives its share of every step.
         validation: Batches to choose the best student by. Without them every tenth training batch
             is set aside (the training batches themselves when there is but one).
         spec: The recipe.
@@ -181,7 +183,8 @@ def fit(
     keep, guard = KeepBest(), NanGuard(spec.nan_patience)
     kept = Kept(checkpoints, student, spec)
     if not resume:
-        kept.clear()
+        with distributed.first():
+            kept.clear()
     options: dict[str, Any] = {
         "max_epochs": spec.epochs,
         "accelerator": "cpu",
@@ -209,11 +212,12 @@ def fit(
     try:
         with warnings.catch_warnings():
             # The student is trained in eval mode on purpose: it holds nothing that behaves
-            # differently; and checkpoints lie beside what was kept before. The other warning is
-            # about Lightning's own code.
+            # differently; checkpoints lie beside what was kept before; and what is logged was
+            # reduced over processes by itself. The last warning is about Lightning's own code.
             for expected in (
                 ".*in eval mode at the start of training.*",
                 ".*Checkpoint directory .* exists and is not empty.*",
+                ".*sync_dist=True.*",
                 ".*LeafSpec.*",
             ):
                 warnings.filterwarnings("ignore", expected)
@@ -301,7 +305,12 @@ def _attempt(
 ) -> str:
     """Change the student and keep that only if the validation loss fell; say which."""
     before = keep.best_loss
-    change()
+    if distributed.rank() == 0:
+        with distributed.alone():
+            change()
+    if distributed.size() > 1:
+        shared = distributed.broadcast_state(module.student.trained_state())
+        module.student.load_trained_state(shared)
     trainer.validate(module, validation, verbose=False)
     if keep.best_loss < before:
         logger.info("%s: validation loss %.4g -> %.4g.", what, before, keep.best_loss)

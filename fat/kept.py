@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fat import distributed
 from fat.errors import FatError, first_line
 from fat.files import write_atomic
 from fat.spec import TrainSpec
@@ -44,7 +45,7 @@ class Kept:
 
     def clear(self) -> None:
         """Remove what an earlier training left here."""
-        if self.folder is not None:
+        if self.folder is not None and distributed.rank() == 0:
             for path in [*self.folder.glob("*.ckpt"), *self.folder.glob("*.pt")]:
                 path.unlink()
 
@@ -55,8 +56,8 @@ class Kept:
         return self.folder / name
 
     def save(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep tensors and plain values."""
-        if self.folder is not None:
+        """Keep tensors and plain values; of several processes the first does."""
+        if self.folder is not None and distributed.rank() == 0:
             kept = {"whose": self._whose, "content": dict(content)}
             write_atomic(self.folder / name, lambda path: torch.save(kept, path))
 

@@ -135,7 +135,11 @@ def make_loss(name: LossName, temperature: float = 1.0) -> Callable[[Tensor, Ten
     return partial(kl, temperature=temperature) if name == "kl" else LOSSES[name]
 
 
-def relative_error(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tensor:
+def relative_error(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    total: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
     """Mean over places of ‖f_T − f_A‖² / ‖f_T‖², each norm over the batch.
 
     Relative, so that places count alike however large their values and however many they are.
@@ -143,6 +147,8 @@ def relative_error(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tens
     Args:
         teacher: A tensor f_T per place, of any shape.
         student: A tensor f_A per place, of the same shapes.
+        total: Sums over processes, each of which has a part of the batch. ``total(‖f_T‖²)`` is what
+            the errors are taken relative to; the error itself stays this process's own part.
 
     Returns:
         0-dim float32 tensor without unit.
@@ -155,7 +161,7 @@ def relative_error(teacher: Sequence[Tensor], student: Sequence[Tensor]) -> Tens
     errors = []
     for exact, given in zip(teacher, student, strict=True):
         exact, given = exact.float(), given.float()  # the squares leave half precision's range
-        power = exact.square().mean()
+        power = total(exact.square().sum()) / exact.numel()
         errors.append((exact - given).square().mean() / power.clamp_min(1e-12))
     return torch.stack(errors).mean()
 

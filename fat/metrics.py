@@ -10,6 +10,8 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from fat import distributed
+
 __all__ = ["Comparison", "agreement", "logits_sqnr_db", "sqnr_db"]
 
 MAX_DB = 200.0
@@ -83,7 +85,8 @@ class Comparison(Metric):
     elements: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        # Not what torchmetrics would ask: where one process works alone the others do not answer.
+        super().__init__(distributed_available_fn=lambda: distributed.size() > 1)
         for name in ("images", "labelled", "top1", "top5", "same", "elements"):
             self.add_state(name, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
         for name in ("signal", "noise"):

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from fat import distributed
 from fat.batches import AnyBatch, split
 from fat.blocks import Blocks
+from fat.distributed import all_sum, gather_batch
 from fat.errors import FatError
 from fat.kept import random_states, set_random_states
 from fat.losses import label_loss, make_loss, relative_error
@@ -58,6 +60,9 @@ class DistillModule(pl.LightningModule):
         self._labelled = 0
         self._random: dict[str, Any] | None = None
 
+    # Processes may have no batch of the validation images at all.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
         """Loss of one batch, with the terms that are asked for."""
         images, labels = split(batch)
@@ -66,14 +71,20 @@ class DistillModule(pl.LightningModule):
             teacher, student = self.student.float_logits(images), self.student(images)
         else:
             teacher, student, wanted, given = self._blocks(images)
-            terms["features"] = relative_error(wanted, given)
+            part = relative_error(wanted, given, all_sum)
+        # Of all processes' images: a loss need not be a mean over images. See gather_batch.
+        teacher, student = gather_batch(teacher), gather_batch(student)
         loss = total = self.loss(teacher, student)
         if self._blocks is not None:
-            total = total + self.spec.feature_weight * terms["features"]
+            # Of this process's images, relative to all: the parts of all processes add up.
+            total = total + self.spec.feature_weight * part
+            terms["features"] = all_sum(part)
         if self.spec.label_weight:
+            labels = gather_batch(labels)
             terms["labels"] = label_loss(student, labels)
             self._labelled += int((labels >= 0).sum())
             total = total + self.spec.label_weight * terms["labels"]
+        total = total * distributed.size()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
         for name, term in terms.items():
             self.log(f"train/{name}", term.detach(), batch_size=len(images))
@@ -99,9 +110,11 @@ class DistillModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss`` and the comparison's figures."""
-        total = sum(count for count, _ in self._validation_loss)
-        loss = torch.stack([count * loss for count, loss in self._validation_loss]).sum() / total
-        self.log("val/loss", loss, prog_bar=True)
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for count, loss in self._validation_loss:
+            sums += torch.stack([count * loss.double(), sums.new_tensor(count)])
+        total, count = all_sum(sums).unbind()
+        self.log("val/loss", (total / count).float(), prog_bar=True)
         figures = self.comparison.compute()
         self.log_dict(
             {f"val/{name}": value for name, value in figures.items() if value is not None}

@@ -13,8 +13,17 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
+from fat import distributed
 from fat.data.cache import build_cache
-from fat.data.dataset import Batch, EpochSampler, ImageDataset, ImageLoader, collate
+from fat.data.dataset import (
+    Batch,
+    EpochSampler,
+    ImageDataset,
+    ImageLoader,
+    StepBatches,
+    WholeBatches,
+    collate,
+)
 from fat.data.folders import FolderSource
 from fat.data.images import UnreadableImage
 from fat.data.index import PHOTO_TESTS, ImageIndex, some
@@ -85,7 +94,8 @@ class FatDataModule(pl.LightningDataModule):
         train: Images to distil on.
         validation: Images to choose the best network by; none of the training images.
         test: Images to judge the result by; none of the others.
-        batch_size: Images per batch. Training drops a short last batch if there is a full one.
+        batch_size: Images per batch, of all processes that train together. Training drops a short
+            last batch if there is a full one.
         workers: Processes that decode images; by default one less than the usable cores, at most 8.
         seed: What the training order follows.
 
@@ -443,6 +453,12 @@ class FatDataModule(pl.LightningDataModule):
                 digest.update(f"{content} {data.source.label(index)}".encode())
         return digest.hexdigest()
 
+    def share_skipped(self) -> None:
+        """Let all processes know of the images that any of them could not read."""
+        for data in self._splits().values():
+            for reasons in distributed.gather_objects(dict(data.skipped.reasons)):
+                data.skipped.reasons.update(reasons)
+
     def summary(self) -> dict[str, Any]:
         """Return counts, labels and skipped images of each split, as plain values for a report."""
         splits = {
@@ -471,11 +487,20 @@ class FatDataModule(pl.LightningDataModule):
         }
 
     def _loader(self, data: ImageDataset, sampler: EpochSampler | None = None) -> ImageLoader:
+        batches: StepBatches | WholeBatches = WholeBatches(len(data), self.batch_size)
+        if sampler is not None:
+            processes = distributed.size()
+            if self.batch_size % processes or len(data) < processes:
+                raise FatError(
+                    f"data.batch_size is {self.batch_size}, the images of a step of all "
+                    f"{processes} processes together, and there are {len(data)} images: it must be "
+                    f"a multiple of {processes}, and each process needs an image."
+                )
+            drop_last = len(data) >= self.batch_size
+            batches = StepBatches(sampler, self.batch_size, drop_last=drop_last)
         return ImageLoader(
             data,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=sampler is not None and len(data) >= self.batch_size,
+            batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from fat import distributed
 from fat.data.images import UnreadableImage
 from fat.data.sources import ImageSource
 from fat.data.transforms import Parts, Transform, generator
@@ -22,6 +23,8 @@ __all__ = [
     "ImageDataset",
     "ImageLoader",
     "SkippedImages",
+    "StepBatches",
+    "WholeBatches",
     "collate",
 ]
 
@@ -162,49 +165,90 @@ class ImageDataset(Dataset[Item]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Every position once, in an order that depends on (seed, epoch) alone.
 
-    Lightning's loop calls `set_epoch`; so must any other loop over epochs. Where several processes
-    train together each takes every n-th position of the one order, so that the batches of a step
-    are together the batch that one process would have drawn; what does not divide is left out.
+    Lightning's loop calls `set_epoch`; so must any other loop over epochs.
 
     Args:
         length: Number of positions.
         seed: First part of the order's key.
-        replica: Which of the processes this is; by default what torch.distributed says.
-        replicas: How many processes there are; by default what torch.distributed says.
     """
 
-    def __init__(
-        self, length: int, seed: int, replica: int | None = None, replicas: int | None = None
-    ) -> None:
+    def __init__(self, length: int, seed: int) -> None:
         self.length = length
         self.seed = seed
         self.epoch = 0
-        self.skip = 0  # so many positions of the next pass are left out, of this process's own
-        self._replica, self._replicas = replica, replicas
-
-    def _share(self) -> tuple[int, int]:
-        # Asked for when it is needed: a loader is often built before the processes know each other.
-        if self._replica is not None and self._replicas is not None:
-            return self._replica, self._replicas
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return torch.distributed.get_rank(), torch.distributed.get_world_size()
-        return 0, 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order, and the crops, of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.length // self._share()[1]
+        return self.length
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yield (epoch, position)."""
-        epoch, (replica, replicas) = self.epoch, self._share()
-        order = generator(self.seed, epoch).permutation(self.length)
-        whole = len(self) * replicas
-        skip, self.skip = self.skip, 0
-        for position in order[replica:whole:replicas][skip:]:
+        epoch = self.epoch
+        for position in generator(self.seed, epoch).permutation(self.length):
             yield epoch, int(position)
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of training images, of each of which every process has its share.
+
+    What the processes have of a step is together the batch that one process would have had.
+
+    Args:
+        sampler: The order.
+        batch_size: Images of a step, a multiple of the number of processes.
+        drop_last: Whether a short last batch is left out.
+
+    Attributes:
+        skip: So many batches of the next pass, and only of that, are left out.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, *, drop_last: bool) -> None:
+        self.sampler, self.batch_size, self.drop_last = sampler, batch_size, drop_last
+        self.skip = 0
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        return whole + (0 if self.drop_last or not rest else 1)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        """Yield lists of (epoch, position)."""
+        skip, self.skip = self.skip, 0
+        # Asked for when it is needed: a loader is often built before the processes know each other.
+        rank, size = distributed.rank(), distributed.size()
+        order = list(self.sampler)
+        for number in range(skip, len(self)):
+            batch = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield batch[rank::size]
+
+
+class WholeBatches(Sampler[list[int]]):
+    """The positions of whole batches in a fixed order, every n-th of which is one process's.
+
+    No image comes twice and none is left out, whether or not the batches can be shared evenly, and
+    each batch is one that a single process would have.
+
+    Args:
+        length: Number of positions.
+        batch_size: Positions per batch; the last may have fewer.
+    """
+
+    def __init__(self, length: int, batch_size: int) -> None:
+        self.length, self.batch_size = length, batch_size
+
+    def _starts(self) -> range:
+        step = self.batch_size * distributed.size()
+        return range(self.batch_size * distributed.rank(), self.length, step)
+
+    def __len__(self) -> int:
+        return len(self._starts())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield lists of positions."""
+        for start in self._starts():
+            yield list(range(start, min(start + self.batch_size, self.length)))
 
 
 def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]], str]:
@@ -242,9 +286,9 @@ class ImageLoader(DataLoader[Any]):
 
     def start_at(self, batch: int) -> None:
         """Begin the next pass, and only that, with a later batch; loads none of those before."""
-        if not isinstance(self.sampler, EpochSampler) or self.batch_size is None:
+        if not isinstance(self.batch_sampler, StepBatches):
             raise FatError("Only a loader of training images can start in the middle of a pass.")
-        self.sampler.skip = batch * self.batch_size
+        self.batch_sampler.skip = batch
         self._start = batch
 
     def to(self, device: torch.device | str) -> ImageLoader:
@@ -270,6 +314,13 @@ class ImageLoader(DataLoader[Any]):
             dataset.skipped.add(skipped)
             if number == batches:  # now, as a caller that counts batches never asks for the end
                 dataset.skipped.tell()
+            shared = distributed.size() > 1 and isinstance(self.batch_sampler, StepBatches)
+            if shared and not len(labels):
+                raise FatError(
+                    "None of the images that one process had of a training step can be read, and "
+                    f"the others would wait for it: {dataset.skipped.first()}. Repair them, or "
+                    "train in one process."
+                )
             if len(labels):
                 moved = (part.to(self.device, non_blocking=True) for part in parts)
                 images = dataset.transform.finish(*moved)

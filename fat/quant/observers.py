@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fat import distributed
+
 __all__ = ["HistogramStatistics", "RangeStatistics", "SampleStatistics", "Statistics"]
 
 
@@ -140,7 +142,20 @@ class RangeStatistics:
 
     def update(self, x: Tensor) -> None:
         """Take in one batch, any shape."""
-        low, high = (float(value) for value in torch.aminmax(x.detach()))
+        self._widen(*(float(value) for value in torch.aminmax(x.detach())))
+
+    def merge(self) -> None:
+        """Make these the statistics of what all processes saw; all must call it."""
+        if distributed.size() == 1:
+            return
+        # Gathered and compared here, as collectives pass over NaN.
+        for low, high in distributed.gather_rows(self._range()).tolist():
+            self._widen(low, high)
+
+    def _range(self) -> Tensor:
+        return torch.tensor([self._minimum, self._maximum], dtype=torch.float64)
+
+    def _widen(self, low: float, high: float) -> None:
         # Python's min and max would pass over NaN, which has to be reported.
         self._minimum = low if math.isnan(low) else min(self._minimum, low)
         self._maximum = high if math.isnan(high) else max(self._maximum, high)
@@ -211,6 +226,18 @@ class HistogramStatistics(RangeStatistics):
             zeros, total, square = (part == 0).sum(), values.sum(), torch.dot(values, values)
             sums += torch.stack([zeros.double(), total, values.abs().sum(), square])
         self._counts, self._sums = counts.cpu(), sums.cpu()
+
+    def merge(self) -> None:
+        """Make these the statistics of what all processes saw; all must call it."""
+        super().merge()
+        limit = float(distributed.all_max(torch.tensor(self._limit, dtype=torch.float64)))
+        if limit > 0.0:
+            if self._limit == 0.0:  # nothing but zeros came, which lie in the same bin of any width
+                self._limit = limit
+            while self._limit < limit:
+                self._double()
+        self._counts = distributed.all_sum(self._counts)
+        self._sums = distributed.all_sum(self._sums)
 
     def _double(self) -> None:
         quarter = self._bins // 4

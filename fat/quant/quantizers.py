@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fat import distributed
 from fat.errors import FatError
 from fat.layers import ChannelClip, pad_same
 from fat.quant.functional import (
@@ -89,6 +90,8 @@ class ActivationQuantizer(nn.Module):
         statistics, self._statistics = self._statistics, None
         if not keep or statistics is None:
             return
+        statistics.merge()
+        self._elements = int(distributed.all_max(torch.tensor(self._elements)))
         if not statistics.seen:
             raise FatError(f"No image reached '{self.layer}' during calibration: the set is empty.")
         low, high = statistics.minimum(), statistics.maximum()
