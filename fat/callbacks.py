@@ -17,6 +17,7 @@ from torch import Tensor
 from fat.distributed import all_max
 from fat.errors import FatError
 from fat.files import put_in_place, write_text
+from fat.loggers import log_histograms
 from fat.module import DistillModule
 from fat.student import Student
 
@@ -278,20 +279,29 @@ class Progress(TQDMProgressBar):
 
 
 class AlphaHistory(pl.Callback):
-    """Logs, after each validation, where every quantizer's α stands: mean, smallest, largest."""
+    """Logs, after each validation, where every quantizer's α stands.
+
+    As figures: mean, smallest, largest. As a histogram over its thresholds where the logger has
+    histograms.
+    """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log one row of figures."""
+        """Log one row of figures, and the histograms."""
+        if not trainer.is_global_zero:
+            return
         figures: dict[str, float] = {}
+        factors: dict[str, Tensor] = {}
         for layer, kind, quantizer in student_of(pl_module).quantizers():
             for name, values in quantizer.thresholds.factors().items():
                 key = f"{name}/{layer}.{kind}"
+                factors[key] = values
                 figures[key] = float(values.mean())
                 if values.numel() > 1:
                     figures[f"{key}.min"] = float(values.min())
                     figures[f"{key}.max"] = float(values.max())
         for log in trainer.loggers:
             log.log_metrics(figures, step=trainer.global_step)
+            log_histograms(log, factors, trainer.global_step)
 
 
 def student_of(pl_module: pl.LightningModule) -> Student:

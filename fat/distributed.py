@@ -217,7 +217,7 @@ def launch(work: Callable[..., Any], arguments: Sequence[Any], count: int, accel
                     meeting,
                     threads,
                     multiprocessing.get_start_method(),
-                ),  # fmt: skip
+                ),
                 name=f"fat-{index}",
             )
             for index in range(count)

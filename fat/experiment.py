@@ -54,7 +54,6 @@ from fat.runs import (
     THRESHOLDS,
     begin,
     device_of,
-    flatten,
     objective,
     set_up,
     stored_config,

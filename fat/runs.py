@@ -30,7 +30,7 @@ from fat.student import Student
 
 __all__ = [
     "CHECKPOINTS", "CONFIG", "EQUALIZATION", "FAILURE", "HISTORY", "IMAGES", "METRICS", "STUDENT",
-    "THRESHOLDS", "FinishedRun", "begin", "check_unchanged", "device_of", "evaluate_run", "flatten",
+    "THRESHOLDS", "FinishedRun", "begin", "check_unchanged", "device_of", "evaluate_run",
     "load_checkpoint", "objective", "open_run", "read_metrics", "set_up", "stored_config",
 ]  # fmt: skip
 
@@ -266,22 +266,6 @@ def load_checkpoint(student: Student, path: Path) -> None:
     student.load_state_dict(
         {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     )
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested mapping by dotted name, for loggers.
-
-    Examples:
-        >>> flatten({"trained": {"top1": 90.0, "top5": None}, "model": "x"})
-        {'trained.top1': 90.0}
-    """
-    flat: dict[str, float] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def set_up(trainer: TrainerConfig, seed: int) -> None:

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "fat"
 
 # Folders whose files may import each other stand as one row.
 ORDER = [
-    "errors", "files", "memory", "kernels/__init__", "spec", "layers", "batches",
+    "errors", "files", "memory", "distributed", "kernels/__init__", "spec", "layers", "batches",
     "quant/functional", "quant/observers", "quant/init", "quant/thresholds", "quant/placement",
     "quant/quantizers",
     "models",
@@ -21,15 +21,15 @@ ORDER = [
     "graph/groups", "graph/sensitivity", "graph/balance", "graph/equalize",
     "graph/features",
     "losses", "schedule", "metrics",
-    "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate", "checkpoint",
-    "sensitivity", "mixed", "parameters", "reconstruct",
+    "memo", "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate",
+    "checkpoint", "sensitivity", "mixed", "parameters", "reconstruct",
     "data/*",
-    "module", "callbacks", "fit", "finetune", "loggers",
+    "kept", "module", "loggers", "callbacks", "fit", "finetune",
     "export/lower", "export/target", "export/onnx", "export/openvino", "export/executorch",
     "export/litert",
     "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
-    "config", "inputs", "exports", "experiment", "analyses", "artefacts", "cli",
+    "config", "inputs", "exports", "runs", "experiment", "sweeps", "analyses", "artefacts", "cli",
 ]  # fmt: skip
 WHERE = {
     "hydra": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},
@@ -37,7 +37,7 @@ WHERE = {
     "timm": {"fat/models.py", "fat/graph/trace.py"},
     "pytorch_lightning": {
         "fat/data/datamodule.py", "fat/module.py", "fat/callbacks.py", "fat/fit.py",
-        "fat/finetune.py", "fat/loggers.py", "fat/experiment.py",
+        "fat/finetune.py", "fat/loggers.py", "fat/runs.py", "fat/experiment.py",
     },
 }  # fmt: skip
 FILES = sorted([*PACKAGE.rglob("*.py"), ROOT / "train.py", ROOT / "evaluate.py"])
