@@ -10,7 +10,8 @@ import importlib.util
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +32,7 @@ __all__ = [
     "class_names",
     "head_parameters",
     "load_float_network",
+    "readable_classes",
     "with_classes",
 ]
 
@@ -249,6 +251,45 @@ def class_names(num_classes: int) -> list[str] | None:
     if num_classes != 1000:
         return None
     return list(_timm.data.ImageNetInfo().label_names())
+
+
+def readable_classes(num_classes: int, classes: Sequence[str] | None = None) -> list[str]:
+    """What people call the classes, in the order of the logits.
+
+    WordNet ids become WordNet's words, the first of them where it tells the class from all others.
+    Names of one's own stay as they are; where nobody knows names, the class's index stands for it.
+
+    Args:
+        num_classes: Number of logits of the network.
+        classes: Names of the classes where they are not ImageNet's.
+
+    Examples:
+        >>> readable_classes(1000)[:3]
+        ['tench', 'goldfish', 'great white shark']
+        >>> readable_classes(2, ["n01440764", "my cat"])
+        ['tench', 'my cat']
+        >>> readable_classes(2)
+        ['0', '1']
+    """
+    info = _timm.data.ImageNetInfo()
+    subset = _timm.data.infer_imagenet_subset({"num_classes": num_classes})
+    if classes is None and subset is not None:
+        info = _timm.data.ImageNetInfo(subset)
+        classes = info.label_names()
+    if classes is None:
+        return [str(index) for index in range(num_classes)]
+    words = [_described(info, name) for name in classes]
+    short = [text.partition(",")[0] for text in words]
+    counts = Counter(short)
+    return [first if counts[first] == 1 else text for first, text in zip(short, words, strict=True)]
+
+
+def _described(info: Any, name: str) -> str:
+    """WordNet's words for an id; any other name as it is."""
+    try:
+        return str(info.label_name_to_description(name))
+    except KeyError:
+        return name
 
 
 # ------------------------------------------------------------------------------------ the network
