@@ -29,6 +29,7 @@ ORDER = [
     "export/litert",
     "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
+    "hub",
     "config", "inputs", "exports", "experiment", "analyses", "artefacts", "cli",
 ]  # fmt: skip
 WHERE = {
