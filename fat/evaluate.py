@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,10 +82,22 @@ class Disagreements:
                     self.images + row, image, int(labels[row]), float_row, row_logits, confidence
                 )
             )
-        self.kept.sort(key=lambda entry: (-entry.confidence, entry.position))
-        del self.kept[self.keep :]
+        self._rank()
         self.images += len(images)
         self.differing += len(rows)
+
+    def add(self, others: Disagreements) -> None:
+        """Take in what others collected, such as another process; their images come after these."""
+        self.kept += [
+            replace(entry, position=entry.position + self.images) for entry in others.kept
+        ]
+        self._rank()
+        self.images += others.images
+        self.differing += others.differing
+
+    def _rank(self) -> None:
+        self.kept.sort(key=lambda entry: (-entry.confidence, entry.position))
+        del self.kept[self.keep :]
 
 
 @torch.no_grad()

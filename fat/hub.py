@@ -7,6 +7,7 @@ names of images, no logs, no checkpoints. Paths, folders and accounts are taken 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from fat.errors import FatError, first_line
 from fat.files import write_atomic, write_json, write_text
 from fat.models import Preprocessing
 from fat.report.card import FILES, CardFacts, model_card
-from fat.report.public import public_config, public_metrics, public_overrides, public_weights
+from fat.report.public import public_command, public_config, public_metrics, public_weights
 from fat.student import Student
 
 __all__ = ["push_to_hub", "save_for_hub"]
@@ -160,7 +161,7 @@ class _Run:
     directory: Path
     config: Mapping[str, Any]
     metrics: Mapping[str, Any]
-    overrides: list[str] | None
+    command: str | None
 
     @classmethod
     def open(cls, run_directory: str | Path) -> _Run:
@@ -179,22 +180,23 @@ class _Run:
         try:
             config = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
             metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-            overrides = None
-            if (directory / OVERRIDES).is_file():
-                overrides = yaml.safe_load((directory / OVERRIDES).read_text(encoding="utf-8"))
-            asked = config["optim"]["epochs"] or config["optim"]["reconstruction"]["steps"]
-            trained, calibrated = metrics["trained"], metrics["calibrated"]
+            command = metrics.get("command")
+            if command is None and (directory / OVERRIDES).is_file():
+                typed = yaml.safe_load((directory / OVERRIDES).read_text(encoding="utf-8"))
+                command = shlex.join(["python", "train.py", *typed])
+            trains = config["optim"]["epochs"] or config["optim"]["reconstruction"]["steps"]
+            judged = metrics["trained"] if trains else metrics["calibrated"]
         except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
             raise FatError(
                 f"{directory} is damaged, or of another version of FAT: {type(error).__name__}, "
                 f"{first_line(error)}. Run train.py again."
             ) from error
-        if calibrated is None or (asked and trained is None):
+        if judged is None:
             raise FatError(
                 f"The run in {directory} was not finished: its network was not judged after "
                 "training. Run train.py to its end."
             )
-        return cls(directory, config, metrics, overrides)
+        return cls(directory, config, metrics, command)
 
 
 def _write_files(run: _Run, folder: Path, license: str | None) -> CardFacts:
@@ -216,7 +218,7 @@ def _write_files(run: _Run, folder: Path, license: str | None) -> CardFacts:
         metrics=metrics,
         preprocessing=Preprocessing.from_dict(origin["preprocessing"]),
         files=[name for name in FILES if (folder / name).is_file()],
-        overrides=None if run.overrides is None else public_overrides(run.overrides),
+        command=None if run.command is None else public_command(run.command),
         license=license,
     )
 

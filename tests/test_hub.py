@@ -34,7 +34,13 @@ from fat import FatError, QuantSpec
 from fat.data.transforms import EvalTransform, apply
 from fat.models import Preprocessing
 from fat.report.card import CardFacts, card_data, model_card
-from fat.report.public import public_config, public_metrics, public_overrides, public_weights
+from fat.report.public import (
+    public_command,
+    public_config,
+    public_metrics,
+    public_overrides,
+    public_weights,
+)
 from fat.report.run import write_metrics, write_thresholds
 
 OWNER = "alice"
@@ -218,6 +224,38 @@ def test_weights(given: str, public: str) -> None:
     assert public_weights(given) == public
 
 
+@pytest.mark.parametrize(
+    ("given", "public"),
+    [
+        ("python train.py", "python train.py"),
+        ("/home/alice/venv/bin/python /home/alice/fat/train.py quant.bits=4",
+         "python train.py quant.bits=4"),
+        ("python train.py data.root=alice hub=alice/x sweep.resume=true resume=alice name=alice",
+         "python train.py data.root=DIR"),
+        ("python train.py '+data.root=a b' -m init=mse,lp", "python train.py +data.root=DIR -m "
+         "init=mse,lp"),
+        ("python train.py 'unclosed", None),
+    ],
+)  # fmt: skip
+def test_commands(given: str, public: str | None) -> None:
+    assert public_command(given) == public
+    assert public_metrics({"command": given, "sweep": "alice"}) == {
+        "command": public, "sweep": None,
+    }  # fmt: skip
+
+
+def test_the_command_of_the_metrics_comes_first(run: Path, tmp_path: Path) -> None:
+    metrics = json.loads((run / "metrics.json").read_text())
+    command = f"python train.py quant.bits=6 data.root={HOME}"
+    (run / "metrics.json").write_text(json.dumps({**metrics, "command": command}))
+    folder = fat.save_for_hub(run, tmp_path / "hub")
+    assert (
+        "```bash\npython train.py quant.bits=6 data.root=DIR\n```"
+        in (folder / "README.md").read_text()
+    )
+    assert OWNER not in text_of(folder)
+
+
 def test_public_of_nothing_and_of_lists() -> None:
     assert public_config({}) == {}
     assert public_metrics({}) == {}
@@ -251,7 +289,7 @@ def test_the_hub_reads_the_metadata(run: Path, tmp_path: Path) -> None:
 def facts(**changes: Any) -> CardFacts:
     named = {
         key: changes.pop(key)
-        for key in ("repo_id", "license", "overrides", "preprocessing", "files")
+        for key in ("repo_id", "license", "command", "preprocessing", "files")
         if key in changes
     }
     given: dict[str, Any] = {"preprocessing": PREPROCESSING, "files": EVERY, **named}
@@ -330,9 +368,8 @@ def test_figures_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
 
 def test_hostile_names() -> None:
     bad = "file `x`](javascript:1)|\n---\nlicense: mit\n---\n# Title ```.pth"
-    card = model_card(
-        facts(weights=bad, overrides=["a=`````\n# Title", "b=$(rm)"], repo_id="bob/a.b-c_d")
-    )
+    command = public_command("python train.py 'a=`````\n# Title' 'b=$(rm)'")
+    card = model_card(facts(weights=bad, command=command, repo_id="bob/a.b-c_d"))
     again = ModelCard(str(card))
     assert again.data.to_dict() == card.data.to_dict()
     assert again.data.license is None
@@ -340,8 +377,8 @@ def test_hostile_names() -> None:
     outside = re.sub(r"^```python\n.*?^```$", "", again.text, flags=re.S | re.M)
     assert [line for line in outside.splitlines() if line.startswith("# ")] == ["# a.b-c_d"]
     fence = "`" * 6
-    (command,) = re.findall(rf"^{fence}bash\n(.*)\n{fence}$", again.text, re.M)
-    assert command == "python train.py 'a=````` # Title' 'b=$(rm)'"
+    (shown,) = re.findall(rf"^{fence}bash\n(.*)\n{fence}$", again.text, re.M)
+    assert shown == command == "python train.py 'a=````` # Title' 'b=$(rm)'"
     assert "Float weights: `file 'x'](javascript:1)/ --- license: mit --- # Title '''.pth`" in (
         again.text
     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +66,7 @@ class CardFacts:
         metrics: metrics.json of the run, made public.
         preprocessing: How the network wants its images.
         files: Names of the files beside the card.
-        overrides: What was typed after ``train.py``, made public; ``None`` where it is not known.
+        command: What was typed, made public; ``None`` where it is not known.
         repo_id: The hub's name of the repository, where it is known.
         license: What the publisher says; ``None`` takes what the weights' source states.
     """
@@ -75,7 +74,7 @@ class CardFacts:
     metrics: Mapping[str, Any]
     preprocessing: Preprocessing
     files: Sequence[str]
-    overrides: Sequence[str] | None = None
+    command: str | None = None
     repo_id: str | None = None
     license: str | None = None
 
@@ -372,11 +371,10 @@ for p, index in zip(*probabilities.topk(3)):
 def _making(facts: CardFacts) -> str:
     metrics = facts.metrics
     lines = ["## How it was made", ""]
-    if facts.overrides is not None:
-        # As a command is typed; a fence longer than any run of backticks in it.
-        command = " ".join(["python train.py", *(_quoted(word) for word in facts.overrides)])
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
-        lines += [f"{fence}bash", command, fence, ""]
+    if facts.command is not None:
+        # A fence longer than any run of backticks in the command.
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", facts.command)), default=0))
+        lines += [f"{fence}bash", facts.command, fence, ""]
     lines.append(
         f"Float weights: {_code(metrics['weights'])}. First thresholds: "
         f"{_code(metrics['init']['weight'])} (weights), {_code(metrics['init']['activation'])} "
@@ -410,11 +408,6 @@ def _licence(facts: CardFacts) -> str:
         )
         text = f"{_code(name or license)}: {where}."
     return f"## Licence\n\n{text}"
-
-
-def _quoted(word: str) -> str:
-    """A word as a shell takes it, on one line."""
-    return shlex.quote(" ".join(word.split()))
 
 
 def _code(text: str) -> str:

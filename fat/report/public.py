@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-__all__ = ["public_config", "public_metrics", "public_overrides", "public_weights"]
+__all__ = [
+    "public_command",
+    "public_config",
+    "public_metrics",
+    "public_overrides",
+    "public_weights",
+]
 
-PRIVATE_SECTIONS = frozenset({"logger", "hub", "hydra"})
+PRIVATE_SECTIONS = frozenset({"logger", "hub", "hydra", "sweep", "resume"})
 """Parts of a config that say nothing of the network, but of accounts and places."""
 PRIVATE_KEYS = frozenset(
-    {"root", "test_root", "index", "cache_dir", "mixed", "entity", "first_skipped"}
+    {"root", "test_root", "index", "cache_dir", "mixed", "entity", "first_skipped", "sweep"}
 )
 """Keys whose values are places, or names of files, wherever they stand."""
 TUNED = re.compile(r", fine-tuned on \d+ classes$")
@@ -51,13 +58,14 @@ def public_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
         >>> public_metrics({"weights": "file /home/me/w.pth", "data": {"root": "/home/me/photos"}})
         {'weights': 'file w.pth', 'data': {'root': None}}
     """
-    weights = metrics.get("weights")
-    cleaned = _cleaned({key: value for key, value in metrics.items() if key != "weights"})
+    cleaned = _cleaned(metrics)
     assert isinstance(cleaned, dict)
-    if "weights" not in metrics:
-        return cleaned
-    public = public_weights(weights) if isinstance(weights, str) else None
-    return {key: public if key == "weights" else cleaned[key] for key in metrics}
+    # Two texts of which more may be told than of a text that nobody knows.
+    for key, public in (("weights", public_weights), ("command", public_command)):
+        text = metrics.get(key)
+        if key in metrics:
+            cleaned[key] = public(text) if isinstance(text, str) else None
+    return cleaned
 
 
 def public_weights(weights: str) -> str:
@@ -98,6 +106,28 @@ def public_overrides(overrides: Iterable[str]) -> list[str]:
             value = "FILE" if last in ("weights", "index") else "DIR"
         public.append(f"{key}{equals}{value}")
     return public
+
+
+def public_command(command: str) -> str | None:
+    """A command line of train.py, made public as in :func:`public_overrides`.
+
+    Args:
+        command: As for a shell.
+
+    Returns:
+        The same on one line; ``None`` where it cannot be read.
+
+    Examples:
+        >>> public_command("python train.py -m quant.bits=8,4 data.root='/home/me/my photos'")
+        'python train.py -m quant.bits=8,4 data.root=DIR'
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return None
+    program = [SEPARATOR.split(word)[-1] for word in words[:2]]
+    kept = [" ".join(word.split()) for word in public_overrides(words[2:])]
+    return shlex.join([*program, *kept])
 
 
 def _is_place(text: str) -> bool:

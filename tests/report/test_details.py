@@ -365,7 +365,11 @@ def test_the_surest_differing_images_are_kept() -> None:
     whole.update(images, logits, reference, labels)
     for rows in (slice(0, 5), slice(5, 10), slice(10, 12)):
         parts.update(images[rows], logits[rows], reference[rows], labels[rows])
-    for collected in (whole, parts):
+    joined, second = Disagreements(keep=3), Disagreements(keep=3)
+    joined.update(images[:7], logits[:7], reference[:7], labels[:7])
+    second.update(images[7:], logits[7:], reference[7:], labels[7:])
+    joined.add(second)
+    for collected in (whole, parts, joined):
         assert (collected.images, collected.differing) == (12, 6)
         assert [entry.position for entry in collected.kept] == [11, 9, 7]
         assert [entry.label for entry in collected.kept] == [-1, -1, 2]
