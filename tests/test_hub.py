@@ -647,3 +647,9 @@ def test_the_run_itself_is_no_place(run: Path) -> None:
     with pytest.raises(FatError, match="own directory"):
         fat.save_for_hub(run, run / ".." / run.name)
     assert OWNER in (run / "config.yaml").read_text()
+
+
+def test_the_page_lists_what_is_uploaded() -> None:
+    page = (Path(__file__).parents[1] / "docs/sharing.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `([\w.]+)` \|", page, re.M)
+    assert sorted(listed) == EVERY

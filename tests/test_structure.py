@@ -29,7 +29,7 @@ ORDER = [
     "export/litert",
     "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
-    "hub",
+    "hub", "dashboard",
     "config", "inputs", "exports", "experiment", "analyses", "artefacts", "cli",
 ]  # fmt: skip
 WHERE = {
