@@ -7,6 +7,7 @@ from fat.evaluate import evaluate
 from fat.export.export import export_onnx
 from fat.finetune import FinetuneResult, finetune
 from fat.fit import FitResult, fit
+from fat.hub import push_to_hub, save_for_hub
 from fat.mixed import choose_bits, size_mb
 from fat.pipeline import prepare
 from fat.sensitivity import TensorSensitivity, sensitivity
@@ -33,7 +34,9 @@ __all__ = [
     "fit",
     "load",
     "prepare",
+    "push_to_hub",
     "save",
+    "save_for_hub",
     "sensitivity",
     "size_mb",
 ]

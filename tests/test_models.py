@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,13 @@ from fat import models
 from fat.data.folders import FolderSource
 from fat.data.transforms import EvalTransform, apply
 from fat.errors import FatError
-from fat.models import FloatNetwork, Preprocessing, class_names, load_float_network
+from fat.models import (
+    FloatNetwork,
+    Preprocessing,
+    class_names,
+    load_float_network,
+    readable_classes,
+)
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = Path(os.environ.get("FAT_TEST_DATA", ROOT / "../shared/data/imagenet-sample"))
@@ -371,6 +378,18 @@ def test_class_names() -> None:
     assert len(set(names)) == 1000
     assert names == sorted(names)  # ImageNet's order is that of the WordNet ids
     assert class_names(10) is None
+
+
+def test_readable_classes() -> None:
+    names = readable_classes(1000)
+    assert len(names) == 1000
+    assert names[281] == "tabby"
+    assert {name for name in names if names.count(name) > 1} == {"crane"}  # a bird and a machine
+    assert names[638:640] == ["maillot", "maillot, tank suit"]
+    assert not any(re.fullmatch(r"n\d{8}", name) for name in names)
+    assert len(readable_classes(21841)) == 21841
+    assert readable_classes(3) == ["0", "1", "2"]
+    assert readable_classes(3, ["n02123045", "n99999999", "a, b"]) == ["tabby", "n99999999", "a"]
 
 
 CONFIGS = sorted((ROOT / "conf/model").glob("*.yaml"))

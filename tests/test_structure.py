@@ -29,6 +29,7 @@ ORDER = [
     "export/litert",
     "export/targets", "export/verify", "export/export", "export/artefact",
     "report/*",
+    "hub", "dashboard",
     "config", "inputs", "exports", "runs", "experiment", "sweeps", "analyses", "artefacts", "cli",
 ]  # fmt: skip
 WHERE = {

@@ -41,7 +41,7 @@ from fat.data.splits import (
     share,
 )
 from fat.data.transforms import DeviceCropTransform, generator
-from fat.errors import FatError
+from fat.errors import FatError, unknown_name
 from fat.files import cache_folder
 
 if TYPE_CHECKING:
@@ -422,25 +422,32 @@ class FatDataModule(pl.LightningDataModule):
         """Return the test batches, in a fixed order."""
         return self._loader(self.test)
 
-    def example_batch(self, count: int = 8) -> Batch:
-        """Return the first readable calibration images and labels, loaded in this process.
+    def example_batch(self, count: int = 8, split: str = "calibration") -> Batch:
+        """Return the first readable images of a split and their labels, loaded in this process.
+
+        Args:
+            count: How many images at most.
+            split: ``"calibration"``, ``"train"``, ``"validation"`` or ``"test"``.
 
         Raises:
-            FatError: If none of the calibration images can be read.
+            FatError: If there is no such split, or none of its images can be read.
         """
-        items = []
-        for position in range(len(self.calibration)):
-            item = self.calibration[position]
+        splits = self._splits()
+        if split not in splits:
+            raise unknown_name("split", split, splits)
+        data, items = splits[split], []
+        for position in range(len(data)):
+            item = data[position]
             if not isinstance(item, UnreadableImage):
                 items.append(item)
             if len(items) == count:
                 break
         if not items:
-            raise FatError("None of the calibration images can be read. Type data.root=DIR.")
+            raise FatError(f"None of the {split} images can be read. Type data.root=DIR.")
         parts, labels, _, fatal = collate(items)
         if fatal:
             raise FatError(fatal)
-        return self.calibration.transform.finish(*parts), labels
+        return data.transform.finish(*parts), labels
 
     def fingerprint(self) -> str:
         """A hash of the training and validation images, their labels, order and crops."""

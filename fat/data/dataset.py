@@ -143,6 +143,14 @@ class ImageDataset(Dataset[Item]):
             raise FatError(f"No {self.split} image is left; give more images to choose from.")
         self.skipped = SkippedImages(self.split, len(self.indices))
 
+    def readable_names(self) -> list[str]:
+        """Names of the images in the order of a loader that does not shuffle.
+
+        Images that could not be read are left out, as far as a pass over them has found out.
+        """
+        names = (self.source.name(int(index)) for index in self.indices)
+        return [name for name in names if name not in self.skipped.reasons]
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of keys that are plain positions. Workers already running do not see it."""
         self.epoch = epoch

@@ -145,10 +145,13 @@ class Thresholds(nn.Module):
         low, extent = self._adjusted()
         return low, low + extent if self.grid.kind == "asymmetric" else extent
 
+    def _extent(self) -> Tensor:
+        """What the calibrated grid's steps share: R on asymmetric grids, T on symmetric ones."""
+        return self.high - self.low if self.grid.kind == "asymmetric" else self.high
+
     def _adjusted(self) -> tuple[Tensor, Tensor]:
-        """(T_l, what the grid's steps share): R on asymmetric grids, T on symmetric ones."""
-        asymmetric = self.grid.kind == "asymmetric"
-        extent = self.high - self.low if asymmetric else self.high
+        """(T_l, what the grid's steps share) with everything that is trained."""
+        extent = self._extent()
         if self.alpha is None:
             return self.low, extent
         factor = self._factor(self.alpha)
@@ -176,7 +179,10 @@ class Thresholds(nn.Module):
         Symmetric: d = T/q. Asymmetric: d = (T_r − T_l)/(2^n−1), z = round(−T_l/d) kept inside the
         grid, so that 0.0 is always represented exactly. A tensor that is all zero gets d = 1.
         """
-        low, extent = self._adjusted()
+        return self._steps(*self._adjusted())
+
+    def _steps(self, low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale, zero_point) of a range."""
         scale = _step(extent, self.grid.qmax)
         if self.power_of_two:
             scale = power_of_two_ste(scale)
@@ -213,6 +219,40 @@ class Thresholds(nn.Module):
     def _inverse(self, factor: Tensor) -> Tensor:
         """The parameter that gives a factor."""
         return torch.log2(factor) if self.kind == "tqt" else factor
+
+    @torch.no_grad()
+    def grid_range(self, *, calibrated: bool = False) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest real value of the grid: (q_min − z)·d and (q_max − z)·d.
+
+        These are the thresholds, but for what bringing 0 onto an asymmetric grid and rounding a
+        step up to a power of two moved them by.
+
+        Args:
+            calibrated: As calibration left them, before training.
+
+        Returns:
+            Two tensors of the thresholds' shape.
+        """
+        given = (self.low, self._extent()) if calibrated else self._adjusted()
+        scale, zero_point = self._steps(*given)
+        return (self.grid.qmin - zero_point) * scale, (self.grid.qmax - zero_point) * scale
+
+    @torch.no_grad()
+    def at_edge(self, tolerance: float = 1e-6) -> Tensor | None:
+        """Which factors stand at either end of their range, bool of α's shape; ``None`` if frozen.
+
+        After ReLU6 the upper end is no higher than the factor that makes the threshold 6.
+
+        Args:
+            tolerance: How near counts, in units of the trained parameter.
+        """
+        if self.alpha is None:
+            return None
+        low, high = self.alpha_range
+        top = torch.full_like(self.alpha, high)
+        if math.isfinite(self.limit):
+            top = torch.minimum(top, self._inverse(self.limit / self.high))
+        return (self.alpha <= low + tolerance) | (self.alpha >= top - tolerance)
 
     def factors(self) -> dict[str, Tensor]:
         """What is trained, by name: ``alpha``, the factor as it acts, and ``shift``."""

@@ -250,6 +250,10 @@ def test_contract_and_summary(tmp_path: Path) -> None:
     images, labels = data.example_batch(3)
     assert torch.equal(images, next(iter(data.calibration_dataloader()))[0][:3])
     assert len(labels) == 3
+    held_out, _ = data.example_batch(3, "validation")
+    assert torch.equal(held_out, next(iter(data.val_dataloader()))[0][:3])
+    with pytest.raises(FatError, match=r"Unknown split 'val'. Allowed: calibration, train, "):
+        data.example_batch(3, "val")
     summary = data.summary()
     assert json.loads(json.dumps(summary)) == summary
     assert summary["labelled"] is False

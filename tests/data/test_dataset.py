@@ -166,6 +166,13 @@ def test_unreadable_images_are_skipped_and_counted_once(
     )
 
 
+def test_names_are_those_of_the_images_that_come() -> None:
+    data = ImageDataset(Numbers(80, bad=(5, 41)), noisy, indices=[7, 5, 3, *range(10, 60)])
+    assert data.readable_names()[:3] == ["7.jpg", "5.jpg", "3.jpg"]
+    labels = torch.cat([labels for _, labels in loader(data)])
+    assert data.readable_names() == [f"{label}.jpg" for label in labels.tolist()]
+
+
 def test_batch_of_nothing_is_left_out() -> None:
     data = ImageDataset(Numbers(100, bad=(4, 5, 6, 7)), noisy)
     assert sum(1 for _ in loader(data)) == 24

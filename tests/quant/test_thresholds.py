@@ -650,3 +650,61 @@ def test_a_saved_state_gives_the_same_grid(name: str, power_of_two: bool) -> Non
     target.load_state_dict(source.state_dict())
     for own, other in zip(target(), source(), strict=True):
         assert torch.equal(own, other)
+
+
+# --------------------------------------------------------------------- what is said of thresholds
+
+
+@pytest.mark.parametrize(
+    ("grid", "low", "high", "ends"),
+    [
+        (Grid(8, "signed"), -3.0, 3.0, (-3.0, 3.0)),
+        (Grid(4, "unsigned"), 0.0, 6.0, (0.0, 6.0)),
+        # d = 5/15, z = round(3) = 3: three steps below 0 and twelve above.
+        (Grid(4, "asymmetric"), -1.0, 4.0, (-1.0, 4.0)),
+        # d = 1, z = round(2.4) = 2.
+        (Grid(4, "asymmetric"), -2.4, 12.6, (-2.0, 13.0)),
+    ],
+)
+def test_range_of_the_grid(grid: Grid, low: float, high: float, ends: tuple[float, float]) -> None:
+    found = calibrated(grid, torch.tensor(low), torch.tensor(high))
+    for before in (False, True):
+        assert [float(end) for end in found.grid_range(calibrated=before)] == pytest.approx(ends)
+    found.alpha.data.fill_(0.5)
+    assert [float(end) for end in found.grid_range(calibrated=True)] == pytest.approx(ends)
+    below, above = found.grid_range()
+    assert float(above - below) == pytest.approx(0.5 * (ends[1] - ends[0]), rel=1e-6)
+
+
+def test_range_of_a_grid_whose_step_is_a_power_of_two() -> None:
+    low, high = torch.tensor([-100.0, -127.0]), torch.tensor([100.0, 127.0])
+    found = calibrated(Grid(8, "signed"), low, high, thresholds="tqt", power_of_two=True)
+    assert found.grid_range()[1].tolist() == [127.0, 127.0]
+    found.alpha.data = torch.tensor([0.0, 0.01])
+    assert found.grid_range()[1].tolist() == [127.0, 254.0]
+    assert found.grid_range(calibrated=True)[1].tolist() == [127.0, 127.0]
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_factors_at_an_end_of_their_range(kind: str) -> None:
+    low, high = REACH[kind]
+    middle = (low + high) / 2
+    values = torch.tensor([low, low + 2e-3, middle, high - 2e-3, high])
+    found = calibrated(Grid(8, "signed"), -torch.ones(5), torch.ones(5), thresholds=kind)
+    found.alpha.data = values
+    assert found.at_edge().tolist() == [True, False, False, False, True]
+    assert found.at_edge(5e-3).tolist() == [True, True, False, True, True]
+
+
+def test_relu6_ends_a_range() -> None:
+    found = Thresholds(QuantSpec(thresholds="lsq"), Grid(8, "unsigned"), None)
+    found.limit = 6.0
+    found.calibrated(torch.tensor(0.0), torch.tensor(3.0), elements=1)
+    for factor, at_edge in ((1.0, False), (1.99, False), (2.0, True)):
+        found.alpha.data.fill_(factor)
+        assert bool(found.at_edge()) is at_edge
+
+
+def test_what_is_frozen_stands_at_no_end() -> None:
+    frozen = calibrated(Grid(8, "signed"), -torch.ones(2), torch.ones(2), thresholds="frozen")
+    assert frozen.at_edge() is None
