@@ -18,8 +18,8 @@ __all__ = ["CSV", "flatten_metrics", "sweep_table", "write_table"]
 
 CSV = "sweep.csv"
 FIRST = ("directory", "status", "error", "command")
-SAID_ELSEWHERE = ("command", "status", "versions")
-"""Keys of metrics.json that have a column of their own, and what is not a result."""
+SAID_ELSEWHERE = ("command", "status")
+"""Keys of metrics.json that have a column of their own."""
 FIGURES = ("top1", "top5", "agreement", "sqnr_db", "rmse")
 KNOWN = (
     "model", "weights", "data.source", "data.root", "data.labelled", "bits.weight",

@@ -1,0 +1,425 @@
+"""Figures of the report pages as plain data, which plotly.js draws.
+
+They are built as dictionaries, not with plotly's graph objects: those take a fifth of a second a
+page and put eight kilobytes of unused styles into every figure. A test gives each figure to the
+graph objects, which refuse what plotly.js would ignore.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fat.report.grid import Panel, Stage, pareto_front
+from fat.report.page import escape, plain
+
+__all__ = [
+    "COLOURS",
+    "SCALE",
+    "Dot",
+    "curves",
+    "filter_ranges",
+    "heat_map",
+    "histogram",
+    "layer_bars",
+    "scale_top",
+    "sensitivity_bars",
+    "trade_off",
+    "wrapped",
+]
+
+Figure = dict[str, Any]
+
+INK, MUTED, GRID, PAPER = "#1f2933", "#52606d", "#e4e7eb", "#eceff2"
+WEIGHT, ACTIVATION = "#2a6f97", "#c2720c"
+COLOURS = {"weight": WEIGHT, "activation": ACTIVATION}
+BEFORE, AFTER = "#c2720c", "#2a6f97"
+# Okabe and Ito's colours, which people with any colour vision can tell apart, darkest first.
+NETWORKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#56b4e9", "#8c6d1f", "#444444")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+SCALE = ("#fdfcea", "#edf6c5", "#c9e8b8", "#93d2b9", "#5cb8c0", "#3796bb", "#2c6da5", "#27478c",
+         "#1c2a66")  # fmt: skip
+"""Light yellow to dark blue, after ColorBrewer's YlGnBu: lightness alone tells more from less."""
+LEAST_TOP = 2.0
+"""Where the colours of heat maps end at least, points: below that, differences are noise."""
+MOST_POINTS = 1500
+"""Longest curve that is drawn; more points than pixels only make the page large."""
+MOST_BINS = 200
+
+
+def _figure(data: list[Any], layout: Mapping[str, Any], *, left: int = 52) -> Figure:
+    base = {
+        "font": {
+            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif",
+            "size": 12,
+            "color": INK,
+        },
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "margin": {"l": left, "r": 12, "t": 10, "b": 44},
+        "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "bordercolor": "#9aa5b1",
+                       "font": {"color": INK, "size": 12}},
+        "showlegend": False,
+        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+    }  # fmt: skip
+    return {"data": data, "layout": {**base, **layout}}
+
+
+def _axis(title: str = "", **more: Any) -> dict[str, Any]:
+    axis: dict[str, Any] = {
+        "gridcolor": GRID,
+        "zeroline": False,
+        "linecolor": "#9aa5b1",
+        "ticks": "",
+        "automargin": True,
+    }
+    if title:
+        axis["title"] = {"text": title, "standoff": 8, "font": {"size": 12, "color": MUTED}}
+    return {**axis, **more}
+
+
+def scale_top(values: Sequence[float]) -> float:
+    """The loss at which the colours of all heat maps of a page end, points."""
+    return max([LEAST_TOP, *values])
+
+
+def heat_map(
+    panel: Panel, stage: Stage, top: float, hover: Sequence[str], status: Sequence[str]
+) -> Figure:
+    """What was lost, by network and bits, with the figure in each cell.
+
+    Colours follow the square root of the loss, so that one and two points can be told apart beside
+    eighty.
+
+    Args:
+        panel: From :func:`fat.report.grid.panels`.
+        stage: ``calibrated`` or ``trained``.
+        top: Loss of the darkest colour, points.
+        hover: For every run of the sweep what is shown while pointing at it, as HTML.
+        status: For every run of the sweep what stands in its cell without a figure.
+    """
+    rows, columns = range(len(panel.networks)), range(len(panel.bits))
+    z: list[list[float | None]] = [[None for _ in columns] for _ in rows]
+    gaps: list[list[float | None]] = [[None for _ in columns] for _ in rows]
+    text, tips, picks = ([["" for _ in columns] for _ in rows] for _ in range(3))
+    for y, network in enumerate(panel.networks):
+        for x, bits in enumerate(panel.bits):
+            cell = panel.cells.get((network, bits))
+            if cell is None:
+                continue
+            mean = cell.mean(stage)
+            runs = cell.runs
+            more = f"<br><i>and {len(runs) - 1} more: choose the cell</i>" if len(runs) > 1 else ""
+            tips[y][x] = hover[runs[0]] + more
+            picks[y][x] = " ".join(map(str, runs))
+            if mean is None:
+                gaps[y][x] = 0.0
+                text[y][x] = escape(status[runs[0]])
+            else:
+                z[y][x] = math.sqrt(max(mean, 0.0))
+                text[y][x] = plain(mean, 2 if abs(mean) < 10 else 1)
+    shared = {
+        "type": "heatmap", "x": [*columns], "y": [*rows], "text": text, "hovertext": tips,
+        "customdata": picks, "texttemplate": "%{text}", "hoverinfo": "text", "showscale": False,
+        "xgap": 2, "ygap": 2, "hoverongaps": False,
+    }  # fmt: skip
+    steps = len(SCALE) - 1
+    data = [
+        {**shared, "z": gaps, "colorscale": [[0, PAPER], [1, PAPER]], "zmin": 0, "zmax": 1,
+         "textfont": {"size": 11, "color": MUTED}},
+        {**shared, "z": z, "colorscale": [[i / steps, c] for i, c in enumerate(SCALE)], "zmin": 0,
+         "zmax": math.sqrt(top), "textfont": {"size": 12}},
+    ]  # fmt: skip
+    flat = {"showgrid": False, "showline": False, "fixedrange": True, "tickmode": "array"}
+    layout = {
+        "xaxis": _axis(tickvals=[*columns], ticktext=[*map(escape, panel.bits)], side="top",
+                       range=[-0.5, len(panel.bits) - 0.5], **flat),
+        "yaxis": _axis(tickvals=[*rows], ticktext=[_short(name) for name in panel.networks],
+                       range=[len(panel.networks) - 0.5, -0.5], ticklabelstandoff=6, **flat),
+        "margin": {"l": 8, "r": 4, "t": 26, "b": 4},
+    }  # fmt: skip
+    return _figure(data, layout)
+
+
+def _short(name: str, most: int = 22) -> str:
+    return escape(name if len(name) <= most else name[: most - 1] + "…")
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A network in a scatter plot.
+
+    Attributes:
+        x: Size or time.
+        y: Loss, points.
+        group: Its architecture.
+        run: Its place in the sweep.
+        hover: What is shown while pointing at it, as HTML.
+    """
+
+    x: float
+    y: float
+    group: str
+    run: int
+    hover: str
+
+
+def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> Figure:
+    """Loss against what a network costs, with the Pareto front: small is good in both.
+
+    Args:
+        dots: One for each network.
+        x_title: What the cost is, with its unit.
+        y_title: What was lost, with its unit.
+    """
+    front = [dots[i] for i in pareto_front([(dot.x, dot.y) for dot in dots])]
+    data: list[Any] = [
+        {
+            "type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip",
+            "x": [dot.x for dot in front], "y": [dot.y for dot in front],
+            "line": {"shape": "hv", "color": INK, "width": 1.5, "dash": "dot"},
+        }
+    ]  # fmt: skip
+    for place, group in enumerate(dict.fromkeys(dot.group for dot in dots)):
+        members = [dot for dot in dots if dot.group == group]
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": _short(group, 30),
+                "x": [dot.x for dot in members], "y": [dot.y for dot in members],
+                "hovertext": [dot.hover for dot in members], "hoverinfo": "text",
+                "customdata": [str(dot.run) for dot in members],
+                "marker": {
+                    "size": 11, "opacity": 0.9, "color": NETWORKS[place % len(NETWORKS)],
+                    "symbol": SYMBOLS[place // len(NETWORKS) % len(SYMBOLS)],
+                    "line": {"color": "#ffffff", "width": 1},
+                },
+            }
+        )  # fmt: skip
+    layout = {
+        "xaxis": _axis(x_title, rangemode="tozero"),
+        "yaxis": _axis(y_title, zeroline=True, zerolinecolor="#9aa5b1"),
+        "showlegend": True,
+        "hovermode": "closest",
+    }
+    return _figure(data, layout)
+
+
+def curves(
+    named: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    y_title: str,
+    *,
+    log: bool = False,
+    best: float | None = None,
+) -> Figure:
+    """Figures over the steps of a training.
+
+    Args:
+        named: Steps and values by name; a name that starts with ``val/`` has few points, which are
+            marked.
+        y_title: What they are, with the unit.
+        log: Whether the axis of values is logarithmic; values that are not positive are left out.
+        best: The step whose network was kept.
+    """
+    data: list[Any] = []
+    for name, (steps, values) in named.items():
+        points = [(x, y if not log or y > 0 else None) for x, y in zip(steps, values, strict=True)]
+        points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
+        judged = name.startswith("val/")
+        colour = AFTER if judged else "#9db7c9"
+        data.append(
+            {
+                "type": "scatter", "name": escape(_CURVES.get(name, name)),
+                "mode": "lines+markers" if judged or len(points) == 1 else "lines",
+                "x": [x for x, _ in points], "y": [y for _, y in points],
+                "line": {"color": colour, "width": 2 if judged else 1.2},
+                "marker": {"size": 7, "color": colour},
+                "hovertemplate": "step %{x}: %{y:.5g}<extra>%{fullData.name}</extra>",
+            }
+        )  # fmt: skip
+    layout: dict[str, Any] = {
+        "xaxis": _axis("optimizer step", rangemode="tozero"),
+        "yaxis": _axis(y_title, **({"type": "log", "dtick": "D2"} if log else {})),
+        "showlegend": len(named) > 1,
+        "hovermode": "closest",
+    }
+    if best is not None:
+        layout["shapes"] = [_upright(best, BEFORE, "dash")]
+        layout["annotations"] = [
+            {"x": best, "y": 1, "yref": "paper", "text": f"best: step {best:g}", "showarrow": False,
+             "xanchor": "auto", "yanchor": "bottom", "font": {"size": 11, "color": BEFORE}}
+        ]  # fmt: skip
+        layout["margin"] = {"l": 52, "r": 12, "t": 26, "b": 44}
+    return _figure(data, layout)
+
+
+_CURVES = {"train/loss": "training batch", "val/loss": "validation images"}
+
+
+def _upright(x: float, colour: str, dash: str) -> dict[str, Any]:
+    line = {"color": colour, "width": 1.8, "dash": dash}
+    return {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+
+
+def histogram(
+    edges: Sequence[float],
+    counts: Sequence[float],
+    before: Sequence[float],
+    after: Sequence[float],
+) -> Figure:
+    """How often each value occurs, on a log axis, and where the thresholds stand.
+
+    Args:
+        edges: n + 1 ascending edges.
+        counts: n counts.
+        before: Calibrated thresholds, low and high.
+        after: Trained thresholds, low and high.
+    """
+    together = math.ceil(len(counts) / MOST_BINS) or 1
+    ends = [*edges[:-1:together], edges[-1]]
+    sums = [sum(counts[i : i + together]) for i in range(0, len(counts), together)]
+    middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
+    widths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    data = [
+        {
+            "type": "bar", "x": middles, "width": widths, "hoverinfo": "x+y",
+            "y": [count if count > 0 else None for count in sums],
+            "marker": {"color": "#b8c4ce", "line": {"width": 0}},
+        }
+    ]  # fmt: skip
+    marks = [_upright(x, BEFORE, "dash") for x in before] + [
+        _upright(x, AFTER, "solid") for x in after
+    ]
+    lowest = min([ends[0], *before, *after])
+    highest = max([ends[-1], *before, *after])
+    room = 0.02 * (highest - lowest) or 1.0
+    layout = {
+        "xaxis": _axis(range=[lowest - room, highest + room], nticks=6),
+        "yaxis": _axis(type="log", dtick=1, exponentformat="power", showexponent="all"),
+        "shapes": marks,
+        "bargap": 0,
+        "margin": {"l": 44, "r": 8, "t": 8, "b": 28},
+    }
+    return _figure(data, layout)
+
+
+def filter_ranges(before: Sequence[float], after: Sequence[float]) -> Figure:
+    """The largest weight of each filter before and after equalization, narrow filters first.
+
+    Args:
+        before: max|W_k| of each filter k.
+        after: The same once scaled.
+    """
+    order = sorted(range(len(before)), key=lambda k: before[k])
+    data = []
+    for name, values, colour, symbol in (
+        ("before", before, BEFORE, "circle-open"),
+        ("after", after, AFTER, "circle"),
+    ):
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": name,
+                "x": [*range(1, len(order) + 1)],
+                "y": [values[k] if values[k] > 0 else None for k in order],
+                "customdata": order,
+                "marker": {"size": 5, "color": colour, "symbol": symbol},
+                "hovertemplate": "filter %{customdata}: %{y:.4g}<extra>" + name + "</extra>",
+            }
+        )  # fmt: skip
+    layout = {
+        "xaxis": _axis("filters, narrow to wide before"),
+        "yaxis": _axis(type="log", dtick=1, exponentformat="power", showexponent="all"),
+        "margin": {"l": 44, "r": 8, "t": 8, "b": 40},
+    }
+    return _figure(data, layout)
+
+
+def layer_bars(
+    layers: Sequence[tuple[str, str, float | None]],
+    y_title: str,
+    *,
+    suffix: str = "",
+) -> Figure:
+    """One bar for each quantized tensor, in the order of the network.
+
+    Args:
+        layers: Layer, kind (``weight`` or ``activation``) and value.
+        y_title: What the value is, with its unit.
+        suffix: Unit, while pointing at a bar.
+    """
+    data = []
+    for kind, colour in COLOURS.items():
+        members = [
+            (place, layer, value)
+            for place, (layer, of, value) in enumerate(layers, 1)
+            if of == kind and value is not None
+        ]
+        if members:
+            data.append(
+                {
+                    "type": "bar", "name": f"{kind}s", "x": [place for place, _, _ in members],
+                    "y": [value for _, _, value in members], "width": 0.86,
+                    "customdata": [escape(layer) for _, layer, _ in members],
+                    "marker": {"color": colour, "line": {"width": 0}},
+                    "hovertemplate": "%{customdata}<br>" + kind + ": %{y:.4g}" + suffix
+                    + "<extra></extra>",
+                }
+            )  # fmt: skip
+    layout = {
+        "xaxis": _axis("tensors, first to last", range=[0, len(layers) + 1], showgrid=False),
+        "yaxis": _axis(y_title, zeroline=True, zerolinecolor="#9aa5b1"),
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        "barmode": "overlay",
+        "hovermode": "closest",
+        "margin": {"l": 52, "r": 12, "t": 34, "b": 44},
+    }
+    return _figure(data, layout)
+
+
+MOST_ERROR = 200.0
+"""Longest bar of a sensitivity, %; past it the logits have nothing left of the float network's."""
+
+
+def sensitivity_bars(rows: Sequence[tuple[str, str, int, float]]) -> Figure:
+    """What quantizing one tensor alone does to the logits: their relative error, so long is bad.
+
+    Args:
+        rows: Layer, kind, bits and the logits' SQNR in dB, the most harmful first.
+    """
+    data = []
+    for kind, colour in COLOURS.items():
+        members = [(place, *row) for place, row in enumerate(rows) if row[1] == kind]
+        if members:
+            data.append(
+                {
+                    "type": "bar", "orientation": "h", "name": f"{kind}s", "width": 0.78,
+                    "y": [place for place, *_ in members],
+                    "x": [min(100 * 10 ** (-db / 20), MOST_ERROR) for *_, db in members],
+                    "text": [plain(db, 1, " dB") for *_, db in members],
+                    "textposition": "auto", "textfont": {"size": 10}, "cliponaxis": False,
+                    "customdata": [f"{escape(layer)} ({bits} bits)" for _, layer, _, bits, _ in members],
+                    "marker": {"color": colour, "line": {"width": 0}},
+                    "hovertemplate": "%{customdata}<br>%{x:.3g} % of the logits, %{text}"
+                    "<extra></extra>",
+                }
+            )  # fmt: skip
+    names = [_short(layer, 24) for layer, *_ in rows]
+    layout = {
+        "xaxis": _axis("relative error of the logits, %", rangemode="tozero"),
+        "yaxis": _axis(range=[len(rows) - 0.4, -0.6], showgrid=False, tickmode="array",
+                       tickvals=[*range(len(rows))], ticktext=names, tickfont={"size": 11}),
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "margin": {"l": 8, "r": 12, "t": 30, "b": 44},
+    }  # fmt: skip
+    return _figure(data, layout)
+
+
+def wrapped(text: str, width: int = 56) -> str:
+    """A long line as several, for a hover label, as HTML."""
+    lines = textwrap.wrap(text, width, break_long_words=True, break_on_hyphens=False)
+    return "<br>".join(escape(line) for line in lines)
