@@ -21,8 +21,8 @@ from fat.report.reading import finite
 
 __all__ = [
     "Column",
-    "command_line",
     "cell",
+    "command_line",
     "embed",
     "escape",
     "facts",
@@ -58,11 +58,11 @@ def escape(value: object) -> str:
 
 
 def embed(content: Any) -> str:
-    """Plain data as JSON that is safe inside a script element: no ``<`` and no NaN is left.
+    r"""Plain data as JSON that is safe inside a script element: no ``<`` and no NaN is left.
 
     Examples:
         >>> embed({"x": [1.0, float("nan")], "name": "</script>"})
-        '{"x":[1.0,null],"name":"\\\\u003c/script\\\\u003e"}'
+        '{"x":[1.0,null],"name":"\\u003c/script\\u003e"}'
     """
     text = json.dumps(_plain(content), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":

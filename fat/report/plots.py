@@ -11,6 +11,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from fat.report.grid import Panel, Stage, pareto_front
@@ -280,8 +281,8 @@ def histogram(
     together = math.ceil(len(counts) / MOST_BINS) or 1
     ends = [*edges[:-1:together], edges[-1]]
     sums = [sum(counts[i : i + together]) for i in range(0, len(counts), together)]
-    middles = [(a + b) / 2 for a, b in zip(ends, ends[1:], strict=False)]
-    widths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    middles = [(a + b) / 2 for a, b in pairwise(ends)]
+    widths = [b - a for a, b in pairwise(ends)]
     data = [
         {
             "type": "bar", "x": middles, "width": widths, "hoverinfo": "x+y",
@@ -400,7 +401,7 @@ def sensitivity_bars(rows: Sequence[tuple[str, str, int, float]]) -> Figure:
                     "x": [min(100 * 10 ** (-db / 20), MOST_ERROR) for *_, db in members],
                     "text": [plain(db, 1, " dB") for *_, db in members],
                     "textposition": "auto", "textfont": {"size": 10}, "cliponaxis": False,
-                    "customdata": [f"{escape(layer)} ({bits} bits)" for _, layer, _, bits, _ in members],
+                    "customdata": [f"{escape(row[1])} ({row[3]} bits)" for row in members],
                     "marker": {"color": colour, "line": {"width": 0}},
                     "hovertemplate": "%{customdata}<br>%{x:.3g} % of the logits, %{text}"
                     "<extra></extra>",

@@ -30,12 +30,14 @@ __all__ = [
     "finite",
     "is_run",
     "is_sweep",
+    "latencies",
     "number",
     "read_csv",
     "read_json",
     "read_run",
     "read_sweep",
     "texts",
+    "total_seconds",
     "word",
 ]
 
@@ -147,6 +149,24 @@ def word(nested: object, path: str) -> str | None:
     """The text under a dotted path, else ``None``."""
     found = dig(nested, path)
     return found if isinstance(found, str) and found else None
+
+
+def latencies(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Milliseconds that one image takes, by export target, of files that were measured."""
+    exported = metrics.get("exported")
+    found = {
+        str(target): number(report, "latency_ms.quantized")
+        for target, report in (exported.items() if isinstance(exported, Mapping) else ())
+    }
+    return {target: time for target, time in found.items() if time is not None}
+
+
+def total_seconds(metrics: Mapping[str, Any]) -> float | None:
+    """Seconds of all stages of a run together; ``None`` where none is known."""
+    stages = metrics.get("seconds")
+    found = [finite(value) for value in stages.values()] if isinstance(stages, Mapping) else []
+    known = [value for value in found if value is not None]
+    return sum(known) if known else None
 
 
 def texts(value: object) -> tuple[str, ...]:
