@@ -77,7 +77,7 @@ def report(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
     Raises:
         FatError: If a directory is neither a run's nor a sweep's, or a file cannot be written.
     """
-    places = list(dict.fromkeys(place.resolve() for place in directories))
+    places = list({place.resolve(): place for place in directories}.values())
     if out is not None and len(places) < 2:
         raise FatError(
             f"--out={out} is where a comparison goes, and one directory is nothing to compare. "

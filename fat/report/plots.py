@@ -69,7 +69,7 @@ def _figure(data: list[Any], layout: Mapping[str, Any], *, left: int = 52) -> Fi
     return {"data": data, "layout": {**base, **layout}}
 
 
-def _axis(title: str = "", **more: Any) -> dict[str, Any]:
+def _axis(title: str = "", /, **more: Any) -> dict[str, Any]:
     axis: dict[str, Any] = {
         "gridcolor": GRID,
         "zeroline": False,

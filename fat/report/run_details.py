@@ -34,6 +34,7 @@ __all__ = [
     "training_section",
 ]
 
+LOSSES = ("train/loss", "val/loss")
 MOST_HISTOGRAMS = 12
 MOST_FILTERS = 12
 MOST_SENSITIVE = 30
@@ -67,9 +68,7 @@ def training_section(run: Run, history: Sequence[Mapping[str, str]] | None) -> s
             if word(told, key):
                 entries.append((name, escape(told[key])))
     curves_found = _named(history or ())
-    losses = {
-        name: curves_found[name] for name in ("train/loss", "val/loss") if name in curves_found
-    }
+    losses = {name: points for name, points in curves_found.items() if name in LOSSES}
     parts = [facts(entries)]
     if losses:
         best = number(told, "best_step") if "val/loss" in losses else None
