@@ -19,6 +19,7 @@ __all__ = [
     "Stage",
     "choose_measure",
     "final_loss",
+    "is_axis",
     "labels_of",
     "loss",
     "panels",
@@ -83,13 +84,17 @@ def varied_options(runs: Sequence[Run]) -> dict[str, list[str]]:
     Args:
         runs: Any runs.
     """
-    typed = [_typed(run) for run in runs]
-    same = len({frozenset(options) for options in typed}) == 1 and any(typed)
-    if not same:
-        typed = [_flat(run.config) if run.config else options for run, options in zip(
-            runs, typed, strict=True)]  # fmt: skip
-    names = dict.fromkeys(name for options in typed for name in options)
-    columns = {name: [options.get(name, "") for options in typed] for name in names}
+    options = [_typed(run) for run in runs]
+    if len({frozenset(typed) for typed in options}) != 1 or not any(options):
+        # A run without a configuration is known by what was typed, as far as the names agree.
+        whole = [_flat(run.config) for run in runs]
+        known = {name for flat in whole for name in flat}
+        options = [
+            flat or {name: value for name, value in typed.items() if name in known or not known}
+            for flat, typed in zip(whole, options, strict=True)
+        ]
+    names = dict.fromkeys(name for found in options for name in found)
+    columns = {name: [found.get(name, "") for found in options] for name in names}
     return {
         name: values
         for name, values in columns.items()
@@ -115,6 +120,11 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 def _is(name: str, among: Sequence[str]) -> bool:
     return any(name == entry or name.startswith(f"{entry}.") for entry in among)
+
+
+def is_axis(option: str) -> bool:
+    """Whether an option is shown by the axes and titles of heat maps: network, bits and init."""
+    return _is(option, AXES)
 
 
 @dataclass(frozen=True)
@@ -248,7 +258,7 @@ def panels(
     """
     names = labels_of(runs)
     places = [i for i, label in enumerate(names) if label.bits]
-    further = [name for name in varied if not _is(name, (*AXES, *REPEATS))]
+    further = [name for name in varied if not is_axis(name) and not _is(name, REPEATS)]
     cells: list[tuple[str, ...]] = [(n.network, n.bits, n.init) for n in names]
     used, along = [], []
     for name in further:

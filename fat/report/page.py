@@ -34,6 +34,7 @@ __all__ = [
     "plain",
     "plot",
     "section",
+    "short",
     "slug",
     "table",
     "tiles",
@@ -100,6 +101,17 @@ def plain(value: object, digits: int = 2, unit: str = "", *, sign: bool = False)
     if not float(text.replace(",", "")):
         text = text.lstrip("+-")  # no minus zero
     return text.replace("-", "−").replace(",", "\u202f") + unit
+
+
+def short(value: object) -> str:
+    """A number for people in three digits, whatever its size.
+
+    Examples:
+        >>> short(-12.359), short(0.0), short(0.00012345), short(None)
+        ('−12.4', '0', '0.000123', '–')
+    """
+    found = finite(value)
+    return "–" if found is None else f"{found:.3g}".replace("-", "−")
 
 
 def slug(text: str) -> str:

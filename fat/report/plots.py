@@ -44,6 +44,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 SCALE = ("#fdfcea", "#edf6c5", "#c9e8b8", "#93d2b9", "#5cb8c0", "#3796bb", "#2c6da5", "#27478c",
          "#1c2a66")  # fmt: skip
 """Light yellow to dark blue, after ColorBrewer's YlGnBu: lightness alone tells more from less."""
+DARK = 0.55
+"""Place in the scale from which on letters are white."""
 LEAST_TOP = 2.0
 """Where the colours of heat maps end at least, points: below that, differences are noise."""
 MOST_POINTS = 1500
@@ -82,9 +84,49 @@ def _axis(title: str = "", /, **more: Any) -> dict[str, Any]:
     return {**axis, **more}
 
 
+def _log_axis(values: Sequence[float | None], title: str = "", **more: Any) -> dict[str, Any]:
+    """A log axis whose ticks are whole figures: plotly.js would write 2 for 0.2 and 5 for 0.5."""
+    positive = [value for value in values if value is not None and value > 0]
+    low, high = (min(positive), max(positive)) if positive else (1.0, 10.0)
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = (1, 2, 5) if len(decades) <= 3 else (1,)
+    every = max(1, math.ceil(len(decades) / 6))
+    ticks = [step * 10.0**decade for decade in decades[::every] for step in steps]
+    return _axis(title, type="log", tickmode="array", tickvals=ticks,
+                 ticktext=[_tick(value) for value in ticks], **more)  # fmt: skip
+
+
+def _tick(value: float) -> str:
+    """A round number, short.
+
+    Examples:
+        >>> [_tick(value) for value in (1e-5, 0.02, 1, 500, 20000, 1e6)]
+        ['1e-5', '0.02', '1', '500', '20k', '1M']
+    """
+    for unit, sign in ((1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value / unit:g}{sign}"
+    if value < 1e-3:
+        digits, _, power = f"{value:.0e}".partition("e")
+        return f"{digits}e{int(power)}"
+    return f"{value:g}"
+
+
 def scale_top(values: Sequence[float]) -> float:
     """The loss at which the colours of all heat maps of a page end, points."""
     return max([LEAST_TOP, *values])
+
+
+class _Layer:
+    """Cells of a heat map whose letters have one colour; the others are empty."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.z: list[list[float | None]] = [[None] * columns for _ in range(rows)]
+        self.text, self.hover, self.runs = ([[""] * columns for _ in range(rows)] for _ in range(3))
+
+    def put(self, y: int, x: int, z: float, text: str, hover: str, runs: str) -> None:
+        self.z[y][x], self.text[y][x] = z, text
+        self.hover[y][x], self.runs[y][x] = hover, runs
 
 
 def heat_map(
@@ -103,9 +145,10 @@ def heat_map(
         status: For every run of the sweep what stands in its cell without a figure.
     """
     rows, columns = range(len(panel.networks)), range(len(panel.bits))
-    z: list[list[float | None]] = [[None for _ in columns] for _ in rows]
-    gaps: list[list[float | None]] = [[None for _ in columns] for _ in rows]
-    text, tips, picks = ([["" for _ in columns] for _ in rows] for _ in range(3))
+    # One layer for cells without a figure, one for light and one for dark ones: letters of a layer
+    # have one colour, and plotly.js's own choice is hard to read on the middle tones.
+    layers = [_Layer(len(rows), len(columns)) for _ in range(3)]
+    gaps, light, dark = layers
     for y, network in enumerate(panel.networks):
         for x, bits in enumerate(panel.bits):
             cell = panel.cells.get((network, bits))
@@ -114,25 +157,30 @@ def heat_map(
             mean = cell.mean(stage)
             runs = cell.runs
             more = f"<br><i>and {len(runs) - 1} more: choose the cell</i>" if len(runs) > 1 else ""
-            tips[y][x] = hover[runs[0]] + more
-            picks[y][x] = " ".join(map(str, runs))
+            told = (hover[runs[0]] + more, " ".join(map(str, runs)))
             if mean is None:
-                gaps[y][x] = 0.0
-                text[y][x] = escape(status[runs[0]])
+                # Finished without a figure of this stage: nothing was trained.
+                word = "–" if status[runs[0]] == "finished" else escape(status[runs[0]])
+                gaps.put(y, x, 0.0, word, *told)
             else:
-                z[y][x] = math.sqrt(max(mean, 0.0))
-                text[y][x] = plain(mean, 2 if abs(mean) < 10 else 1)
-    shared = {
-        "type": "heatmap", "x": [*columns], "y": [*rows], "text": text, "hovertext": tips,
-        "customdata": picks, "texttemplate": "%{text}", "hoverinfo": "text", "showscale": False,
-        "xgap": 2, "ygap": 2, "hoverongaps": False,
-    }  # fmt: skip
+                shade = math.sqrt(min(max(mean, 0.0), top) / top)
+                layer = dark if shade > DARK else light
+                layer.put(y, x, shade, plain(mean, 2 if abs(mean) < 10 else 1), *told)
     steps = len(SCALE) - 1
+    colours = [[i / steps, colour] for i, colour in enumerate(SCALE)]
+    looks = (
+        ([[0, PAPER], [1, PAPER]], MUTED, 11),
+        (colours, INK, 12),
+        (colours, "#ffffff", 12),
+    )
     data = [
-        {**shared, "z": gaps, "colorscale": [[0, PAPER], [1, PAPER]], "zmin": 0, "zmax": 1,
-         "textfont": {"size": 11, "color": MUTED}},
-        {**shared, "z": z, "colorscale": [[i / steps, c] for i, c in enumerate(SCALE)], "zmin": 0,
-         "zmax": math.sqrt(top), "textfont": {"size": 12}},
+        {
+            "type": "heatmap", "x": [*columns], "y": [*rows], "z": layer.z, "text": layer.text,
+            "hovertext": layer.hover, "customdata": layer.runs, "texttemplate": "%{text}",
+            "hoverinfo": "text", "showscale": False, "xgap": 2, "ygap": 2, "hoverongaps": False,
+            "zmin": 0, "zmax": 1, "colorscale": scale, "textfont": {"size": size, "color": ink},
+        }
+        for layer, (scale, ink, size) in zip(layers, looks, strict=True)
     ]  # fmt: skip
     flat = {"showgrid": False, "showline": False, "fixedrange": True, "tickmode": "array"}
     layout = {
@@ -210,7 +258,6 @@ def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> Figure:
 
 def curves(
     named: Mapping[str, tuple[Sequence[float], Sequence[float]]],
-    y_title: str,
     *,
     log: bool = False,
     best: float | None = None,
@@ -220,11 +267,11 @@ def curves(
     Args:
         named: Steps and values by name; a name that starts with ``val/`` has few points, which are
             marked.
-        y_title: What they are, with the unit.
         log: Whether the axis of values is logarithmic; values that are not positive are left out.
         best: The step whose network was kept.
     """
     data: list[Any] = []
+    drawn = [value for _, values in named.values() for value in values]
     for name, (steps, values) in named.items():
         points = [(x, y if not log or y > 0 else None) for x, y in zip(steps, values, strict=True)]
         points = points[:: max(1, math.ceil(len(points) / MOST_POINTS))]
@@ -241,8 +288,9 @@ def curves(
             }
         )  # fmt: skip
     layout: dict[str, Any] = {
+        "margin": {"l": 44, "r": 12, "t": 10, "b": 44},
         "xaxis": _axis("optimizer step", rangemode="tozero"),
-        "yaxis": _axis(y_title, **({"type": "log", "dtick": "D2"} if log else {})),
+        "yaxis": _log_axis(drawn) if log else _axis(),
         "showlegend": len(named) > 1,
         "hovermode": "closest",
     }
@@ -252,7 +300,7 @@ def curves(
             {"x": best, "y": 1, "yref": "paper", "text": f"best: step {best:g}", "showarrow": False,
              "xanchor": "auto", "yanchor": "bottom", "font": {"size": 11, "color": BEFORE}}
         ]  # fmt: skip
-        layout["margin"] = {"l": 52, "r": 12, "t": 26, "b": 44}
+        layout["margin"] = {"l": 44, "r": 12, "t": 26, "b": 44}
     return _figure(data, layout)
 
 
@@ -298,7 +346,7 @@ def histogram(
     room = 0.02 * (highest - lowest) or 1.0
     layout = {
         "xaxis": _axis(range=[lowest - room, highest + room], nticks=6),
-        "yaxis": _axis(type="log", dtick=1, exponentformat="power", showexponent="all"),
+        "yaxis": _log_axis([1.0, *sums]),
         "shapes": marks,
         "bargap": 0,
         "margin": {"l": 44, "r": 8, "t": 8, "b": 28},
@@ -331,24 +379,18 @@ def filter_ranges(before: Sequence[float], after: Sequence[float]) -> Figure:
         )  # fmt: skip
     layout = {
         "xaxis": _axis("filters, narrow to wide before"),
-        "yaxis": _axis(type="log", dtick=1, exponentformat="power", showexponent="all"),
+        "yaxis": _log_axis([*before, *after]),
         "margin": {"l": 44, "r": 8, "t": 8, "b": 40},
     }
     return _figure(data, layout)
 
 
-def layer_bars(
-    layers: Sequence[tuple[str, str, float | None]],
-    y_title: str,
-    *,
-    suffix: str = "",
-) -> Figure:
+def layer_bars(layers: Sequence[tuple[str, str, float | None]], unit: str) -> Figure:
     """One bar for each quantized tensor, in the order of the network.
 
     Args:
         layers: Layer, kind (``weight`` or ``activation``) and value.
-        y_title: What the value is, with its unit.
-        suffix: Unit, while pointing at a bar.
+        unit: Of the values.
     """
     data = []
     for kind, colour in COLOURS.items():
@@ -364,18 +406,17 @@ def layer_bars(
                     "y": [value for _, _, value in members], "width": 0.86,
                     "customdata": [escape(layer) for _, layer, _ in members],
                     "marker": {"color": colour, "line": {"width": 0}},
-                    "hovertemplate": "%{customdata}<br>" + kind + ": %{y:.4g}" + suffix
-                    + "<extra></extra>",
+                    "hovertemplate": f"%{{customdata}}<br>{kind}: %{{y:.4g}} {unit}<extra></extra>",
                 }
             )  # fmt: skip
     layout = {
         "xaxis": _axis("tensors, first to last", range=[0, len(layers) + 1], showgrid=False),
-        "yaxis": _axis(y_title, zeroline=True, zerolinecolor="#9aa5b1"),
+        "yaxis": _axis(zeroline=True, zerolinecolor="#9aa5b1"),
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "barmode": "overlay",
         "hovermode": "closest",
-        "margin": {"l": 52, "r": 12, "t": 34, "b": 44},
+        "margin": {"l": 40, "r": 12, "t": 34, "b": 44},
     }
     return _figure(data, layout)
 

@@ -18,6 +18,7 @@ from fat.report.page import (
     plain,
     plot,
     section,
+    short,
     table,
 )
 from fat.report.plots import curves, filter_ranges, histogram, layer_bars, sensitivity_bars
@@ -54,10 +55,10 @@ def training_section(run: Run, history: Sequence[Mapping[str, str]] | None) -> s
     if isinstance(told, Mapping):
         for name, key, digits in (
             ("Steps", "steps", 0),
-            ("Loss before, validation images", "calibrated_loss", 5),
+            ("Calibrated loss", "calibrated_loss", 5),
             ("Best loss", "best_loss", 5),
             ("Best step", "best_step", 0),
-            ("Steps undone because of NaN", "restored", 0),
+            ("Steps undone (NaN)", "restored", 0),
         ):
             if number(told, key) is not None:
                 entries.append((name, escape(plain(number(told, key), digits))))
@@ -74,20 +75,20 @@ def training_section(run: Run, history: Sequence[Mapping[str, str]] | None) -> s
         best = number(told, "best_step") if "val/loss" in losses else None
         parts.append(
             plot(
-                curves(losses, "loss", log=True, best=best),
+                curves(losses, log=True, best=best),
                 "Loss over the steps of the training, on training batches and validation images",
                 height=340,
                 title="Loss",
             )
         )
     small = []
-    for name, title, unit in (
-        ("train/lr", "Learning rate", ""),
-        ("val/agreement", "Agreement, validation images", "%"),
-        ("val/sqnr_db", "SQNR, validation images", "dB"),
+    for name, title in (
+        ("train/lr", "Learning rate"),
+        ("val/agreement", "Agreement on validation images, %"),
+        ("val/sqnr_db", "SQNR on validation images, dB"),
     ):
         if name in curves_found:
-            figure = curves({name: curves_found[name]}, unit)
+            figure = curves({name: curves_found[name]})
             small.append(plot(figure, f"{title} over the steps", height=220, title=title))
     if small:
         parts.append(f'<div class="panels">{"".join(small)}</div>')
@@ -144,7 +145,7 @@ def threshold_section(details: object) -> str:
         before, after = _numbers(entry.get("before")) or [], _numbers(entry.get("after")) or []
         layer, kind = str(entry.get("layer", "")), str(entry.get("kind", ""))
         ranges = " → ".join(
-            f"{plain(pair[0], 3)} … {plain(pair[-1], 3)}" for pair in (before, after) if pair
+            f"{short(pair[0])} … {short(pair[-1])}" for pair in (before, after) if pair
         )
         parts.append(
             plot(
@@ -152,7 +153,7 @@ def threshold_section(details: object) -> str:
                 f"Histogram of {layer}, {kind}; thresholds before and after training {ranges}",
                 height=190,
                 title=layer,
-                below=f"{kind}, {plain(entry.get('sqnr_db'), 1, ' dB')}, {ranges}",
+                below=f"{kind}, {plain(entry.get('sqnr_db'), 1, ' dB')}, T {ranges}",
             )
         )
         if len(parts) == MOST_HISTOGRAMS:
@@ -160,11 +161,12 @@ def threshold_section(details: object) -> str:
     if not parts:
         return ""
     return section(
-        "Thresholds of the worst tensors",
+        "Thresholds",
         f'<div class="panels">{"".join(parts)}</div>',
-        intro="How often each value occurs (log axis), and the range that the integer grid covers: "
+        intro="How often each value occurs in the tensors with the lowest SQNR (log axis), and the "
+        "range that the integer grid covers: "
         '<span class="key before">before</span> and <span class="key after">after</span> training. '
-        "What lies outside the lines saturates. The tensors with the lowest SQNR come first.",
+        "What lies outside the lines saturates.",
     )
 
 
@@ -268,8 +270,16 @@ def layer_section(
     ):  # fmt: skip
         values = drawn(key, factor)
         if any(value is not None for *_, value in values):
-            figure = layer_bars(values, unit, suffix=f" {unit}")
-            parts.append(plot(figure, f"{title}, per layer", height=260, title=title, below=why))
+            heading = f"{title}, {unit}"
+            parts.append(
+                plot(
+                    layer_bars(values, unit),
+                    f"{heading}, of each tensor",
+                    height=260,
+                    title=heading,
+                    below=why,
+                )
+            )
     columns = [Column("layer"), Column("kind"),
                *(Column(title, True, why) for _, title, _, _, why in LAYER_COLUMNS)]  # fmt: skip
     rows = []
@@ -352,7 +362,7 @@ def example_section(details: object) -> str:
         image, name = word(entry, "image") or "", str(entry.get("name", ""))
         # Nothing but a picture that is in the page itself: an address would be a request.
         shown = (
-            f'<img src="{image}" alt="{escape(name)}" loading="lazy">'
+            f'<img src="{image}" alt="{escape(name)}">'
             if IMAGE.fullmatch(image)
             else '<div class="no-image">no picture</div>'
         )
@@ -360,7 +370,8 @@ def example_section(details: object) -> str:
         truth = "" if label is None else f'<p class="truth">label: {escape(label)}</p>'
         cards.append(
             f'<article class="example">{shown}<div><h3>{escape(name)}</h3>{truth}'
-            f"{_guesses('float', entry.get('float'))}{_guesses('integers', entry.get('quantized'))}"
+            f"{_guesses('float', entry.get('float'), label)}"
+            f"{_guesses('integers', entry.get('quantized'), label)}"
             "</div></article>"
         )
     looked, differ = number(details, "images"), number(details, "differing")
@@ -372,22 +383,24 @@ def example_section(details: object) -> str:
         else "Test images on which the two networks differ."
     )
     if not cards:
-        return section("Images on which the networks differ", note(text))
+        return section("Differing images", note(text))
     return section(
-        "Images on which the networks differ",
+        "Differing images",
         f'<div class="examples">{"".join(cards)}</div>',
         intro=escape(text) + " Each network's three likeliest classes:",
     )
 
 
-def _guesses(title: str, guesses: object) -> str:
+def _guesses(title: str, guesses: object, label: object) -> str:
     rows = []
     for guess in guesses if isinstance(guesses, list) else []:
         share = number(guess, "p")
         width = 100 * min(max(share or 0.0, 0.0), 1.0)
+        name = dig(guess, "class")
+        mark = ' class="right"' if label is not None and name == label else ""
         rows.append(
             f'<li><span class="bar" style="width:{width:.1f}%"></span>'
-            f"<span>{escape(dig(guess, 'class'))}</span>"
+            f"<span{mark}>{escape(name)}</span>"
             f"<b>{plain(None if share is None else 100 * share, 0, ' %')}</b></li>"
         )
     return f'<h4>{escape(title)}</h4><ol class="guesses">{"".join(rows)}</ol>' if rows else ""

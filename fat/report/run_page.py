@@ -143,7 +143,7 @@ def _header(run: Run) -> str:
     back = '<a class="back" href="../report.html">The sweep</a>' if is_sweep(place.parent) else ""
     return (
         f"{back}<h1>{escape(_title(run))} {pill(run.status)}</h1>"
-        f'<p class="under">{escape(under)}</p>{command_line(run.command)}'
+        f'<p class="under">{escape(under)}</p>{command_line(run.command) if run.command else ""}'
     )
 
 
@@ -247,7 +247,7 @@ def _bits(metrics: Mapping[str, Any]) -> str:
     weight, activation = number(metrics, "bits.weight"), number(metrics, "bits.activation")
     if weight is None or activation is None:
         return "–"
-    return f"{weight:.3g}, {activation:.3g}"
+    return f"W{weight:.3g}A{activation:.3g}"
 
 
 def _duration(seconds: float | None) -> str:
@@ -331,4 +331,4 @@ def _files(directory: Path, absent: Sequence[str], problems: Sequence[str]) -> s
         parts.append(folded("Configuration", config.read_text(encoding="utf-8", errors="replace")))
     except OSError:
         parts.append(note("There is no configuration to show."))
-    return section("Files and configuration", *parts)
+    return section("Files", *parts)

@@ -18,6 +18,7 @@ from fat.report.grid import (
     Stage,
     choose_measure,
     final_loss,
+    is_axis,
     labels_of,
     panels,
     varied_options,
@@ -139,7 +140,11 @@ class _Shown:
         return MEASURES[self.measure]
 
     def options(self, place: int) -> list[tuple[str, str]]:
-        return [(name, values[place]) for name, values in self.varied.items() if values[place]]
+        return [
+            (name, values[place])
+            for name, values in self.varied.items()
+            if values[place] and not is_axis(name)
+        ]
 
     def link(self, place: int) -> str | None:
         """Where the run's own page is, ``None`` where there is none."""
@@ -218,7 +223,8 @@ def _summary(shown: _Shown) -> str:
     else:
         parts.append(facts(options))
     parts += [note(problem, "bad") for problem in shown.sweep.problems]
-    return section("What was swept", *parts)
+    title = "What was swept" if shown.sweep.command else "What differs"
+    return section(title, *parts)
 
 
 def _what(shown: _Shown, place: int) -> str:
@@ -410,7 +416,8 @@ def _table(shown: _Shown, table_name: str | None) -> str:
     figures = [
         entry for entry in figures if any(number(run.metrics, entry[1]) is not None for run in runs)
     ]
-    options = list(shown.varied)[:MOST_OPTIONS]
+    # Network, bits and init have columns of their own.
+    options = [name for name in shown.varied if not is_axis(name)][:MOST_OPTIONS]
     columns = [
         Column("run"), Column("status"), Column("network"), Column("bits"), Column("init"),
         *(Column(name) for name in options),

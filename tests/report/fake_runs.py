@@ -25,7 +25,9 @@ from fat.report.sensitivity import SensitivityReport, write_sensitivity
 from fat.sensitivity import TensorSensitivity
 from fat.spec import BITS, QuantSpec
 
-HOSTILE = "</script><script>document.title='broken'</script><b onmouseover=\"x\">&amp; 'q' %{x} $1$ 日本"
+HOSTILE = (
+    "</script><script>document.title='broken'</script><b onmouseover=\"x\">&amp; 'q' %{x} $1$ 日本"
+)
 """What a layer, a class or a message may be called; every page must show it as it is."""
 MEGABYTES = {"mobilenet_v2": 14.0, "mnasnet_100": 17.5, "efficientnet_lite0": 18.5}
 
@@ -180,8 +182,9 @@ def fake_run(
     history: list[tuple[int, str, float]] = []
     for step in range(1, 181):
         loss = 0.4 * math.exp(-step / 60) + 0.08
-        history += [(step, "train/loss", loss * random_.uniform(0.8, 1.2)),
-                    (step, "train/lr", 0.002 * (1 + math.cos(math.pi * step / 180)) / 2)]  # fmt: skip
+        rate = 0.001 * (1 + math.cos(math.pi * step / 180))
+        history += [(step, "train/loss", loss * random_.uniform(0.8, 1.2))]
+        history += [(step, "train/lr", rate)]
     for step in range(0, 181, 30):
         loss = 0.33 * math.exp(-step / 60) + 0.083 + (0.004 if step == 180 else 0)
         history += [(step, "val/loss", loss), (step, "val/agreement", 98 - 20 * loss),
@@ -250,7 +253,9 @@ def _details(layers: Sequence[Sequence[object]], name: str) -> dict[str, Any]:
     classes = ["tabby cat", "Egyptian cat", "tiger cat", "lynx", "remote control"]
     examples = []
     for place in range(5):
-        floats = [{"class": classes[(place + i) % 5], "p": p} for i, p in enumerate((0.48, 0.3, 0.1))]
+        floats = [
+            {"class": classes[(place + i) % 5], "p": p} for i, p in enumerate((0.48, 0.3, 0.1))
+        ]
         integers = [floats[1] | {"p": 0.44}, floats[0] | {"p": 0.41}, floats[2] | {"p": 0.06}]
         examples.append({"image": picture(place), "name": f"n0212304{place}/img_{place}.jpg",
                          "label": classes[place] if place else None,
@@ -262,7 +267,9 @@ def _details(layers: Sequence[Sequence[object]], name: str) -> dict[str, Any]:
 def fail(directory: Path, *, error: str, message: str, command: str | None = None) -> Path:
     """A run that failed before its first figures."""
     directory.mkdir(parents=True)
-    traceback = f'Traceback (most recent call last):\n  File "fat/models.py", line 3\n{error}: {message}\n'
+    traceback = (
+        f'Traceback (most recent call last):\n  File "fat/models.py", line 3\n{error}: {message}\n'
+    )
     (directory / "failure.json").write_text(
         json.dumps({"error": error, "message": message, "traceback": traceback, "command": command})
     )
@@ -270,7 +277,7 @@ def fail(directory: Path, *, error: str, message: str, command: str | None = Non
 
 
 def fake_sweep(directory: Path, *, labelled: bool = True, listed: bool = True) -> Path:
-    """Three networks at three bit-widths with two inits and two granularities, some of which failed.
+    """Three networks at three bit-widths with two inits and two granularities; some fail.
 
     Args:
         directory: Where.
@@ -281,9 +288,7 @@ def fake_sweep(directory: Path, *, labelled: bool = True, listed: bool = True) -
     swept = ["model=mobilenet_v2,mnasnet_100,efficientnet_lite0", "quant.bits=8,6,4",
              "init=mse,percentile", "quant.granularity=vector,scalar"]  # fmt: skip
     (directory / "multirun.yaml").write_text(
-        yaml.safe_dump(
-            {"hydra": {"overrides": {"task": swept, "hydra": ["hydra.mode=MULTIRUN"]}}}
-        )
+        yaml.safe_dump({"hydra": {"overrides": {"task": swept, "hydra": ["hydra.mode=MULTIRUN"]}}})
     )
     jobs = []
     grid = itertools.product(MEGABYTES, (8, 6, 4), ("mse", "percentile"), ("vector", "scalar"))
