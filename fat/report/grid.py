@@ -39,8 +39,8 @@ AXES = ("model", "init", "quant.bits", "quant.weight.bits", "quant.activation.bi
 """Options that the axes and titles of heat maps show, so no panel has to."""
 BESIDE = ("name", "logger", "trainer.progress", "trainer.threads", "data.workers")
 """Options that do not change a result."""
-REPEATS = ("seed",)
-"""Options whose values are repetitions of one measurement: a cell shows their mean."""
+REPEATS = ("seed", "export")
+"""Options that measure the same once more: a cell shows the mean of their runs."""
 
 
 def choose_measure(runs: Sequence[Run]) -> Measure:

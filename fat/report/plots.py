@@ -21,6 +21,7 @@ __all__ = [
     "COLOURS",
     "SCALE",
     "Dot",
+    "before_after",
     "curves",
     "filter_ranges",
     "heat_map",
@@ -34,6 +35,7 @@ __all__ = [
 
 Figure = dict[str, Any]
 
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif"
 INK, MUTED, GRID, PAPER = "#1f2933", "#52606d", "#e4e7eb", "#eceff2"
 WEIGHT, ACTIVATION = "#2a6f97", "#c2720c"
 COLOURS = {"weight": WEIGHT, "activation": ACTIVATION}
@@ -53,18 +55,15 @@ MOST_POINTS = 1500
 MOST_BINS = 200
 
 
-def _figure(data: list[Any], layout: Mapping[str, Any], *, left: int = 52) -> Figure:
+def _figure(data: list[Any], layout: Mapping[str, Any]) -> Figure:
+    font = {"family": FONT, "size": 12, "color": INK}
     base = {
-        "font": {
-            "family": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', sans-serif",
-            "size": 12,
-            "color": INK,
-        },
+        "font": font,
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "margin": {"l": left, "r": 12, "t": 10, "b": 44},
+        "margin": {"l": 52, "r": 12, "t": 10, "b": 44},
         "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "bordercolor": "#9aa5b1",
-                       "font": {"color": INK, "size": 12}},
+                       "font": font},
         "showlegend": False,
         "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
     }  # fmt: skip
@@ -197,6 +196,47 @@ def _short(name: str, most: int = 22) -> str:
     return escape(name if len(name) <= most else name[: most - 1] + "…")
 
 
+def before_after(rows: Sequence[tuple[str, float | None, float | None, str]], title: str) -> Figure:
+    """What each run lost after calibration and after training, one line for each run.
+
+    Args:
+        rows: Name, loss after calibration, loss after training, and what is shown while pointing
+            at it, as HTML; the place in the list is that in the sweep.
+        title: What was lost, with its unit.
+    """
+    data: list[Any] = [
+        {
+            "type": "scatter", "mode": "lines", "hoverinfo": "skip", "showlegend": False,
+            "x": [x for _, before, after, _ in rows for x in (before, after, None)],
+            "y": [y for place in range(len(rows)) for y in (place, place, None)],
+            "line": {"color": "#9aa5b1", "width": 2},
+        }
+    ]  # fmt: skip
+    for name, colour, symbol, place in (
+        ("calibrated only", BEFORE, "circle-open", 1), ("trained", AFTER, "circle", 2),
+    ):  # fmt: skip
+        members = [i for i, row in enumerate(rows) if row[place] is not None]
+        data.append(
+            {
+                "type": "scatter", "mode": "markers", "name": name, "y": members,
+                "x": [rows[i][place] for i in members], "hovertext": [rows[i][3] for i in members],
+                "hoverinfo": "text", "customdata": [str(i) for i in members],
+                "marker": {"size": 11, "color": colour, "symbol": symbol,
+                           "line": {"width": 2, "color": colour}},
+            }
+        )  # fmt: skip
+    layout = {
+        "xaxis": _axis(title, zeroline=True, zerolinecolor="#9aa5b1", rangemode="tozero"),
+        "yaxis": _axis(range=[len(rows) - 0.4, -0.6], tickmode="array", ticklabelstandoff=6,
+                       tickvals=[*range(len(rows))], ticktext=[_short(row[0], 26) for row in rows]),
+        "showlegend": True,
+        "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
+        "hovermode": "closest",
+        "margin": {"l": 8, "r": 16, "t": 30, "b": 44},
+    }  # fmt: skip
+    return _figure(data, layout)
+
+
 @dataclass(frozen=True)
 class Dot:
     """A network in a scatter plot.
@@ -249,7 +289,7 @@ def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> Figure:
         )  # fmt: skip
     layout = {
         "xaxis": _axis(x_title, rangemode="tozero"),
-        "yaxis": _axis(y_title, zeroline=True, zerolinecolor="#9aa5b1"),
+        "yaxis": _axis(y_title, zeroline=True, zerolinecolor="#9aa5b1", rangemode="tozero"),
         "showlegend": True,
         "hovermode": "closest",
     }

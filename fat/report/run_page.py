@@ -168,10 +168,12 @@ def _what_happened(run: Run) -> str:
         if run.command:
             parts.append(f"<p>Try again:</p>{command_line(run.command)}")
         return section("Why it failed", *parts)
-    reached = {"calibrated": "after calibration", "trained": "after training"}
-    where = reached.get(str(run.metrics.get("status")), "before its first figures")
-    text = f"This run has not finished: its last figures were written {where}. "
-    text += "It goes on, or it was stopped. What it left so far is below."
+    reached = {
+        "calibrated": "Its last figures are those after calibration.",
+        "trained": "Its last figures are those after training.",
+    }
+    where = reached.get(str(run.metrics.get("status")), "It has no figures so far.")
+    text = f"This run has not finished: it goes on, or it was stopped. {where}"
     return section("What happened", note(text))
 
 
@@ -180,7 +182,7 @@ def _figures(run: Run, measure: Measure) -> str:
     stage: Stage = "trained" if isinstance(metrics.get("trained"), Mapping) else "calibrated"
     if not isinstance(metrics.get(stage), Mapping):
         return section(
-            "Figures", note("There are no figures: the run ended before its first ones.")
+            "Figures", note("There are no figures: the run did not get to its first ones.")
         )
     before = number(metrics, "calibrated.top1")
     entries = [

@@ -20,6 +20,7 @@ from fat.report.grid import (
     final_loss,
     is_axis,
     labels_of,
+    loss,
     panels,
     varied_options,
 )
@@ -40,7 +41,7 @@ from fat.report.page import (
     table,
     tiles,
 )
-from fat.report.plots import SCALE, Dot, heat_map, scale_top, trade_off, wrapped
+from fat.report.plots import SCALE, Dot, before_after, heat_map, scale_top, trade_off, wrapped
 from fat.report.reading import (
     Run,
     Sweep,
@@ -60,6 +61,8 @@ STATUSES = ("finished", "failed", "unfinished", "not started")
 STAGES: Mapping[Stage, str] = {"trained": "trained", "calibrated": "calibrated only"}
 POINT = 1.0
 """A network this many points below float, or fewer, counts as near it."""
+RUNS_A_PANEL = 2
+"""With fewer cells a panel than this, heat maps would be single squares."""
 MOST_OPTIONS = 12
 """So many options that differ are shown at once; loose runs may differ in dozens."""
 
@@ -286,6 +289,30 @@ def _heat_maps(shown: _Shown, hover: Sequence[str]) -> str:
     ]
     if not stages:
         return ""
+    lost = (
+        "Points of top-1 below the float network"
+        if shown.measure == "accuracy"
+        else "100 − agreement with the float network, in points, because not every run has labels"
+    )
+    title = shown.points.capitalize()
+    if len(laid) > 1 and sum(len(panel.cells) for panel in laid) < RUNS_A_PANEL * len(laid):
+        # Loose runs, each in a panel of its own: one below the other says more.
+        return section(
+            title,
+            plot(
+                before_after(
+                    [(run.name, loss(run, "calibrated", shown.measure),
+                      loss(run, "trained", shown.measure), tip)
+                     for run, tip in zip(shown.runs, hover, strict=True)],
+                    f"{shown.points}, points",
+                ),
+                f"The {shown.points} of each run, calibrated and trained; the table below has the "
+                "same figures",
+                height=90 + 30 * len(shown.runs),
+            ),
+            intro=f"{lost}; left is good. Choose a point for the command that gives its run "
+            "again.",
+        )  # fmt: skip
     values = [
         mean
         for panel in laid
@@ -314,22 +341,19 @@ def _heat_maps(shown: _Shown, hover: Sequence[str]) -> str:
         )
     if along:
         parts.append(
-            note(f"Runs also differ in {', '.join(along[:MOST_OPTIONS])}"
-                 + (" and more" if len(along) > MOST_OPTIONS else "")
-                 + ", together with what the heat maps show.")
-        )  # fmt: skip
-    seeds = any(len(cell.runs) > 1 for panel in laid for cell in panel.cells.values())
-    lost = (
-        "Points of top-1 below the float network"
-        if shown.measure == "accuracy"
-        else "100 − agreement with the float network, in points, because there are no labels"
-    )
+            note(
+                f"Runs also differ in {', '.join(along[:MOST_OPTIONS])}"
+                + (" and more" if len(along) > MOST_OPTIONS else "")
+                + ", together with what the heat maps show."
+            )
+        )
+    several = any(len(cell.runs) > 1 for panel in laid for cell in panel.cells.values())
     return section(
-        shown.points.capitalize(),
+        title,
         *parts,
         intro=f"{lost}; light is good. W4A8 is 4 bits for weights, 8 for activations. Choose a "
         "cell for the command that gives its run again."
-        + (" A cell with several runs shows their mean." if seeds else ""),
+        + (" A cell with several runs shows their mean." if several else ""),
     )
 
 
