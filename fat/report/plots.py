@@ -46,8 +46,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 SCALE = ("#fdfcea", "#edf6c5", "#c9e8b8", "#93d2b9", "#5cb8c0", "#3796bb", "#2c6da5", "#27478c",
          "#1c2a66")  # fmt: skip
 """Light yellow to dark blue, after ColorBrewer's YlGnBu: lightness alone tells more from less."""
-DARK = 0.55
-"""Place in the scale from which on letters are white."""
+DARK = 0.705
+"""Place in the scale from which on letters are white: there black and white are read alike."""
 LEAST_TOP = 2.0
 """Where the colours of heat maps end at least, points: below that, differences are noise."""
 MOST_POINTS = 1500
@@ -169,7 +169,7 @@ def heat_map(
     colours = [[i / steps, colour] for i, colour in enumerate(SCALE)]
     looks = (
         ([[0, PAPER], [1, PAPER]], MUTED, 11),
-        (colours, INK, 12),
+        (colours, "#000000", 12),
         (colours, "#ffffff", 12),
     )
     data = [

@@ -243,9 +243,10 @@ def _below(directory: Path, depth: int) -> Iterable[Path]:
             yield from _below(folder, depth - 1)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Numbers in a name as numbers, before letters."""
     return [
-        (int(part), "") if part.isdigit() else (-1, part)
+        (False, int(part), "") if part.isdecimal() else (True, 0, part)
         for part in re.split(r"([0-9]+)", name)
         if part
     ]

@@ -290,10 +290,11 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
         if isinstance(worst, Mapping):
             share = number(worst, "share")
             percent = plain(None if share is None else 100 * share, 3, " %")
-            integers += f"; worst {worst.get('layer')}: {percent} by {worst.get('steps')}"
+            integers += f"; worst {worst.get('layer')}: {percent} by up to {worst.get('steps')}"
     floating = dig(report, "kernels.float_layers")
-    kernels = f"{plain(number(report, 'kernels.integer_layers'), 0)} layers in integers"
-    kernels += ", none in float" if not floating else f", in float: {floating}"
+    names = ", ".join(map(str, floating)) if isinstance(floating, list) else ""
+    kernels = f"{plain(number(report, 'kernels.integer_layers'), 0)} layers in integers, "
+    kernels += f"in float: {names}" if names else "none in float"
     time, size = "latency_ms", "size_mb"
     threads = number(report, "latency_ms.threads")
     faster = plain(number(report, f"{time}.ratio"), 2)

@@ -171,6 +171,10 @@ def fake_run(
         name: What layers are called, with a place for their number.
         overrides: What Hydra notes.
     """
+
+    def called(place: int) -> str:
+        return name.replace("{}", str(place))
+
     told = metrics() if told is None else told
     random_ = random.Random(7)
     directory.mkdir(parents=True)
@@ -197,7 +201,7 @@ def fake_run(
         alpha = random_.uniform(0.72, 0.99)
         trained = place % 7 != 3
         layers.append(
-            (name.format(place // 2), kind, 8, 64 if kind == "weight" else 1, f"{db:.3f}",
+            (called(place // 2), kind, 8, 64 if kind == "weight" else 1, f"{db:.3f}",
              f"{10 ** random_.uniform(-5, -2):.6g}", 2.5, 2.5 * alpha,
              *((f"{alpha:.4f}", f"{alpha - 0.1:.4f}", 1.0, f"{random_.random() * 0.2:.4f}")
                if trained else ("", "", "", "")))
@@ -211,7 +215,7 @@ def fake_run(
     table(
         directory / "equalization.csv",
         ("method", "first", "following", "channels", "locked", "first_before", "first_after"),
-        [("balanced", name.format(i), name.format(i + 1), 32, 0, 120.5 / (i + 1), 4.25)
+        [("balanced", called(i), called(i + 1), 32, 0, 120.5 / (i + 1), 4.25)
          for i in range(3)],
     )  # fmt: skip
     (directory / "details.json").write_text(json.dumps(_details(layers, name)))
@@ -248,7 +252,7 @@ def _details(layers: Sequence[Sequence[object]], name: str) -> dict[str, Any]:
     filters = []
     for place in range(3):
         before = np.exp(generator.normal(-2, 1.2, 64))
-        filters.append({"layer": name.format(place), "before": before.tolist(),
+        filters.append({"layer": name.replace("{}", str(place)), "before": before.tolist(),
                         "after": (before ** 0.2 * 0.5).tolist()})  # fmt: skip
     classes = ["tabby cat", "Egyptian cat", "tiger cat", "lynx", "remote control"]
     examples = []
