@@ -154,6 +154,32 @@ document.addEventListener("keydown", (event) => {
 
 const hovers = matchMedia("(hover: hover) and (min-width: 700px)").matches;
 
+// The runs that an event of a plot is about.
+function placesOf(event) {
+  const chosen = event.points[0].customdata;
+  return runs.length && typeof chosen === "string" && chosen ? chosen.split(" ").map(Number) : [];
+}
+
+// What is shown of a run beside the pointer, on this side of the window's edges.
+const tip = element("div");
+tip.id = "tip";
+tip.hidden = true;
+tip.setAttribute("aria-hidden", "true");
+document.body.append(tip);
+
+function point(places, at) {
+  const run = runs[places[0]];
+  const more = places.length > 1 ? ` and ${places.length - 1} more` : "";
+  tip.replaceChildren(element("b", run.title + more), ...run.lines.map((line) => element("div", line)));
+  if (run.command) tip.append(element("code", run.command));
+  tip.hidden = false;
+  const { width, height } = tip.getBoundingClientRect();
+  const left = at.clientX + 16 + width < innerWidth ? at.clientX + 16 : at.clientX - 16 - width;
+  const top = at.clientY + 16 + height < innerHeight ? at.clientY + 16 : at.clientY - 16 - height;
+  tip.style.left = `${Math.max(4, left)}px`;
+  tip.style.top = `${Math.max(4, top)}px`;
+}
+
 function draw(canvas) {
   if (canvas.dataset.drawn) return;
   canvas.dataset.drawn = "yes";
@@ -161,13 +187,21 @@ function draw(canvas) {
   layout.autosize = true;
   // A finger that scrolls over a plot scrolls the page.
   layout.dragmode = hovers ? "zoom" : false;
-  const options = { responsive: true, displaylogo: false, displayModeBar: hovers ? "hover" : false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+  const still = layout.xaxis.fixedrange;
+  const options = { responsive: true, displaylogo: false,
+    displayModeBar: hovers && !still ? "hover" : false,
+    modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };
   Plotly.newPlot(canvas, data, layout, options).then(() => {
     canvas.on("plotly_click", (event) => {
-      const chosen = event.points[0].customdata;
-      if (runs.length && typeof chosen === "string" && chosen) pick(chosen.split(" ").map(Number));
+      const places = placesOf(event);
+      tip.hidden = true;
+      if (places.length) pick(places);
     });
+    canvas.on("plotly_hover", (event) => {
+      const places = placesOf(event);
+      if (hovers && places.length && event.event) point(places, event.event);
+    });
+    canvas.on("plotly_unhover", () => { tip.hidden = true; });
   });
 }
 

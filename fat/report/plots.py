@@ -1,5 +1,8 @@
 """Figures of the report pages as plain data, which plotly.js draws.
 
+What stands for a run carries its place in the sweep as ``customdata``: page.js then shows the run
+beside the pointer. plotly.js itself leaves out a label that is higher than its plot.
+
 They are built as dictionaries, not with plotly's graph objects: those take a fifth of a second a
 page and put eight kilobytes of unused styles into every figure. A test gives each figure to the
 graph objects, which refuse what plotly.js would ignore.
@@ -8,7 +11,6 @@ graph objects, which refuse what plotly.js would ignore.
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -30,7 +32,6 @@ __all__ = [
     "scale_top",
     "sensitivity_bars",
     "trade_off",
-    "wrapped",
 ]
 
 Figure = dict[str, Any]
@@ -121,16 +122,13 @@ class _Layer:
 
     def __init__(self, rows: int, columns: int) -> None:
         self.z: list[list[float | None]] = [[None] * columns for _ in range(rows)]
-        self.text, self.hover, self.runs = ([[""] * columns for _ in range(rows)] for _ in range(3))
+        self.text, self.runs = ([[""] * columns for _ in range(rows)] for _ in range(2))
 
-    def put(self, y: int, x: int, z: float, text: str, hover: str, runs: str) -> None:
-        self.z[y][x], self.text[y][x] = z, text
-        self.hover[y][x], self.runs[y][x] = hover, runs
+    def put(self, y: int, x: int, z: float, text: str, runs: str) -> None:
+        self.z[y][x], self.text[y][x], self.runs[y][x] = z, text, runs
 
 
-def heat_map(
-    panel: Panel, stage: Stage, top: float, hover: Sequence[str], status: Sequence[str]
-) -> Figure:
+def heat_map(panel: Panel, stage: Stage, top: float, status: Sequence[str]) -> Figure:
     """What was lost, by network and bits, with the figure in each cell.
 
     Colours follow the square root of the loss, so that one and two points can be told apart beside
@@ -140,7 +138,6 @@ def heat_map(
         panel: From :func:`fat.report.grid.panels`.
         stage: ``calibrated`` or ``trained``.
         top: Loss of the darkest colour, points.
-        hover: For every run of the sweep what is shown while pointing at it, as HTML.
         status: For every run of the sweep what stands in its cell without a figure.
     """
     rows, columns = range(len(panel.networks)), range(len(panel.bits))
@@ -155,16 +152,15 @@ def heat_map(
                 continue
             mean = cell.mean(stage)
             runs = cell.runs
-            more = f"<br><i>and {len(runs) - 1} more: choose the cell</i>" if len(runs) > 1 else ""
-            told = (hover[runs[0]] + more, " ".join(map(str, runs)))
+            places = " ".join(map(str, runs))
             if mean is None:
                 # Finished without a figure of this stage: nothing was trained.
                 word = "–" if status[runs[0]] == "finished" else escape(status[runs[0]])
-                gaps.put(y, x, 0.0, word, *told)
+                gaps.put(y, x, 0.0, word, places)
             else:
                 shade = math.sqrt(min(max(mean, 0.0), top) / top)
                 layer = dark if shade > DARK else light
-                layer.put(y, x, shade, plain(mean, 2 if abs(mean) < 10 else 1), *told)
+                layer.put(y, x, shade, plain(mean, 2 if abs(mean) < 10 else 1), places)
     steps = len(SCALE) - 1
     colours = [[i / steps, colour] for i, colour in enumerate(SCALE)]
     looks = (
@@ -175,8 +171,8 @@ def heat_map(
     data = [
         {
             "type": "heatmap", "x": [*columns], "y": [*rows], "z": layer.z, "text": layer.text,
-            "hovertext": layer.hover, "customdata": layer.runs, "texttemplate": "%{text}",
-            "hoverinfo": "text", "showscale": False, "xgap": 2, "ygap": 2, "hoverongaps": False,
+            "customdata": layer.runs, "texttemplate": "%{text}", "hoverinfo": "none",
+            "showscale": False, "xgap": 2, "ygap": 2, "hoverongaps": False,
             "zmin": 0, "zmax": 1, "colorscale": scale, "textfont": {"size": size, "color": ink},
         }
         for layer, (scale, ink, size) in zip(layers, looks, strict=True)
@@ -196,18 +192,18 @@ def _short(name: str, most: int = 22) -> str:
     return escape(name if len(name) <= most else name[: most - 1] + "…")
 
 
-def before_after(rows: Sequence[tuple[str, float | None, float | None, str]], title: str) -> Figure:
+def before_after(rows: Sequence[tuple[str, float | None, float | None]], title: str) -> Figure:
     """What each run lost after calibration and after training, one line for each run.
 
     Args:
-        rows: Name, loss after calibration, loss after training, and what is shown while pointing
-            at it, as HTML; the place in the list is that in the sweep.
+        rows: Name, loss after calibration and loss after training; the place in the list is that
+            in the sweep.
         title: What was lost, with its unit.
     """
     data: list[Any] = [
         {
             "type": "scatter", "mode": "lines", "hoverinfo": "skip", "showlegend": False,
-            "x": [x for _, before, after, _ in rows for x in (before, after, None)],
+            "x": [x for _, before, after in rows for x in (before, after, None)],
             "y": [y for place in range(len(rows)) for y in (place, place, None)],
             "line": {"color": "#9aa5b1", "width": 2},
         }
@@ -219,8 +215,8 @@ def before_after(rows: Sequence[tuple[str, float | None, float | None, str]], ti
         data.append(
             {
                 "type": "scatter", "mode": "markers", "name": name, "y": members,
-                "x": [rows[i][place] for i in members], "hovertext": [rows[i][3] for i in members],
-                "hoverinfo": "text", "customdata": [str(i) for i in members],
+                "x": [rows[i][place] for i in members], "hoverinfo": "none",
+                "customdata": [str(i) for i in members],
                 "marker": {"size": 11, "color": colour, "symbol": symbol,
                            "line": {"width": 2, "color": colour}},
             }
@@ -246,14 +242,12 @@ class Dot:
         y: Loss, points.
         group: Its architecture.
         run: Its place in the sweep.
-        hover: What is shown while pointing at it, as HTML.
     """
 
     x: float
     y: float
     group: str
     run: int
-    hover: str
 
 
 def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> Figure:
@@ -278,7 +272,7 @@ def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> Figure:
             {
                 "type": "scatter", "mode": "markers", "name": _short(group, 30),
                 "x": [dot.x for dot in members], "y": [dot.y for dot in members],
-                "hovertext": [dot.hover for dot in members], "hoverinfo": "text",
+                "hoverinfo": "none",
                 "customdata": [str(dot.run) for dot in members],
                 "marker": {
                     "size": 11, "opacity": 0.9, "color": NETWORKS[place % len(NETWORKS)],
@@ -499,9 +493,3 @@ def sensitivity_bars(rows: Sequence[tuple[str, str, int, float]]) -> Figure:
         "margin": {"l": 8, "r": 12, "t": 30, "b": 44},
     }  # fmt: skip
     return _figure(data, layout)
-
-
-def wrapped(text: str, width: int = 56) -> str:
-    """A long line as several, for a hover label, as HTML."""
-    lines = textwrap.wrap(text, width, break_long_words=True, break_on_hyphens=False)
-    return "<br>".join(escape(line) for line in lines)

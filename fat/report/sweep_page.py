@@ -41,7 +41,7 @@ from fat.report.page import (
     table,
     tiles,
 )
-from fat.report.plots import SCALE, Dot, before_after, heat_map, scale_top, trade_off, wrapped
+from fat.report.plots import SCALE, Dot, before_after, heat_map, scale_top, trade_off
 from fat.report.reading import (
     Run,
     Sweep,
@@ -164,11 +164,10 @@ def sweep_page(sweep: Sweep, table_name: str | None = None) -> str:
     """
     runs = sweep.runs
     shown = _Shown(sweep, runs, labels_of(runs), varied_options(runs), choose_measure(runs))
-    hover = [_hover(shown, place) for place in range(len(runs))]
     sections = [
         _summary(shown),
-        _heat_maps(shown, hover),
-        _trade_offs(shown, hover),
+        _heat_maps(shown),
+        _trade_offs(shown),
         _table(shown, table_name),
         _failures(shown),
         _others(shown),
@@ -235,19 +234,6 @@ def _what(shown: _Shown, place: int) -> str:
     return " ".join(text for text in (label.network, label.bits, label.init) if text)
 
 
-def _hover(shown: _Shown, place: int) -> str:
-    """What a heat map or a point shows of a run while pointing at it."""
-    run = shown.runs[place]
-    lines = [f"<b>{escape(_what(shown, place))}</b>"]
-    lines += [escape(f"{name}={value}") for name, value in shown.options(place)]
-    lines += [escape(f"{name}: {value}") for name, value in _told(run)]
-    if run.error:
-        lines.append(wrapped(run.error[:200]))
-    if run.command:
-        lines.append(f"<i>{wrapped(run.command[:400])}</i>")
-    return "<br>".join(lines)
-
-
 def _told(run: Run) -> list[tuple[str, str]]:
     """Figures of a run in words, without those it does not have."""
     metrics = run.metrics
@@ -280,7 +266,7 @@ def _pick(shown: _Shown, place: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _heat_maps(shown: _Shown, hover: Sequence[str]) -> str:
+def _heat_maps(shown: _Shown) -> str:
     laid, along = panels(shown.runs, shown.varied, shown.measure)
     stages = [
         stage
@@ -302,8 +288,7 @@ def _heat_maps(shown: _Shown, hover: Sequence[str]) -> str:
             plot(
                 before_after(
                     [(run.name, loss(run, "calibrated", shown.measure),
-                      loss(run, "trained", shown.measure), tip)
-                     for run, tip in zip(shown.runs, hover, strict=True)],
+                      loss(run, "trained", shown.measure)) for run in shown.runs],
                     f"{shown.points}, points",
                 ),
                 f"The {shown.points} of each run, calibrated and trained; the table below has the "
@@ -326,7 +311,7 @@ def _heat_maps(shown: _Shown, hover: Sequence[str]) -> str:
     for panel in laid:
         maps = [
             plot(
-                heat_map(panel, stage, top, hover, status),
+                heat_map(panel, stage, top, status),
                 f"Heat map of the {shown.points}, {STAGES[stage]}, {_panel_title(panel)}: networks "
                 "down, bits across; the table below has the same figures",
                 height=34 + 40 * len(panel.networks),
@@ -376,7 +361,7 @@ def _legend(top: float, what: str) -> str:
     )
 
 
-def _trade_offs(shown: _Shown, hover: Sequence[str]) -> str:
+def _trade_offs(shown: _Shown) -> str:
     sized: list[Dot] = []
     timed: dict[str, list[Dot]] = {}
     for place, run in enumerate(shown.runs):
@@ -386,9 +371,9 @@ def _trade_offs(shown: _Shown, hover: Sequence[str]) -> str:
         network = shown.labels[place].network
         size = number(run.metrics, "size_mb.quantized")
         if size is not None:
-            sized.append(Dot(size, lost, network, place, hover[place]))
+            sized.append(Dot(size, lost, network, place))
         for target, time in latencies(run.metrics).items():
-            timed.setdefault(target, []).append(Dot(time, lost, network, place, hover[place]))
+            timed.setdefault(target, []).append(Dot(time, lost, network, place))
     if not sized and not timed:
         return ""
     y = f"{shown.points}, points"
@@ -406,12 +391,14 @@ def _trade_offs(shown: _Shown, hover: Sequence[str]) -> str:
                 f"Latency in {runtime or target}",
             )
         )
+    missing = ""
     if not timed:
-        parts.append(note("No run wrote a file that ships (export=onnx, …), so there is no "
+        missing = (note("No run wrote a file that ships (export=onnx, …), so there is no "
                           "latency to show."))  # fmt: skip
     return section(
         "What accuracy costs",
         f'<div class="panels two">{"".join(parts)}</div>',
+        missing,
         intro="Left and low is good. The dotted line is the Pareto front: no other run is as good "
         "in both. Latencies were measured on the machine of each run.",
     )

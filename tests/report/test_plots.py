@@ -24,7 +24,6 @@ from fat.report.plots import (
     scale_top,
     sensitivity_bars,
     trade_off,
-    wrapped,
 )
 from tests.report.fake_runs import HOSTILE
 
@@ -59,7 +58,7 @@ def test_the_classes_refuse_what_they_do_not_know() -> None:
 
 def test_a_heat_map_shows_each_cell_once() -> None:
     status = ["finished", "finished", "failed", "finished"]
-    figure = checked(heat_map(PANEL, "trained", 50.0, ["h0", "h1", "h2", "h3"], status))
+    figure = checked(heat_map(PANEL, "trained", 50.0, status))
     gaps, light, dark = figure["data"]
     assert gaps["text"] == [["", ""], ["", "failed"]]
     assert light["text"] == [["2.00", ""], ["", ""]]
@@ -67,7 +66,6 @@ def test_a_heat_map_shows_each_cell_once() -> None:
     assert light["z"] == [[math.sqrt(2 / 50), None], [None, None]]
     assert dark["z"] == [[None, 1.0], [None, None]]
     assert light["customdata"][0][0] == "0 3"
-    assert light["hovertext"][0][0].startswith("h0<br><i>and 1 more")
     assert gaps["customdata"][1][1] == "2"
     assert gaps["z"][1][0] is None  # no run, no square
     assert "&lt;/script" in figure["layout"]["yaxis"]["ticktext"][1]
@@ -76,9 +74,9 @@ def test_a_heat_map_shows_each_cell_once() -> None:
 def test_what_was_not_trained_is_a_dash_and_a_gain_is_the_lightest() -> None:
     cells = {("a", "W8A8"): cell(0, calibrated=(-0.5,))}
     panel = Panel("mse", {}, ("a",), ("W8A8",), cells)
-    gaps, light, dark = heat_map(panel, "trained", 2.0, ["h"], ["finished"])["data"]
+    gaps, light, dark = heat_map(panel, "trained", 2.0, ["finished"])["data"]
     assert gaps["text"] == [["–"]]
-    _, light, dark = heat_map(panel, "calibrated", 2.0, ["h"], ["finished"])["data"]
+    _, light, dark = heat_map(panel, "calibrated", 2.0, ["finished"])["data"]
     assert (light["z"], light["text"], dark["text"]) == ([[0.0]], [["−0.50"]], [[""]])
 
 
@@ -90,7 +88,7 @@ def luminance(colour: str) -> float:
 
 
 def test_letters_can_be_read_on_every_colour_and_light_is_less() -> None:
-    _, light, dark = heat_map(PANEL, "trained", 50.0, [""] * 4, [""] * 4)["data"]
+    _, light, dark = heat_map(PANEL, "trained", 50.0, [""] * 4)["data"]
     scale = light["colorscale"]
     tones = [luminance(colour) for _, colour in scale]
     assert tones == sorted(tones, reverse=True)
@@ -120,7 +118,7 @@ def test_small_differences_do_not_fill_the_scale() -> None:
 
 
 def test_the_front_is_drawn_through_its_points() -> None:
-    dots = [Dot(3.0, 1.0, "a", 7, "h"), Dot(1.0, 4.0, "b", 2, "h"), Dot(3.0, 2.0, "a", 5, "h")]
+    dots = [Dot(3.0, 1.0, "a", 7), Dot(1.0, 4.0, "b", 2), Dot(3.0, 2.0, "a", 5)]
     figure = checked(trade_off(dots, "MB", "points"))
     front, first, second = figure["data"]
     assert (front["x"], front["y"]) == ([1.0, 3.0], [4.0, 1.0])
@@ -130,7 +128,7 @@ def test_the_front_is_drawn_through_its_points() -> None:
 
 
 def test_many_networks_can_be_told_apart() -> None:
-    dots = [Dot(1.0, 1.0, f"n{i}", i, "") for i in range(40)]
+    dots = [Dot(1.0, 1.0, f"n{i}", i) for i in range(40)]
     looks = {
         (trace["marker"]["color"], trace["marker"]["symbol"])
         for trace in checked(trade_off(dots, "x", "y"))["data"][1:]
@@ -139,7 +137,7 @@ def test_many_networks_can_be_told_apart() -> None:
 
 
 def test_loose_runs_by_their_places() -> None:
-    rows = [("a", 3.0, 1.0, "h"), ("b", None, None, "h"), (HOSTILE, 2.0, None, "h")]
+    rows = [("a", 3.0, 1.0), ("b", None, None), (HOSTILE, 2.0, None)]
     figure = checked(before_after(rows, "points"))
     lines, calibrated, trained = figure["data"]
     assert lines["x"][:3] == [3.0, 1.0, None]
@@ -212,9 +210,3 @@ def test_long_bars_harm() -> None:
 def test_ticks_of_log_axes_are_whole_figures(values: list[float], wanted: list[str]) -> None:
     figure = curves({"val/loss": ([0.0] * len(values), values)}, log=True)
     assert figure["layout"]["yaxis"]["ticktext"] == wanted
-
-
-def test_a_long_command_is_wrapped() -> None:
-    text = wrapped("python train.py " + "x" * 100 + " " + HOSTILE, 40)
-    assert max(len(line) for line in text.replace("&lt;", "<").split("<br>")) < 80
-    assert "</script" not in text
