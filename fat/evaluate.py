@@ -96,6 +96,13 @@ class Disagreements:
         self.images += others.images
         self.differing += others.differing
 
+    def shared(self) -> Disagreements:
+        """What all processes collected, the first one's images first; this one stays as it is."""
+        joined = Disagreements(self.keep)
+        for collected in distributed.gather_objects(self):
+            joined.add(collected)
+        return joined
+
     def _rank(self) -> None:
         self.kept.sort(key=lambda entry: (-entry.confidence, entry.position))
         del self.kept[self.keep :]

@@ -24,7 +24,7 @@ from fat.checkpoint import check_saveable, save
 from fat.config import RunConfig, TrainerConfig
 from fat.data.datamodule import FatDataModule
 from fat.errors import FatError
-from fat.evaluate import accuracy_drop, evaluate
+from fat.evaluate import Disagreements, accuracy_drop, evaluate
 from fat.exports import asked_target, export_student
 from fat.fit import FitResult, fit
 from fat.inputs import Target, finetuned, for_images, make_data, own_classes
@@ -34,7 +34,9 @@ from fat.mixed import choose_bits, mean_bits, size_mb
 from fat.models import FloatNetwork, load_float_network
 from fat.module import NO_LABELS
 from fat.pipeline import prepare
+from fat.report.details import LAYERS, write_details
 from fat.report.export import format_export
+from fat.report.figures import run_figures
 from fat.report.run import (
     advice,
     format_figures,
@@ -43,6 +45,7 @@ from fat.report.run import (
     write_metrics,
     write_thresholds,
 )
+from fat.report.run_page import write_run
 from fat.report.sensitivity import SensitivityReport, format_bits, read_sensitivity
 from fat.runs import (
     CHECKPOINTS,
@@ -189,11 +192,13 @@ def _run(
             shift = float_shift_db(student, data.val_dataloader().to(device))
             logger.info("Equalization moved the float logits to %.1f dB on unseen images.", shift)
 
+    differing = Disagreements()
     if earlier is None:
         with clock("evaluate"):
             before = evaluate(
-                student, data.test_dataloader().to(device), progress=_bar(progress, "calibrated")
-            )
+                student, data.test_dataloader().to(device), progress=_bar(progress, "calibrated"),
+                differing=differing,
+            )  # fmt: skip
     else:
         before = _before(earlier)
     metrics: dict[str, Any] = {
@@ -267,10 +272,12 @@ def _run(
                 result.steps, result.best_step, directory / STUDENT, directory, directory,
             )  # fmt: skip
             raise KeyboardInterrupt
+        differing = Disagreements()
         with clock("evaluate"):
             after = evaluate(
-                student, data.test_dataloader().to(device), progress=_bar(progress, "trained")
-            )
+                student, data.test_dataloader().to(device), progress=_bar(progress, "trained"),
+                differing=differing,
+            )  # fmt: skip
         rows["trained"] = after["quantized"]
         metrics["trained"] = after["quantized"]
         metrics["training"] = asdict(result)
@@ -278,6 +285,7 @@ def _run(
         write_thresholds(directory / THRESHOLDS, student)
     metrics["accuracy_drop"] = after["accuracy_drop"]
     data.share_skipped()
+    seen = differing.shared()
     if not writes:
         return objective({"trained": None, **metrics})
 
@@ -286,25 +294,33 @@ def _run(
         metrics["seconds"] = clock.seconds
         metrics["status"] = "trained" if target is not None else "finished"
         write_metrics(directory / METRICS, metrics)
-        if log is not None:
-            log.log_metrics(flatten(metrics), step=result.steps if result else 0)
         sync = sync_command(log)
         _summarise(directory, spec, rows, metrics, result, student, data, device, sync)
-        if target is not None:  # last: a file that fails its test costs no finished result
+        written: Path | None = None
+        if target is not None:  # late: a file that fails its test costs no finished result
             with clock("export"):
                 report = export_student(
                     student, target, directory, data.test_dataloader(), config.export, metrics,
                     progress=progress,
                 )  # fmt: skip
+            written = directory / report["file"]
             metrics["exported"] = {target.name: report}
-            metrics["seconds"] = clock.seconds
             metrics["status"] = "finished"
-            write_metrics(directory / METRICS, metrics)
             logger.info("\n%s", format_export(report))
-            if log is not None:
-                log.log_metrics(flatten({"exported": metrics["exported"]}))
+        with clock("report"):
+            student = student.to(device)
+            batch = next(iter(data.val_dataloader().to(device)))
+            write_details(directory, student, batch, seen, names=data.test_names())
+            metrics["seconds"] = clock.seconds
+            write_metrics(directory / METRICS, metrics)
+            write_run(directory)
         if log is not None:
-            log.finalize("success")
+            log_results(
+                log, metrics, result.steps if result else 0,
+                table=directory / LAYERS, figures=run_figures(directory),
+                files=[] if written is None else [written],
+            )  # fmt: skip
+            finish(log)
     return objective({"trained": None, **metrics})
 
 
