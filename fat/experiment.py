@@ -27,8 +27,9 @@ from fat.errors import FatError
 from fat.evaluate import Disagreements, accuracy_drop, evaluate
 from fat.exports import asked_target, export_student
 from fat.fit import FitResult, fit
+from fat.hub import check_before, push_to_hub
 from fat.inputs import Target, finetuned, for_images, make_data, own_classes
-from fat.loggers import make_logger, sync_command
+from fat.loggers import finish, log_results, make_logger, sync_command
 from fat.memo import LogitsMemo
 from fat.mixed import choose_bits, mean_bits, size_mb
 from fat.models import FloatNetwork, load_float_network
@@ -45,7 +46,7 @@ from fat.report.run import (
     write_metrics,
     write_thresholds,
 )
-from fat.report.run_page import write_run
+from fat.report.run_page import HTML, write_run
 from fat.report.sensitivity import SensitivityReport, format_bits, read_sensitivity
 from fat.runs import (
     CHECKPOINTS,
@@ -134,6 +135,8 @@ def _run(
         earlier = begin(directory, config, resume=resume or not writes)
     spec, recipe, finetuning = config.quant_spec(), config.train_spec(), config.finetune_spec()
     target = asked_target(config.export)
+    if config.hub is not None:
+        check_before(config.hub)
     measured = read_sensitivity(config.quant.mixed) if config.quant.mixed is not None else None
     if measured is not None:
         spec = _with_mixed_bits(spec, measured, config.quant.budget_mb)
@@ -291,37 +294,41 @@ def _run(
 
     with distributed.alone():  # the rest needs one process
         metrics["data"] |= data.summary()
+        metrics["status"] = "finished" if target is None else "trained"
+        with clock("report"):
+            batch = next(iter(data.val_dataloader().to(device)))
+            write_details(directory, student, batch, seen, names=data.test_names())
         metrics["seconds"] = clock.seconds
-        metrics["status"] = "trained" if target is not None else "finished"
-        write_metrics(directory / METRICS, metrics)
-        sync = sync_command(log)
-        _summarise(directory, spec, rows, metrics, result, student, data, device, sync)
-        written: Path | None = None
-        if target is not None:  # late: a file that fails its test costs no finished result
+        _keep(directory, metrics)
+        _summarise(directory, spec, rows, metrics, result, student, data, device, sync_command(log))
+        files: list[Path] = []
+        if target is not None:  # last: a file that fails its test costs no finished result
             with clock("export"):
                 report = export_student(
                     student, target, directory, data.test_dataloader(), config.export, metrics,
                     progress=progress,
                 )  # fmt: skip
-            written = directory / report["file"]
+            files.append(directory / report["file"])
             metrics["exported"] = {target.name: report}
             metrics["status"] = "finished"
-            logger.info("\n%s", format_export(report))
-        with clock("report"):
-            student = student.to(device)
-            batch = next(iter(data.val_dataloader().to(device)))
-            write_details(directory, student, batch, seen, names=data.test_names())
             metrics["seconds"] = clock.seconds
-            write_metrics(directory / METRICS, metrics)
-            write_run(directory)
+            _keep(directory, metrics)
+            logger.info("\n%s", format_export(report))
         if log is not None:
             log_results(
                 log, metrics, result.steps if result else 0,
-                table=directory / LAYERS, figures=run_figures(directory),
-                files=[] if written is None else [written],
+                table=directory / LAYERS, figures=run_figures(directory), files=files,
             )  # fmt: skip
             finish(log)
+        if config.hub is not None:
+            logger.info("On the hub: %s", push_to_hub(directory, config.hub))
     return objective({"trained": None, **metrics})
+
+
+def _keep(directory: Path, metrics: Mapping[str, Any]) -> None:
+    """Write what is known of a run, for programs and for people."""
+    write_metrics(directory / METRICS, metrics)
+    write_run(directory)
 
 
 class _Clock:
@@ -517,6 +524,7 @@ def _summarise(
     seconds = metrics["seconds"]
     lines.append("Seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
     lines.append(f"Run directory: {directory}")
+    lines.append(f"Report: {directory / HTML}")
     if sync:
         lines.append(f"Logged offline; upload with: {sync}")
     logger.info("\n%s", "\n".join(lines))

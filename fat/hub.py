@@ -29,7 +29,7 @@ from fat.report.card import FILES, CardFacts, model_card
 from fat.report.public import public_command, public_config, public_metrics, public_weights
 from fat.student import Student
 
-__all__ = ["push_to_hub", "save_for_hub"]
+__all__ = ["check_before", "push_to_hub", "save_for_hub"]
 
 # Not all of what it offers is marked as such.
 _utils: Any = huggingface_hub.utils
@@ -114,12 +114,8 @@ def push_to_hub(
     _check_repo_id(repo_id)
     run = _Run.open(run_directory)
     if api is None:
-        if token is None and huggingface_hub.get_token() is None:
-            raise FatError(
-                "Nobody is logged in to the Hugging Face hub. Type hf auth login, or set HF_TOKEN "
-                "to a token that may write. Without an account, fat.save_for_hub(RUN, FOLDER) "
-                "writes the same files into a folder."
-            )
+        if token is None:
+            check_before(repo_id)
         api = HfApi(token=token, library_name="fat-quant")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,6 +148,21 @@ def push_to_hub(
         except Exception as error:
             raise _not_uploaded(error, repo_id) from error
     return str(url)
+
+
+def check_before(repo_id: str) -> None:
+    """Raise a FatError now if an upload could not begin later: a wrong name, or no login.
+
+    Args:
+        repo_id: See :func:`push_to_hub`.
+    """
+    _check_repo_id(repo_id)
+    if huggingface_hub.get_token() is None:
+        raise FatError(
+            "Nobody is logged in to the Hugging Face hub. Type hf auth login, or set HF_TOKEN "
+            "to a token that may write. Without an account, fat.save_for_hub(RUN, FOLDER) "
+            "writes the same files into a folder."
+        )
 
 
 @dataclass(frozen=True)

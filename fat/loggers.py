@@ -163,18 +163,20 @@ def log_results(
         metrics: Content of metrics.json.
         step: Optimizer steps done.
         table: A CSV file with a row per quantizer.
-        figures: Plotly figures by name.
+        figures: Plots by name, in Plotly's plain form {data, layout}.
         files: What the artifact holds.
     """
     logger.log_metrics(flatten(metrics), step=step)
     if not isinstance(logger, WandbLogger):
         return
+    import plotly.graph_objects
     import wandb
 
     run = logger.experiment
     run.summary.update(leaves(metrics))
     content: dict[str, Any] = {
-        f"plots/{name}": wandb.Plotly(figure) for name, figure in (figures or {}).items()
+        f"plots/{name}": wandb.Plotly(plotly.graph_objects.Figure(figure))
+        for name, figure in (figures or {}).items()
     }
     if table is not None:
         with table.open(newline="", encoding="utf-8") as file:

@@ -17,6 +17,9 @@ from fat.config import RunConfig
 from fat.errors import FatError, first_line
 from fat.experiment import run
 from fat.files import write_json
+from fat.report.reading import read_sweep
+from fat.report.sweep_page import write_sweep
+from fat.report.table import format_sweep
 from fat.runs import FAILURE, METRICS
 
 __all__ = ["SHARED", "SWEEP", "Sweep", "end_sweep", "failures", "run_job", "start_sweep"]
@@ -53,7 +56,7 @@ def start_sweep(directory: Path, id: str, command: str, jobs: int) -> None:
         command: What starts it again, and by which ``sweep.resume=true`` finds it.
         jobs: How many jobs it has.
     """
-    content = {"id": id, "command": command, "jobs": jobs, "started": time.time()}
+    content = {"id": id, "command": command, "total": jobs, "started": time.time()}
     write_json(directory / SWEEP, content)
 
 
@@ -119,6 +122,8 @@ def end_sweep(directory: Path) -> list[Path]:
     Returns:
         The run directories of the jobs that failed.
     """
+    table, page = write_sweep(directory)
+    logger.info("\n%s\nTable: %s\nReport: %s", format_sweep(read_sweep(directory)), table, page)
     failed = failures(directory)
     for place, why in failed.items():
         logger.error("Failed: %s: %s", place, first_line(why["message"]))
@@ -169,7 +174,7 @@ def _say_progress(sweep: Sweep) -> None:
         noted = json.loads((sweep.directory / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
-    jobs, started = int(noted["jobs"]), float(noted["started"])
+    jobs, started = int(noted["total"]), float(noted["started"])
     ended = [
         path.stat().st_mtime
         for name in (METRICS, FAILURE)

@@ -11,10 +11,10 @@ from typing import Any
 
 from fat.files import write_csv
 from fat.report.grid import varied_options
-from fat.report.reading import Run, Sweep
+from fat.report.reading import Run, Sweep, number
 from fat.report.run import METRICS_KEYS
 
-__all__ = ["CSV", "flatten_metrics", "sweep_table", "write_table"]
+__all__ = ["CSV", "flatten_metrics", "format_sweep", "sweep_table", "write_table"]
 
 CSV = "sweep.csv"
 FIRST = ("directory", "status", "error", "command")
@@ -119,3 +119,35 @@ def write_table(file: str | os.PathLike[str], sweep: Sweep) -> Path:
     """
     header, rows = sweep_table(sweep)
     return write_csv(file, header, rows)
+
+
+def format_sweep(sweep: Sweep) -> str:
+    """A sweep as text for a terminal: a line per job with its options, and what came of it.
+
+    Args:
+        sweep: From :func:`fat.report.reading.read_sweep`.
+    """
+    options = varied_options(sweep.runs)
+    measures = (
+        ("drop", "accuracy_drop", 2), ("agreement", "agreement", 1), ("SQNR dB", "sqnr_db", 1),
+        ("MB", "size_mb.quantized", 2),
+    )  # fmt: skip
+    rows = [[*options, *(title for title, *_ in measures)]]
+    for place, run in enumerate(sweep.runs):
+        row = [str(values[place]) for values in options.values()]
+        if run.status == "finished":
+            final = run.metrics.get("trained") or run.metrics.get("calibrated") or {}
+            for _, key, digits in measures:
+                value = number({**run.metrics, **final}, key)
+                row.append("" if value is None else f"{value:.{digits}f}")
+        else:
+            row.append(run.status)
+        rows.append(row)
+    columns = range(len(rows[0]))
+    kept = [i for i in columns if any(row[i] for row in rows[1:] if i < len(row))] or list(columns)
+    wide = {i: max(len(row[i]) for row in rows if i < len(row)) for i in kept}
+    return "\n".join(
+        "  ".join(row[i].rjust(wide[i]) if i >= len(options) else row[i].ljust(wide[i])
+                  for i in kept if i < len(row)).rstrip()
+        for row in rows
+    )  # fmt: skip
