@@ -160,6 +160,7 @@ def test_every_figure_that_is_asked_for_is_logged(
     patterns = [config["metricRegex"] for config in curves if "metricRegex" in config]
     matched = [{name for name in heard.names if re.match(p, name)} for p in patterns]
     assert len(patterns) == 4
+    assert {config["xAxis"] for config in curves} == {"trainer/global_step"}
     assert all(matched)
     assert sum(map(len, matched)) == len(set().union(*matched))  # no curve is in two panels
     plain = {name for config in curves for name in config["metrics"]}
