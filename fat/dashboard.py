@@ -204,13 +204,15 @@ def _sections() -> list[tuple[str, list[Any], int, int]]:
             legend_template="${run:displayName}",
         )
 
+    # W&B's own step counts calls of the logger; this is what Lightning logs beside every figure.
+    steps: Any = {"x": "trainer/global_step", "title_x": "optimizer steps"}
+
     def lines(title: str, metrics: Sequence[str], *, log: bool = False) -> Any:
-        return wr.LinePlot(title=title, x="Step", y=list(metrics), log_y=log, max_runs_to_show=RUNS)
+        return wr.LinePlot(title=title, y=list(metrics), log_y=log, max_runs_to_show=RUNS, **steps)
 
     def factors(title: str, pattern: str) -> Any:
-        # What is logged is each quantizer's mean, smallest and largest factor. Histograms of single
-        # factors are not logged.
-        return wr.LinePlot(title=title, x="Step", metric_regex=pattern, max_runs_to_show=RUNS)
+        # Each quantizer's mean, smallest and largest factor. Distributions are no lines.
+        return wr.LinePlot(title=title, metric_regex=pattern, max_runs_to_show=RUNS, **steps)
 
     def parallel(title: str, *columns: Any) -> Any:
         return wr.ParallelCoordinatesPlot(
