@@ -150,7 +150,7 @@ def test_a_run_that_failed_at_once(tmp_path: Path) -> None:
     source = run_page(tmp_path / "run")
     page = check(source)
     assert page.sections == ["why-it-failed", "figures", "files"]
-    assert " ".join(f"FatError: {HOSTILE} more".split()) in page.text
+    assert " ".join(f"FatError {HOSTILE} more".split()) in page.text
     assert "Traceback (most recent call last)" in page.text
     assert "Try again: python t x Copy" in page.text
     assert "There is no configuration to show." in page.text
