@@ -156,13 +156,12 @@ def _what_happened(run: Run) -> str:
     if run.status == "finished":
         return ""
     if run.status == "failed":
-        parts = [
-            f'<p class="note bad pre">{escape(run.error or "It failed; why is not known.")}</p>'
-        ]
         failure = run.failure or {}
-        message = word(failure, "message")
-        if message and len(message.splitlines()) > 1:
-            parts.append(folded("The whole message", message))
+        message = word(failure, "message") or "It left no word of why; its log may say."
+        parts = [
+            f'<p class="note bad pre"><b>{escape(word(failure, "error") or "failed")}</b> '
+            f"{escape(message)}</p>"
+        ]
         if word(failure, "traceback"):
             parts.append(folded("Traceback", str(failure["traceback"])))
         if run.command:

@@ -17,6 +17,7 @@ from fat import FatError
 from fat.report.reading import read_run, read_sweep
 from fat.report.run_page import run_page, write_run
 from fat.report.sweep_page import combine, sweep_page, write_comparison, write_sweep
+from fat.report.table import sweep_table
 from tests.report.fake_runs import HOSTILE, fail, fake_run, fake_sweep, metrics
 
 VOID = {"meta", "link", "input", "img", "br"}
@@ -149,7 +150,7 @@ def test_a_run_that_failed_at_once(tmp_path: Path) -> None:
     source = run_page(tmp_path / "run")
     page = check(source)
     assert page.sections == ["why-it-failed", "figures", "files"]
-    assert " ".join(f"FatError: {HOSTILE} more".split()) in page.text
+    assert " ".join(f"FatError {HOSTILE} more".split()) in page.text
     assert "Traceback (most recent call last)" in page.text
     assert "Try again: python t x Copy" in page.text
     assert "There is no configuration to show." in page.text
@@ -381,3 +382,14 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         write_run(tmp_path)
     with pytest.raises(FatError, match=r"not the directory of a sweep.*train\.py -m"):
         write_sweep(tmp_path)
+
+
+def test_every_section_and_column_is_documented(tmp_path: Path, sweep_directory: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/reports.md").read_text(encoding="utf-8")
+    fail(tmp_path / "failed", error="E", message="m")
+    sources = [run_page(fake_run(tmp_path / "run", tensors=4)), run_page(tmp_path / "failed")]
+    titles = {title for source in sources for title in re.findall(r"<h2[^>]*>(.*?)</h2>", source)}
+    assert {title for title in titles if f"| {title} |" not in text} == set()
+    header, _ = sweep_table(read_sweep(sweep_directory))
+    firsts = [name for name in header[:4] if f"| `{name}` |" not in text]
+    assert firsts == []
