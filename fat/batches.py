@@ -133,9 +133,9 @@ def passes(images: Images) -> Iterator[AnyBatch]:
         >>> len(list(passes([torch.zeros(4, 3, 8, 8)] * 3)))
         3
     """
-    samplers = (getattr(images, "sampler", None), getattr(images, "batch_sampler", None))
-    places = (samplers[0], getattr(samplers[1], "sampler", None))
-    set_epoch = next((x.set_epoch for x in places if hasattr(x, "set_epoch")), None)
+    inner = getattr(getattr(images, "batch_sampler", None), "sampler", None)
+    set_epoch = getattr(getattr(images, "sampler", None), "set_epoch", None)
+    set_epoch = set_epoch or getattr(inner, "set_epoch", None)
     if set_epoch is None:
         yield from as_batches(images)
         return

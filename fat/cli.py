@@ -186,7 +186,7 @@ def job(composed: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     overrides = list(hydra.overrides.task)
-    command = shlex.join(["python", "train.py", *overrides])
+    command: str | None = shlex.join(["python", "train.py", *overrides])
     directory = Path(hydra.runtime.output_dir)
     if hydra.mode == RunMode.MULTIRUN:
         command = shlex.join(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pytorch_lightning.plugins.environments import TorchElasticEnvironment
+from pytorch_lightning.plugins import environments
 from pytorch_lightning.strategies import DDPStrategy
 from tqdm.auto import tqdm
 
@@ -70,6 +70,8 @@ __all__ = ["run"]
 logger = logging.getLogger(__name__)
 
 LOG = "train.log"
+DETAILED = 16
+"""So many validation images are what the run's page shows of the layers."""
 
 
 def run(
@@ -288,7 +290,7 @@ def _run(
         write_thresholds(directory / THRESHOLDS, student)
     metrics["accuracy_drop"] = after["accuracy_drop"]
     data.share_skipped()
-    seen = differing.shared()
+    seen, together = differing.shared(), distributed.size()
     if not writes:
         return objective({"trained": None, **metrics})
 
@@ -296,8 +298,10 @@ def _run(
         metrics["data"] |= data.summary()
         metrics["status"] = "finished" if target is None else "trained"
         with clock("report"):
-            batch = next(iter(data.val_dataloader().to(device)))
-            write_details(directory, student, batch, seen, names=data.test_names())
+            shown = [part.to(device) for part in data.example_batch(DETAILED, "validation")]
+            # Of several processes the first knows its own images' names only.
+            names = data.test.readable_names() if together == 1 else None
+            write_details(directory, student, shown, seen, names=names)
         metrics["seconds"] = clock.seconds
         _keep(directory, metrics)
         _summarise(directory, spec, rows, metrics, result, student, data, device, sync_command(log))
@@ -364,7 +368,8 @@ def _devices(trainer: TrainerConfig) -> dict[str, Any]:
             # No tensor but the trained ones changes, and the teacher's need not be sent each step;
             # processes may also have different numbers of validation batches.
             "strategy": DDPStrategy(
-                cluster_environment=TorchElasticEnvironment(), forward_sync_buffers=False
+                cluster_environment=environments.TorchElasticEnvironment(),  # type: ignore[attr-defined]
+                forward_sync_buffers=False,
             ),
             "use_distributed_sampler": False,  # the loaders see to it themselves
         }

@@ -182,7 +182,7 @@ def log_results(
         with table.open(newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file))
         content["layers"] = wandb.Table(
-            columns=header, data=[[_number(x) for x in r] for r in rows]
+            columns=[*header], data=[[_number(x) for x in r] for r in rows]
         )
     if content:
         run.log({**content, "trainer/global_step": step})

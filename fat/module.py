@@ -113,8 +113,8 @@ class DistillModule(pl.LightningModule):
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for count, loss in self._validation_loss:
             sums += torch.stack([count * loss.double(), sums.new_tensor(count)])
-        total, count = all_sum(sums).unbind()
-        self.log("val/loss", (total / count).float(), prog_bar=True)
+        total, images = all_sum(sums).unbind()
+        self.log("val/loss", (total / images).float(), prog_bar=True)
         figures = self.comparison.compute()
         self.log_dict(
             {f"val/{name}": value for name, value in figures.items() if value is not None}

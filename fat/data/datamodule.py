@@ -460,12 +460,6 @@ class FatDataModule(pl.LightningDataModule):
                 digest.update(f"{content} {data.source.label(index)}".encode())
         return digest.hexdigest()
 
-    def test_names(self) -> list[str] | None:
-        """Names of the test images in the order of their batches, ``None`` if any was skipped."""
-        if len(self.test.skipped):
-            return None
-        return [self.test.source.name(index) for index in self.test.indices.tolist()]
-
     def share_skipped(self) -> None:
         """Let all processes know of the images that any of them could not read."""
         for data in self._splits().values():
