@@ -84,7 +84,8 @@ class Student(nn.Module):
         self.check_calibrated()
         images = images.contiguous(memory_format=torch.channels_last)
         if not torch.is_grad_enabled() and in_integers(self.activation_quantizers(), self.layers()):
-            return run_integers(self.network, images)
+            with exactly(images):
+                return run_integers(self.network, images)
         logits: Tensor = self.network(images)
         return logits
 
@@ -108,7 +109,8 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _teacher_logits(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.teacher(images.contiguous(memory_format=torch.channels_last))
+        with exactly(images):  # what the student is measured by is not rounded to 8 bits itself
+            logits: Tensor = self.teacher(images.contiguous(memory_format=torch.channels_last))
         return logits
 
     def activation_quantizers(self) -> list[ActivationQuantizer]:
@@ -154,6 +156,11 @@ class Student(nn.Module):
         for layer in self.layers():
             if layer.bias is not None:
                 layer.bias.copy_(state[f"{layer.layer}.bias"])
+
+
+def exactly(images: Tensor) -> torch.autocast:
+    """No reduced precision inside, whatever the training around it runs in."""
+    return torch.autocast(images.device.type, enabled=False)
 
 
 def freeze(network: M) -> M:

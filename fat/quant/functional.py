@@ -235,7 +235,7 @@ def fake_quantize(
     * ∂out/∂z = 0 inside, −scale outside.
 
     Args:
-        x: Real values, any shape and memory format.
+        x: Real values, any shape and memory format; the result is float32 where they are half.
         scale: Step, 0-dim, or one per output filter with the dimensions of ``x``, such as
             [C, 1, 1, 1].
         zero_point: Integer-valued float tensor of the shape of ``scale``.
@@ -252,6 +252,8 @@ def fake_quantize(
         [-3.5, 0.0, 0.5, 3.5]
     """
     result: Tensor
+    if x.dtype in (torch.bfloat16, torch.float16):
+        x = x.float()  # where 255 steps and a fraction cannot be told apart, no rounding is right
     if scale.dim() or not kernels.usable(x):
         result = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
     elif torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
