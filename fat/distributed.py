@@ -28,6 +28,7 @@ __all__ = [
     "alone",
     "broadcast_object",
     "broadcast_state",
+    "check_devices",
     "first",
     "gather_batch",
     "gather_objects",
@@ -37,6 +38,7 @@ __all__ = [
     "rank",
     "size",
     "started_outside",
+    "writes",
 ]
 
 T = TypeVar("T")
@@ -59,6 +61,13 @@ def rank() -> int:
 def size() -> int:
     """How many processes there are."""
     return distributed.get_world_size() if _together() else 1
+
+
+def writes() -> bool:
+    """Whether this is the process that writes files, also while it works :func:`alone`."""
+    return not (distributed.is_available() and distributed.is_initialized()) or (
+        distributed.get_rank() == 0
+    )
 
 
 @contextmanager
@@ -172,6 +181,16 @@ def _movable(x: Tensor) -> Tensor:
 def started_outside() -> bool:
     """Whether torchrun, or whatever sets its variables, started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def check_devices(devices: int) -> None:
+    """Raise a FatError if torchrun started another number of processes here than is asked for."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
+    if here != devices:
+        raise FatError(
+            f"torchrun started {here} processes on this machine, and trainer.devices is {devices}: "
+            f"type trainer.devices={here}, or torchrun --nproc-per-node {devices}."
+        )
 
 
 def join(accelerator: str) -> None:

@@ -106,7 +106,13 @@ def run(
     arguments = (config, directory, command, sweep, shared, resume)
     accelerator = device_of(trainer).type.replace("cuda", "gpu")
     if distributed.started_outside():
+        distributed.check_devices(trainer.devices)
         distributed.join(accelerator)
+        if not distributed.writes():
+            logging.getLogger().setLevel(logging.ERROR)
+        # Each process was given one of its own, named after the time.
+        directory = Path(distributed.broadcast_object(str(directory)))
+        arguments = (config, directory, command, sweep, shared, resume)
     elif trainer.devices > 1:
         value: float = distributed.launch(_run_as_one_of, arguments, trainer.devices, accelerator)
         return value
@@ -132,7 +138,7 @@ def _run(
     shared: Path | None,
     resume: bool,
 ) -> float:
-    writes = distributed.rank() == 0
+    writes = distributed.writes()
     with distributed.first():
         earlier = begin(directory, config, resume=resume or not writes)
     spec, recipe, finetuning = config.quant_spec(), config.train_spec(), config.finetune_spec()

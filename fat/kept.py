@@ -45,7 +45,7 @@ class Kept:
 
     def clear(self) -> None:
         """Remove what an earlier training left here."""
-        if self.folder is not None and distributed.rank() == 0:
+        if self.folder is not None and distributed.writes():
             for path in [*self.folder.glob("*.ckpt"), *self.folder.glob("*.pt")]:
                 path.unlink()
 
@@ -57,7 +57,7 @@ class Kept:
 
     def save(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep tensors and plain values; of several processes the first does."""
-        if self.folder is not None and distributed.rank() == 0:
+        if self.folder is not None and distributed.writes():
             kept = {"whose": self._whose, "content": dict(content)}
             write_atomic(self.folder / name, lambda path: torch.save(kept, path))
 

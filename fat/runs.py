@@ -81,7 +81,7 @@ def begin(directory: Path, config: RunConfig, *, resume: bool) -> dict[str, Any]
     if there:
         check_unchanged(directory, config)
         return read_metrics(directory)
-    if distributed.rank() == 0:
+    if distributed.writes():
         check_writable(directory)
         write_text(directory / CONFIG, yaml.safe_dump(stored_config(config), sort_keys=False))
     return None

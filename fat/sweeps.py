@@ -94,7 +94,7 @@ def run_job(
         resume = resume or sweep.resume
     # What fails before a run has begun in a directory must not mark the run that is there.
     known = resume or not (directory / METRICS).is_file()
-    if known and distributed.rank() == 0:
+    if known and distributed.writes():
         (directory / FAILURE).unlink(missing_ok=True)
     try:
         return run(
@@ -153,7 +153,7 @@ def _number(directory: Path) -> tuple[int, str]:
 
 
 def _note_failure(directory: Path, error: Exception, command: str | None) -> None:
-    if distributed.rank() != 0:
+    if not distributed.writes():
         return
     told = isinstance(error, FatError)
     content = {
