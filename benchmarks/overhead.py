@@ -2,12 +2,12 @@
 
     python benchmarks/overhead.py [OVERRIDES]
 
-does one run of train.py in this process with every function under a stopwatch that logs or reports:
-the loggers' own, the callbacks that keep figures, histograms and checkpoints, details of layers, the
-page. Overrides are train.py's; without any it is the default run with its default logger, W&B
-offline. Printed is each part's wall time and its share of the run. What FAT imports before the run
-is not counted, what logging imports is. W&B writes its file in another process: what that takes of
-the processor shows in the time of the run only, to be compared with logger=none.
+does one run of train.py in this process with every function under a stopwatch that logs or
+reports: the loggers' own, the callbacks that keep figures, histograms and checkpoints, details of
+layers, the page. Overrides are train.py's; without any it is the default run with its default
+logger, W&B offline. Printed is each part's wall time and its share of the run. What FAT imports
+before the run is not counted, what logging imports is. W&B writes its file in another process: what
+that takes of the processor shows in the time of the run only, to be compared with logger=none.
 """
 
 from __future__ import annotations
