@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ class Snapshots(pl.Callback):
 
     Args:
         path: The file; it is replaced atomically.
-        every: Seconds between two of them.
+        every: Seconds between two of them; infinity keeps validated states alone, for loaders that
+            cannot start in the middle of a pass.
     """
 
     def __init__(self, path: Path, every: float) -> None:
@@ -174,6 +176,8 @@ class Snapshots(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Keep the state if it is time."""
+        if math.isinf(self.every):
+            return
         mine = time.monotonic() - self._kept >= self.every or trainer.received_sigterm
         due = bool(all_max(torch.tensor(int(mine))))  # all processes take part, or none
         last = batch_idx + 1 == trainer.num_training_batches

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import signal
 import threading
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -24,9 +26,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
 from fat.batches import AnyBatch, Images, counted, split
-from fat.callbacks import Progress
+from fat.callbacks import Progress, Snapshots
 from fat.errors import FatError, first_line
 from fat.files import cache_folder, check_writable, write_atomic
+from fat.kept import random_states, set_random_states
 from fat.models import FloatNetwork, head_parameters, with_classes
 from fat.schedule import annealed
 from fat.spec import FinetuneSpec
@@ -78,6 +81,7 @@ class FinetuneModule(pl.LightningModule):
         self.classes = classes
         self._head = head_parameters(network)
         self._sums = torch.zeros(3, dtype=torch.float64)  # images, right ones, loss
+        self._random: dict[str, Any] | None = None
 
     def on_train_epoch_start(self) -> None:
         """Features stand still while the classifier starts; statistics of batch norms always do."""
@@ -150,6 +154,20 @@ class FinetuneModule(pl.LightningModule):
             group["lr"] = group["rate"] * warm * annealed(self.global_step, total)
         optimizer.step(closure=optimizer_closure)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the random states, which dropout draws from."""
+        checkpoint["random"] = random_states()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over what :meth:`on_save_checkpoint` noted."""
+        self._random = checkpoint["random"]
+
+    def on_train_start(self) -> None:
+        """Random states last: loading a checkpoint may have drawn from them."""
+        if self._random is not None:
+            set_random_states(self._random)
+            self._random = None
+
     def _check_finite(self, loss: Tensor) -> None:
         if not bool(loss.isfinite()):
             raise FatError(
@@ -198,6 +216,25 @@ class _Best(pl.Callback):
             self.state = copy.deepcopy(pl_module.network.state_dict())
             return
         self.result = replace(self.result, epochs=epoch)
+        self._end(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end(trainer)  # a training that was cut off right after its last epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "result": None if self.result is None else asdict(self.result), "best": self.state
+        }  # fmt: skip
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        result = state_dict["result"]
+        self.result = None if result is None else FinetuneResult(**result)
+        self.state = state_dict["best"]
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self.result is None:
+            return
+        epoch = self.result.epochs
         if epoch - self.result.best_epoch >= self.patience:
             logger.info(
                 "Fine-tuning ends: epoch %d is still the best, %d epochs later "
@@ -217,6 +254,7 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
     trainer_options: dict[str, Any] | None = None,
+    checkpoint: Path | None = None,
 ) -> tuple[FloatNetwork, FinetuneResult]:
     """Give a float network a new classifier and train it on labelled images.
 
@@ -229,6 +267,8 @@ def finetune(
         seed: What the classifier's first weights follow.
         progress: Whether to show a bar.
         trainer_options: More arguments of :class:`pytorch_lightning.Trainer`.
+        checkpoint: File to keep the state in after each epoch. If it is there, the training goes on
+            from it: it must be of this very training.
 
     Returns:
         The network of the best epoch, in eval mode and without gradients, and what was done.
@@ -247,14 +287,17 @@ def finetune(
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": checkpoint is not None,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "enable_progress_bar": progress,
         **(trainer_options or {}),
     }
     bar = [Progress()] if options["enable_progress_bar"] else []
-    trainer = pl.Trainer(callbacks=[best, *bar], **options)
+    # At the ends of epochs alone: a loader of anybody's cannot be made to start in the middle.
+    keeping = [] if checkpoint is None else [Snapshots(checkpoint, math.inf)]
+    begun = checkpoint if checkpoint is not None and checkpoint.is_file() else None
+    trainer = pl.Trainer(callbacks=[best, *keeping, *bar], **options)
     on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         # Dropout draws from the global random states, which stay the caller's.
@@ -263,7 +306,7 @@ def finetune(
             for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
                 warnings.filterwarnings("ignore", expected)
             torch.manual_seed(seed)
-            trainer.fit(module, *parts)
+            trainer.fit(module, *parts, ckpt_path=begun, weights_only=True)
     except SystemExit as stopped:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from stopped
     finally:
@@ -308,25 +351,48 @@ def finetune_cached(
 
     Raises:
         FatError: As :func:`finetune` does, or if the folder cannot be written.
-        KeyboardInterrupt: If the user stopped it; nothing is kept.
+        KeyboardInterrupt: If the user stopped it; the next call goes on after the last epoch.
     """
     key = _key(source, spec, data_key, classes, seed)
     path = (folder or cache_folder("teachers")) / f"{source.name}-{key[:20]}.safetensors"
     empty = with_classes(source, classes, seed=seed)
     found = _read(path, key, empty.network)
-    if found is not None:
-        logger.info(
-            "Fine-tuned in an earlier run, %.1f %% of validation images right: %s.",
-            found.top1,
-            path,
-        )
-        return empty, replace(found, cached=True)
-    check_writable(path.parent)  # now, rather than after the training
+    if found is None:
+        check_writable(path.parent)  # now, rather than after the training
+        with FileLock(path.with_suffix(".lock")):  # others who want the same wait for it
+            found = _read(path, key, empty.network)
+            if found is None:
+                return _finetune_into(
+                    path, key, source, train, validation, spec, classes=classes, seed=seed,
+                    progress=progress, trainer_options=trainer_options,
+                )  # fmt: skip
+    logger.info(
+        "Fine-tuned in an earlier run, %.1f %% of validation images right: %s.", found.top1, path
+    )
+    return empty, replace(found, cached=True)
+
+
+def _finetune_into(
+    path: Path,
+    key: str,
+    source: FloatNetwork,
+    train: Images,
+    validation: Images,
+    spec: FinetuneSpec,
+    *,
+    classes: tuple[str, ...],
+    seed: int,
+    progress: bool,
+    trainer_options: dict[str, Any] | None,
+) -> tuple[FloatNetwork, FinetuneResult]:
+    """Fine-tune and keep the result; what a run that was cut off left is gone on with."""
+    checkpoint = path.with_suffix(".ckpt")
     result, done = finetune(
         source, train, validation, spec, classes=classes, seed=seed, progress=progress,
-        trainer_options=trainer_options,
+        trainer_options=trainer_options, checkpoint=checkpoint,
     )  # fmt: skip
     _write(path, key, result.network, done)
+    checkpoint.unlink(missing_ok=True)
     logger.info(
         "Fine-tuned: %.1f %% of validation images right after epoch %d of %d. Kept in %s.",
         done.top1, done.best_epoch, done.epochs, path,
