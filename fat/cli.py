@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
@@ -24,10 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fat.config import RunConfig, parse, suggest_key
 from fat.errors import FatError, nearest
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "task"]
+__all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "share_of_cores", "task"]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it."""
@@ -192,13 +191,7 @@ def job(composed: DictConfig) -> float:
         command = shlex.join(
             ["python", "train.py", *(o for o in overrides if not o.startswith("sweep."))]
         )
-        config = parse(RunConfig, composed)
-        # Slow imports wait until the config is known to be good.
-        from fat.sweeps import Sweep, run_job
-
-        place = Path(hydra.sweep.dir)
-        sweep = Sweep(place.as_posix(), place, bool(config.sweep.resume), int(hydra.job.num))
-        return run_job(config, directory, command=command, sweep=sweep)
+        return _job_of_sweep(composed, hydra, directory, command)
     if composed.get("resume") in (None, AUTO):
         config = parse(RunConfig, composed)
     else:
@@ -207,6 +200,65 @@ def job(composed: DictConfig) -> float:
     from fat.sweeps import run_job
 
     return run_job(config, directory, command=command, resume=composed.get("resume") is not None)
+
+
+def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path, command: str) -> float:
+    """Do a job in whatever process the launcher chose; what fails stays behind as a file."""
+    if (multiprocessing.get_start_method(allow_none=True) or "").startswith("loky"):
+        # A worker of joblib would start the workers that load images as joblib starts its own,
+        # which torch's processes do not fit.
+        multiprocessing.set_start_method(None, force=True)
+    from fat.sweeps import Sweep, job_failed, run_job
+
+    place = Path(hydra.sweep.dir)
+    resume = bool(composed.sweep.resume)
+    sweep = Sweep(place.as_posix(), place, resume, int(hydra.job.num), _threads(place, hydra))
+    try:
+        config = parse(RunConfig, composed)
+    except FatError as error:  # the process that started the sweep would not hear of it
+        return job_failed(directory, error, command, sweep)
+    return run_job(config, directory, command=command, sweep=sweep)
+
+
+def share_of_cores(
+    launcher: str, cores: int, jobs: int, environment: Mapping[str, str]
+) -> int | None:
+    """Torch threads of one job of a sweep, so that jobs that run at once share the machine.
+
+    joblib sees to it itself: it gives its workers ``OMP_NUM_THREADS``.
+
+    Args:
+        launcher: Hydra's class of it.
+        cores: Cores that this process may use.
+        jobs: Jobs of the sweep.
+        environment: Of this process.
+
+    Returns:
+        ``None`` to leave it to torch.
+
+    Examples:
+        >>> share_of_cores("hydra_submitit_launcher.LocalLauncher", 16, 3, {})
+        5
+        >>> share_of_cores("x.SlurmLauncher", 16, 3, {"SLURM_CPUS_PER_TASK": "4"})
+        4
+    """
+    if "OMP_NUM_THREADS" in environment:  # somebody has chosen
+        return None
+    kind = launcher.rpartition(".")[2]
+    if kind == "LocalLauncher":  # starts all jobs at once
+        return max(1, cores // max(1, jobs))
+    if kind == "SlurmLauncher" and environment.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return int(environment["SLURM_CPUS_PER_TASK"])
+    return None
+
+
+def _threads(directory: Path, hydra: HydraConf) -> int | None:
+    from fat.sweeps import jobs_of
+
+    able = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
+    target = str(OmegaConf.select(cast(Any, hydra), "launcher._target_") or "")
+    return share_of_cores(target, cores, jobs_of(directory), os.environ)
 
 
 def _config_of_run(
