@@ -33,11 +33,15 @@ INTERRUPTED = 130
 FAILED = 1
 """Exit status of a sweep of which a job failed."""
 AUTO = "auto"
+LAUNCHERS = ("submitit", "joblib")
+"""Where errors come from when a job's process is killed, for example for memory."""
 CHANGEABLE = ("trainer", "logger", "name", "hydra")
 """Groups that may be given beside ``resume=DIR``: they do not change the result."""
 
 _errors: list[Exception] = []
 _failed_jobs: list[Path] = []
+_under_way: list[Path] = []
+"""The sweep that this process started and that has not come to its end."""
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -82,9 +86,29 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
+        if _under_way:
+            print(_say_stopped(_under_way[0]), file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not _under_way or type(error).__module__.partition(".")[0] not in LAUNCHERS:
+            raise
+        print(f"\nError: The sweep stopped: {str(error).strip()}", file=sys.stderr)
+        print(_say_stopped(_under_way[0]), file=sys.stderr)
+        sys.exit(FAILED)
     if _failed_jobs:
         sys.exit(FAILED)
+
+
+def _say_stopped(directory: Path) -> str:
+    """What there is of a sweep that did not come to its end, and how it goes on."""
+    from fat.report.sweep_page import write_sweep
+
+    goes_on = f"The same command with sweep.resume=true, or sweep.resume={directory}, goes on."
+    try:
+        _, page = write_sweep(directory)
+    except FatError:  # not one job has begun
+        return goes_on
+    return f"Report of what is there: {page}\n{goes_on}"
 
 
 def arguments(given: Sequence[str]) -> list[str]:
@@ -291,6 +315,7 @@ class SweepReport(Callback):
         from fat.sweeps import start_sweep
 
         directory = Path(config.hydra.sweep.dir)
+        _under_way[:] = [directory]
         overrides = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         parsed = OverridesParser.create().parse_overrides(
             [*overrides, *config.hydra.overrides.task]
@@ -312,6 +337,7 @@ class SweepReport(Callback):
         """Write the report, say what failed, and drop what only jobs needed."""
         from fat.sweeps import end_sweep
 
+        _under_way.clear()
         _failed_jobs.extend(end_sweep(Path(config.hydra.sweep.dir)))
 
 

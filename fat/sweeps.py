@@ -225,13 +225,22 @@ def _say_progress(sweep: Sweep) -> None:
     jobs, started = int(noted["total"]), float(noted["started"])
     ended = [
         path.stat().st_mtime
-        for name in (METRICS, FAILURE)
-        for path in sweep.directory.glob(f"*/{name}")
+        for path in [
+            *(found for found in sweep.directory.glob(f"*/{METRICS}") if _is_finished(found)),
+            *sweep.directory.glob(f"*/{FAILURE}"),
+        ]
     ]
-    # Only what this start of the sweep did tells how fast it is.
+    # Only what this start of the sweep did tells how fast it is, also with several jobs at a time.
     done = sum(end > started for end in ended)
     text = f"Job {sweep.number + 1} of {jobs}"
-    if done and sweep.number:
-        minutes = (time.time() - started) / done * (jobs - sweep.number) / 60
+    if done:
+        minutes = (time.time() - started) / done * max(jobs - len(ended), 1) / 60
         text += f", about {minutes:.0f} minutes left"
     logger.info("%s.", text)
+
+
+def _is_finished(metrics: Path) -> bool:
+    try:
+        return bool(json.loads(metrics.read_text(encoding="utf-8")).get("status") == "finished")
+    except (OSError, ValueError):
+        return False
