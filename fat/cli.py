@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -241,7 +243,46 @@ def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path, comma
         config = parse(RunConfig, composed)
     except FatError as error:  # the process that started the sweep would not hear of it
         return job_failed(directory, error, command, sweep)
-    return run_job(config, directory, command=command, sweep=sweep)
+    with _leaves_as_asked():
+        return run_job(config, directory, command=command, sweep=sweep)
+
+
+@contextmanager
+def _leaves_as_asked() -> Iterator[None]:
+    """Keep the exit status of a job that submitit stops to queue it again.
+
+    submitit leaves by SystemExit from a signal's handler, with a status that says so. Training
+    takes that for Ctrl-C: it saves what there is and ends with KeyboardInterrupt, which has another
+    status.
+    """
+    asked: list[SystemExit] = []
+
+    def remembering(handler: Callable[..., Any]) -> Callable[..., Any]:
+        def handle(*arguments: Any) -> None:
+            try:
+                handler(*arguments)
+            except SystemExit as leaving:
+                asked.append(leaving)
+                raise
+
+        return handle
+
+    changed: dict[int, Callable[..., Any]] = {}
+    numbers = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2"))  # not on Windows
+    for number in filter(None, numbers):
+        handler = signal.getsignal(number)
+        if callable(handler) and str(getattr(handler, "__module__", "")).startswith("submitit"):
+            changed[number] = handler
+            signal.signal(number, remembering(handler))
+    try:
+        yield
+    except KeyboardInterrupt:
+        if asked:
+            raise asked[0] from None
+        raise
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
 
 
 def share_of_cores(
