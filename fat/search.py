@@ -85,9 +85,9 @@ class Space:
 def read_space(words: Sequence[str]) -> Space:
     """What a command line asks for, in Hydra's grammar of overrides.
 
-    ``interval(a,b)`` draws real numbers, or whole ones where both ends are; ``range(a,b,step)`` the
-    numbers of that row, ``choice(…)`` or ``a,b,c`` one of the values. ``tag(log, interval(a,b))``
-    draws evenly in the logarithm. Everything else is the same in all trials.
+    ``interval(a,b)`` draws real numbers, ``int(interval(a,b))`` whole ones with both ends,
+    ``range(a,b,step)`` the numbers of that row, ``choice(…)`` or ``a,b,c`` one of the values.
+    ``tag(log, interval(a,b))`` draws evenly in the logarithm. All else is the same in all trials.
 
     Args:
         words: The overrides.
@@ -226,6 +226,8 @@ def search(
         raise FatError(f"{path} cannot be read: {error}. Begin in another directory.") from error
 
     def judge(number: int, values: Mapping[str, Any], again: bool) -> None:
+        tried = " ".join(f"{name}={values[name]}" for name in space.free)
+        logger.info("Trial %d of %d: %s", number + 1, trials, tried)
         loss = objective(number, space.overrides(values), again)
         if math.isfinite(loss):
             study.tell(number, loss)
@@ -299,10 +301,10 @@ def _compose(conf: Path, overrides: Sequence[str]) -> RunConfig:
 class _Trials:
     """Runs as trials: one directory each, as a sweep has them."""
 
-    def __init__(self, conf: Path, directory: Path, total: int) -> None:
+    def __init__(self, conf: Path, directory: Path) -> None:
         from fat.runs import read_config
 
-        self.conf, self.directory, self.total = conf, directory, total
+        self.conf, self.directory = conf, directory
         self.compared: dict[str, Any] | None = None
         for file in directory.glob("*/config.yaml"):  # of a search that goes on
             self.compared = comparable(read_config(file.parent))
@@ -322,7 +324,6 @@ class _Trials:
         log = logging.FileHandler(place / LOG)
         logging.getLogger().addHandler(log)
         try:
-            logger.info("Trial %d of %d: %s", number + 1, self.total, " ".join(overrides))
             run_job(config, place, command=command, sweep=sweep)
             metrics = read_metrics(place)
             if (place / "failure.json").is_file() or metrics is None:
@@ -407,17 +408,13 @@ def _main(given: argparse.Namespace) -> int:
     start_sweep(directory, directory.as_posix(), command, trials)
     notes = {"words": words, "seed": seed, "trials": trials, "optuna": version("optuna")}
     write_json(directory / SEARCH, notes)
-    logger.info("Searched are:")
-    for name, values in space.free.items():
-        logger.info("  %s: %s", name, values)
+    logger.info("Searched: %s", ", ".join(word for word in words if word not in space.fixed))
     logger.info(
-        "Trials are compared by the validation loss; test images choose nothing. Lines of each "
-        "are in its %s under %s", LOG, directory,
+        "Trials are compared by the validation loss; test images choose nothing. Each trial's "
+        "lines are in its %s under %s", LOG, directory,
     )  # fmt: skip
     try:
-        study = search(
-            space, _Trials(given.conf, directory, trials), directory, trials=trials, seed=seed
-        )
+        study = search(space, _Trials(given.conf, directory), directory, trials=trials, seed=seed)
     except KeyboardInterrupt:
         print(f"\nInterrupted. Go on with: {goes_on}", file=sys.stderr)
         return INTERRUPTED
