@@ -95,7 +95,10 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         if not _under_way or type(error).__module__.partition(".")[0] not in LAUNCHERS:
             raise
         print(f"\nError: The sweep stopped: {str(error).strip()}", file=sys.stderr)
-        print(_say_stopped(_under_way[0]), file=sys.stderr)
+        print(
+            f"{_say_stopped(_under_way[0])} Jobs that were handed to a queue do not stop: see that "
+            "none still runs.", file=sys.stderr,
+        )  # fmt: skip
         sys.exit(FAILED)
     if _failed_jobs:
         sys.exit(FAILED)
