@@ -5,14 +5,18 @@ from __future__ import annotations
 import functools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
@@ -24,21 +28,22 @@ from omegaconf.errors import OmegaConfBaseException
 from fat.config import RunConfig, parse, suggest_key
 from fat.errors import FatError, nearest
 
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "task"]
+__all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "share_of_cores", "task"]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells expect it."""
 FAILED = 1
 """Exit status of a sweep of which a job failed."""
 AUTO = "auto"
+LAUNCHERS = ("submitit", "joblib")
+"""Where errors come from when a job's process is killed, for example for memory."""
 CHANGEABLE = ("trainer", "logger", "name", "hydra")
 """Groups that may be given beside ``resume=DIR``: they do not change the result."""
 
 _errors: list[Exception] = []
 _failed_jobs: list[Path] = []
+_under_way: list[Path] = []
+"""The sweep that this process started and that has not come to its end."""
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
@@ -83,9 +88,32 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
+        if _under_way:
+            print(_say_stopped(_under_way[0]), file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not _under_way or type(error).__module__.partition(".")[0] not in LAUNCHERS:
+            raise
+        print(f"\nError: The sweep stopped: {str(error).strip()}", file=sys.stderr)
+        print(
+            f"{_say_stopped(_under_way[0])} Jobs that were handed to a queue do not stop: see that "
+            "none still runs.", file=sys.stderr,
+        )  # fmt: skip
+        sys.exit(FAILED)
     if _failed_jobs:
         sys.exit(FAILED)
+
+
+def _say_stopped(directory: Path) -> str:
+    """What there is of a sweep that did not come to its end, and how it goes on."""
+    from fat.report.sweep_page import write_sweep
+
+    goes_on = f"The same command with sweep.resume=true, or sweep.resume={directory}, goes on."
+    try:
+        _, page = write_sweep(directory)
+    except FatError:  # not one job has begun
+        return goes_on
+    return f"Report of what is there: {page}\n{goes_on}"
 
 
 def arguments(given: Sequence[str]) -> list[str]:
@@ -192,13 +220,7 @@ def job(composed: DictConfig) -> float:
         command = shlex.join(
             ["python", "train.py", *(o for o in overrides if not o.startswith("sweep."))]
         )
-        config = parse(RunConfig, composed)
-        # Slow imports wait until the config is known to be good.
-        from fat.sweeps import Sweep, run_job
-
-        place = Path(hydra.sweep.dir)
-        sweep = Sweep(place.as_posix(), place, bool(config.sweep.resume), int(hydra.job.num))
-        return run_job(config, directory, command=command, sweep=sweep)
+        return _job_of_sweep(composed, hydra, directory, command)
     if composed.get("resume") in (None, AUTO):
         config = parse(RunConfig, composed)
     else:
@@ -207,6 +229,104 @@ def job(composed: DictConfig) -> float:
     from fat.sweeps import run_job
 
     return run_job(config, directory, command=command, resume=composed.get("resume") is not None)
+
+
+def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path, command: str) -> float:
+    """Do a job in whatever process the launcher chose; what fails stays behind as a file."""
+    if (multiprocessing.get_start_method(allow_none=True) or "").startswith("loky"):
+        # A worker of joblib would start the workers that load images as joblib starts its own,
+        # which torch's processes do not fit.
+        multiprocessing.set_start_method(None, force=True)
+    from fat.sweeps import Sweep, job_failed, run_job
+
+    place = Path(hydra.sweep.dir)
+    resume = bool(composed.sweep.resume)
+    sweep = Sweep(place.as_posix(), place, resume, int(hydra.job.num), _threads(place, hydra))
+    try:
+        config = parse(RunConfig, composed)
+    except FatError as error:  # the process that started the sweep would not hear of it
+        return job_failed(directory, error, command, sweep)
+    with _leaves_as_asked():
+        return run_job(config, directory, command=command, sweep=sweep)
+
+
+@contextmanager
+def _leaves_as_asked() -> Iterator[None]:
+    """Keep the exit status of a job that submitit stops to queue it again.
+
+    submitit leaves by SystemExit from a signal's handler, with a status that says so. Training
+    takes that for Ctrl-C: it saves what there is and ends with KeyboardInterrupt, which has another
+    status.
+    """
+    asked: list[SystemExit] = []
+
+    def remembering(handler: Callable[..., Any]) -> Callable[..., Any]:
+        def handle(*arguments: Any) -> None:
+            try:
+                handler(*arguments)
+            except SystemExit as leaving:
+                asked.append(leaving)
+                raise
+
+        return handle
+
+    changed: dict[int, Callable[..., Any]] = {}
+    numbers = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2"))  # not on Windows
+    for number in filter(None, numbers):
+        handler = signal.getsignal(number)
+        if callable(handler) and str(getattr(handler, "__module__", "")).startswith("submitit"):
+            changed[number] = handler
+            signal.signal(number, remembering(handler))
+    try:
+        yield
+    except KeyboardInterrupt:
+        if asked:
+            raise asked[0] from None
+        raise
+    finally:
+        for number, handler in changed.items():
+            signal.signal(number, handler)
+
+
+def share_of_cores(
+    launcher: str, cores: int, jobs: int, environment: Mapping[str, str]
+) -> int | None:
+    """Torch threads of one job of a sweep, so that jobs that run at once share the machine.
+
+    joblib sees to it itself: it gives its workers ``OMP_NUM_THREADS``.
+
+    Args:
+        launcher: Hydra's class of it.
+        cores: Cores that this process may use.
+        jobs: Jobs of the sweep.
+        environment: Of this process.
+
+    Returns:
+        ``None`` to leave it to torch.
+
+    Examples:
+        >>> share_of_cores("hydra_submitit_launcher.LocalLauncher", 16, 3, {})
+        5
+        >>> share_of_cores("x.SlurmLauncher", 16, 3, {"SLURM_CPUS_PER_TASK": "4"})
+        4
+    """
+    if "OMP_NUM_THREADS" in environment:  # somebody has chosen
+        return None
+    kind = launcher.rpartition(".")[2]
+    if kind == "LocalLauncher":  # starts all jobs at once
+        return max(1, cores // max(1, jobs))
+    if kind == "SlurmLauncher" and environment.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return int(environment["SLURM_CPUS_PER_TASK"])
+    return None
+
+
+def _threads(directory: Path, hydra: HydraConf) -> int | None:
+    from fat.sweeps import jobs_of
+
+    able = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
+    target = str(OmegaConf.select(cast(Any, hydra), "launcher._target_") or "")
+    return share_of_cores(target, cores, jobs_of(directory), os.environ)
 
 
 def _config_of_run(
@@ -239,6 +359,7 @@ class SweepReport(Callback):
         from fat.sweeps import start_sweep
 
         directory = Path(config.hydra.sweep.dir)
+        _under_way[:] = [directory]
         overrides = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         parsed = OverridesParser.create().parse_overrides(
             [*overrides, *config.hydra.overrides.task]
@@ -260,6 +381,7 @@ class SweepReport(Callback):
         """Write the report, say what failed, and drop what only jobs needed."""
         from fat.sweeps import end_sweep
 
+        _under_way.clear()
         _failed_jobs.extend(end_sweep(Path(config.hydra.sweep.dir)))
 
 

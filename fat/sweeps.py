@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fat import distributed
 from fat.config import RunConfig
 from fat.errors import FatError, first_line
@@ -22,7 +24,10 @@ from fat.report.sweep_page import write_sweep
 from fat.report.table import format_sweep
 from fat.runs import FAILURE, METRICS
 
-__all__ = ["SHARED", "SWEEP", "Sweep", "end_sweep", "failures", "run_job", "start_sweep"]
+__all__ = [
+    "SHARED", "SWEEP", "Sweep", "end_sweep", "failures", "job_failed", "jobs_of", "run_job",
+    "start_sweep",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +44,14 @@ class Sweep:
         directory: Where its jobs have their run directories.
         resume: Whether finished jobs are left as they are and interrupted ones go on.
         number: Which job this is, from 0.
+        threads: Torch threads where ``trainer.threads`` leaves it open; ``None``: torch's choice.
     """
 
     id: str
     directory: Path
     resume: bool
     number: int
+    threads: int | None = None
 
 
 def start_sweep(directory: Path, id: str, command: str, jobs: int) -> None:
@@ -91,7 +98,9 @@ def run_job(
     if sweep is not None:
         _say_progress(sweep)
         shared = sweep.directory / SHARED
-        resume = resume or sweep.resume
+        resume = resume or sweep.resume or _began_here(sweep.directory, directory)
+        if sweep.threads is not None and config.trainer.threads is None:
+            torch.set_num_threads(sweep.threads)
     # What fails before a run has begun in a directory must not mark the run that is there.
     known = resume or not (directory / METRICS).is_file()
     if known and distributed.writes():
@@ -102,15 +111,54 @@ def run_job(
             shared=shared, resume=resume,
         )  # fmt: skip
     except Exception as error:
+        if sweep is not None:
+            return job_failed(directory, error, command, sweep, note=known)
         if known:
             _note_failure(directory, error, command)
-        if sweep is None:
-            raise
-        if not isinstance(error, FatError):
-            logger.exception("Job %d failed.", sweep.number + 1)
-        else:
-            logger.error("Job %d failed: %s", sweep.number + 1, error)
-        return math.nan
+        raise
+
+
+def job_failed(
+    directory: Path, error: Exception, command: str | None, sweep: Sweep, *, note: bool = True
+) -> float:
+    """Say why a job of a sweep failed, and leave it as ``failure.json``.
+
+    Args:
+        directory: The job's run directory.
+        error: Why.
+        command: What gives this run again.
+        sweep: The sweep, which goes on.
+        note: Whether the file is written.
+
+    Returns:
+        NaN, which sweepers take for no result.
+    """
+    if note:
+        _note_failure(directory, error, command)
+    if isinstance(error, FatError):
+        logger.error("Job %d failed: %s", sweep.number + 1, error)
+    else:
+        logger.error("Job %d failed.", sweep.number + 1, exc_info=error)
+    return math.nan
+
+
+def _began_here(sweep: Path, directory: Path) -> bool:
+    """Whether this start of the sweep began the run: a cluster stopped its job and queued it again.
+
+    Times of files are compared, which one file system gave both: clocks of machines differ.
+    """
+    try:
+        return (directory / METRICS).stat().st_mtime > (sweep / SWEEP).stat().st_mtime
+    except FileNotFoundError:
+        return False
+
+
+def jobs_of(directory: Path) -> int:
+    """How many jobs a sweep has, by its sweep.json; 1 where nothing says so."""
+    try:
+        return int(json.loads((directory / SWEEP).read_text(encoding="utf-8"))["total"])
+    except (OSError, ValueError, KeyError):
+        return 1
 
 
 def end_sweep(directory: Path) -> list[Path]:
@@ -129,8 +177,8 @@ def end_sweep(directory: Path) -> list[Path]:
         logger.error("Failed: %s: %s", place, first_line(why["message"]))
     if failed:
         logger.error(
-            "%d jobs failed; the others are done. The same command with sweep.resume=true tries "
-            "them again.", len(failed),
+            "%d job%s failed; the others are done. The same command with sweep.resume=true tries "
+            "again.", len(failed), "" if len(failed) == 1 else "s",
         )  # fmt: skip
     else:
         shutil.rmtree(directory / SHARED, ignore_errors=True)
@@ -177,13 +225,22 @@ def _say_progress(sweep: Sweep) -> None:
     jobs, started = int(noted["total"]), float(noted["started"])
     ended = [
         path.stat().st_mtime
-        for name in (METRICS, FAILURE)
-        for path in sweep.directory.glob(f"*/{name}")
+        for path in [
+            *(found for found in sweep.directory.glob(f"*/{METRICS}") if _is_finished(found)),
+            *sweep.directory.glob(f"*/{FAILURE}"),
+        ]
     ]
-    # Only what this start of the sweep did tells how fast it is.
+    # Only what this start of the sweep did tells how fast it is, also with several jobs at a time.
     done = sum(end > started for end in ended)
     text = f"Job {sweep.number + 1} of {jobs}"
-    if done and sweep.number:
-        minutes = (time.time() - started) / done * (jobs - sweep.number) / 60
+    if done:
+        minutes = (time.time() - started) / done * max(jobs - len(ended), 1) / 60
         text += f", about {minutes:.0f} minutes left"
     logger.info("%s.", text)
+
+
+def _is_finished(metrics: Path) -> bool:
+    try:
+        return bool(json.loads(metrics.read_text(encoding="utf-8")).get("status") == "finished")
+    except (OSError, ValueError):
+        return False

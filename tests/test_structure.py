@@ -31,10 +31,11 @@ ORDER = [
     "report/*",
     "hub", "dashboard",
     "config", "inputs", "exports", "runs", "experiment", "sweeps", "analyses", "artefacts", "cli",
+    "search",
 ]  # fmt: skip
 WHERE = {
-    "hydra": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},
-    "omegaconf": {"fat/config.py", "fat/cli.py", "train.py", "evaluate.py"},
+    "hydra": {"fat/config.py", "fat/cli.py", "fat/search.py", "train.py", "evaluate.py"},
+    "omegaconf": {"fat/config.py", "fat/cli.py", "fat/search.py", "train.py", "evaluate.py"},
     "timm": {"fat/models.py", "fat/graph/trace.py"},
     "pytorch_lightning": {
         "fat/data/datamodule.py", "fat/module.py", "fat/callbacks.py", "fat/fit.py",
