@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -276,6 +277,8 @@ def _wait(workers: list[Any], receiver: Any) -> Any:
                 raise KeyboardInterrupt
             if kind == "error":
                 raise FatError(value)
+            if kind == "broken":
+                raise FatError(_cause(workers, receiver, *value))
             if kind == "result":
                 answer = (kind, value)
             if kind == "closed":
@@ -285,11 +288,7 @@ def _wait(workers: list[Any], receiver: Any) -> Any:
         left = [worker for worker in left if worker.is_alive()]
         for worker in ended:
             if worker.exitcode and not receiver.poll():
-                raise FatError(
-                    f"Process {worker.name} of {len(workers)} ended with status {worker.exitcode}"
-                    " and without a word: the system may have run out of memory. Type fewer "
-                    "trainer.devices, or a smaller data.batch_size."
-                )
+                raise FatError(_silent(worker, len(workers)))
     while receiver.poll():
         try:
             kind, value = receiver.recv()
@@ -299,9 +298,40 @@ def _wait(workers: list[Any], receiver: Any) -> Any:
             answer = (kind, value)
         elif kind == "error":
             raise FatError(value)
+        elif kind == "broken":
+            raise FatError(value[1])
     if answer is None:
         raise FatError("The processes ended without a result.")
     return answer[1]
+
+
+def _cause(workers: list[Any], receiver: Any, index: int, text: str) -> str:
+    """What to say of a process that broke: another one's end may have broken its connection."""
+    spoke = {index}
+    deadline = time.monotonic() + 2.0
+    for worker in workers:
+        worker.join(max(deadline - time.monotonic(), 0.0))
+    while receiver.poll():
+        try:
+            kind, value = receiver.recv()
+        except EOFError:
+            break
+        if kind == "error":  # it knew what to say
+            return str(value)
+        if kind == "broken":
+            spoke.add(value[0])
+    for number, worker in enumerate(workers):
+        if worker.exitcode and number not in spoke:
+            return _silent(worker, len(workers))
+    return text
+
+
+def _silent(worker: Any, count: int) -> str:
+    return (
+        f"Process {worker.name} of {count} ended with status {worker.exitcode} and without a word: "
+        "the system may have run out of memory. Type fewer trainer.devices, or a smaller "
+        "data.batch_size."
+    )
 
 
 def _worker(
@@ -337,7 +367,8 @@ def _worker(
         sender.send(("error", str(error)))
         os._exit(1)
     except BaseException:
-        sender.send(("error", f"Process {index} of {count} failed:\n{traceback.format_exc()}"))
+        text = f"Process {index} of {count} failed:\n{traceback.format_exc()}"
+        sender.send(("broken", (index, text)))
         os._exit(1)
     if index == 0:
         sender.send(("result", result))

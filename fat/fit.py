@@ -23,7 +23,14 @@ from fat.batches import AnyBatch, Images, counted, split
 from fat.callbacks import KeepBest, NanGuard, Progress, Snapshots
 from fat.correct import correct_biases
 from fat.errors import FatError
-from fat.kept import LAST, RECONSTRUCTION, START, Kept
+from fat.kept import (
+    LAST,
+    RECONSTRUCTION,
+    START,
+    Kept,
+    random_states,
+    set_random_states,
+)
 from fat.module import DistillModule
 from fat.reconstruct import reconstruct
 from fat.spec import TrainSpec
@@ -67,7 +74,8 @@ class _Part:
     """Every n-th batch of an iterable, or all the others, with a length.
 
     Lightning keeps :meth:`state_dict` in its checkpoints, and a training that goes on in the middle
-    of an epoch starts with the batch after it.
+    of an epoch starts with the batch after it. What is skipped is drawn with the random states of
+    then, so that loaders that shuffle by them, as torch's do, go on in the same order.
 
     Args:
         batches: Iterable anew for each epoch.
@@ -82,6 +90,7 @@ class _Part:
         self._batches, self._every, self._chosen = batches, every, chosen
         self._drawn = 0  # of the batches, in this pass
         self._skip = 0
+        self._begun: dict[str, Any] | None = None  # random states when this pass began
         # Lightning looks for samplers here to tell them the epoch; without, every epoch is alike.
         self.sampler = getattr(batches, "sampler", None)
         self.batch_sampler = getattr(batches, "batch_sampler", None)
@@ -93,10 +102,15 @@ class _Part:
 
     def __iter__(self) -> Iterator[AnyBatch]:
         skip, self._skip = self._skip, 0
+        now = random_states()
+        if not skip or self._begun is None:
+            self._begun = now
         # A loader that knows how need not load what is skipped.
         start_at = getattr(self._batches, "start_at", None)
         if skip and start_at is not None:
             start_at(skip)
+        elif skip:
+            set_random_states(self._begun)
         numbered: Iterator[tuple[int, AnyBatch]] = enumerate(
             self._batches, skip if start_at is not None else 0
         )
@@ -104,17 +118,19 @@ class _Part:
             # The loader's own count, as it leaves out batches in which nothing could be read.
             self._drawn = getattr(self._batches, "drawn", index + 1)
             if index < skip:
+                if index == skip - 1:
+                    set_random_states(now)
                 continue
             if (index % self._every == self._every - 1) == self._chosen:
                 yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """How far this pass has come."""
-        return {"drawn": self._drawn}
+    def state_dict(self) -> dict[str, Any]:
+        """How far this pass has come, and how it began."""
+        return {"drawn": self._drawn, "begun": self._begun}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Start the next pass where the other was left; where it had ended, at the first batch."""
-        drawn = state["drawn"]
+        drawn, self._begun = state["drawn"], state.get("begun")
         held = drawn // self._every
         given = held if self._chosen else drawn - held
         self._skip = 0 if given >= self._length else drawn
@@ -212,11 +228,13 @@ def fit(
     try:
         with warnings.catch_warnings():
             # The student is trained in eval mode on purpose: it holds nothing that behaves
-            # differently; checkpoints lie beside what was kept before; and what is logged was
-            # reduced over processes by itself. The last warning is about Lightning's own code.
+            # differently; checkpoints lie beside what was kept before; a training that was cut off
+            # at its very end has nothing left to judge; and what is logged was reduced over
+            # processes by itself. The last warning is about Lightning's own code.
             for expected in (
                 ".*in eval mode at the start of training.*",
                 ".*Checkpoint directory .* exists and is not empty.*",
+                ".*could not find the monitored key.*",
                 ".*sync_dist=True.*",
                 ".*LeafSpec.*",
             ):
@@ -251,6 +269,7 @@ def fit(
                         "best": keep.state_dict(),
                         "reconstruction": reconstruction,
                         "correction": correction,
+                        "random": random_states(),
                     },
                 )
             else:
@@ -258,6 +277,7 @@ def fit(
                 student.load_trained_state(begun["student"])
                 keep.load_state_dict(begun["best"])
                 reconstruction, correction = begun["reconstruction"], begun["correction"]
+                set_random_states(begun["random"])
             if spec.epochs:
                 last = kept.path(LAST)
                 if last is not None:

@@ -9,13 +9,21 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 import fat
 from fat import FatError, QuantSpec, Student, TrainSpec
-from fat.callbacks import AlphaHistory, KeepBest, NanGuard, Progress, student_of
+from fat.callbacks import (
+    AlphaHistory,
+    History,
+    KeepBest,
+    NanGuard,
+    Progress,
+    Snapshots,
+    student_of,
+)
 from fat.module import DistillModule
 
 
@@ -134,7 +142,7 @@ def test_alpha_history_logs_mean_smallest_and_largest(student: Student) -> None:
         weight.alpha.copy_(torch.linspace(0.6, 1.0, 8))
         quantizer.alpha.fill_(7.0)  # acts as 1.0
         quantizer.shift.fill_(0.25)
-    trainer: Any = SimpleNamespace(loggers=[Logger()], global_step=12)
+    trainer: Any = SimpleNamespace(loggers=[Logger()], global_step=12, is_global_zero=True)
     AlphaHistory().on_validation_end(trainer, DistillModule(student, TrainSpec()))
     ((figures, step),) = logged
     assert step == 12
@@ -168,30 +176,144 @@ def test_a_foreign_module_is_not_a_students() -> None:
         student_of(pl.LightningModule())
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_a_checkpoint_goes_on_where_it_was(tiny: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    """Two epochs, a checkpoint and two more give what four give."""
-    batches = list(images.split(4))
+def test_only_the_first_process_logs_alphas(student: Student) -> None:
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            raise AssertionError("another process logged")
 
-    def run(epochs: int, resume: str | None = None) -> tuple[Student, fat.FitResult]:
-        student = fat.prepare(tiny, images, QuantSpec(bits=4))
-        fat.calibrate(student, images)
-        saver = ModelCheckpoint(tmp_path / str(epochs), save_last=True, save_top_k=0)
-        result = fat.fit(
-            student, batches, validation=batches, epochs=epochs, schedule="constant", lr=1e-3,
-            bias_correction=False, callbacks=[saver], progress=False, resume=resume,
-            trainer_options={"enable_checkpointing": True, "default_root_dir": tmp_path},
-        )  # fmt: skip
-        return student, result
+    trainer: Any = SimpleNamespace(loggers=[Logger()], global_step=12, is_global_zero=False)
+    AlphaHistory().on_validation_end(trainer, DistillModule(student, TrainSpec()))
 
-    whole, expected = run(4)
-    run(2)
-    resumed, result = run(4, str(tmp_path / "2" / "last.ckpt"))
-    assert result.steps == expected.steps == 16
-    assert result.best_step == expected.best_step > 0
-    assert result.best_loss == expected.best_loss
-    assert result.calibrated_loss == expected.calibrated_loss
-    for name, value in whole.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[name]), name
-    stored = torch.load(tmp_path / "2" / "last.ckpt", weights_only=True)  # plain containers only
-    assert QuantSpec.from_dict(stored["fat"]["spec"]) == QuantSpec(bits=4)
+
+def stepping(history: History, step: int, **figures: float) -> Any:
+    """A trainer after a step, or at its validation, of which the history has been told."""
+    logged = {name.replace("_", "/", 1): torch.tensor(value) for name, value in figures.items()}
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, global_step=step, callback_metrics=logged, sanity_checking=False
+    )
+    module: Any = None
+    history.setup(trainer, module, "fit")
+    if "train/loss" in logged:
+        history.on_train_batch_end(trainer, module, None, None, 0)
+    if "val/loss" in logged:
+        history.on_validation_end(trainer, module)
+    return trainer
+
+
+def test_history_is_one_row_a_figure_with_the_step_it_is_of(tmp_path: Path) -> None:
+    history = History(tmp_path / "history.csv")
+    stepping(history, 0, val_loss=0.5)
+    stepping(history, 1, train_loss=0.25, train_lr=1e-3)
+    stepping(history, 2, train_loss=0.125, train_lr=5e-4, val_loss=0.0625, val_agreement=75.0)
+    assert (tmp_path / "history.csv").read_text().splitlines() == [
+        "step,name,value",
+        "0,val/loss,0.5",
+        "1,train/loss,0.25",
+        "1,train/lr,0.00100000005",
+        "2,train/loss,0.125",
+        "2,train/lr,0.000500000024",
+        "2,val/loss,0.0625",
+        "2,val/agreement,75",
+    ]
+
+
+def test_history_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    lines = [
+        "step,name,value",
+        "0,val/loss,0.5",
+        "1,train/loss,1",
+        "2,train/loss,2",
+        "2,val/loss,3",
+    ]
+    # As a process leaves it that went on once, was killed, and was cut off within a line.
+    path.write_text("\n".join([*lines, "2,val/loss,3", "3,train/loss,4", "2,trai"]))
+    history = History(path)
+    trainer = stepping(history, 2)
+    history.on_train_start(trainer, DistillModule.__new__(DistillModule))
+    assert path.read_text().splitlines() == lines
+    assert path.read_text().endswith("\n")
+
+
+def test_other_processes_write_no_history(tmp_path: Path) -> None:
+    history, module = History(tmp_path / "history.csv"), DistillModule.__new__(DistillModule)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=False, global_step=1, callback_metrics={"train/loss": torch.tensor(1.0)}
+    )
+    history.setup(trainer, module, "fit")
+    history.on_train_start(trainer, module)
+    history.on_train_batch_end(trainer, module, None, None, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Saver:
+    """As much of a trainer as Snapshots asks; its checkpoints say at which step they were made."""
+
+    def __init__(self, batches: int, validates_every: int) -> None:
+        self.num_training_batches, self.val_check_batch = batches, validates_every
+        self.global_step, self.received_sigterm, self.is_global_zero = 0, False, True
+        self.state = SimpleNamespace(fn=TrainerFn.FITTING)
+        self.saved: list[int] = []
+
+    def save_checkpoint(self, path: Path) -> None:
+        self.saved.append(self.global_step)
+        Path(path).write_text(str(self.global_step))
+
+    def steps(self, snapshots: Snapshots, clock: list[float], seconds: float) -> None:
+        module: Any = None
+        for index in range(self.num_training_batches):
+            self.global_step += 1
+            clock[0] += seconds
+            snapshots.on_train_batch_end(self, module, None, None, index)  # type: ignore[arg-type]
+            if (index + 1) % self.val_check_batch == 0:
+                snapshots.on_validation_end(self, module)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("fat.callbacks.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_snapshot_is_taken_at_validations_and_when_it_is_time(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    trainer, path = Saver(batches=10, validates_every=10), tmp_path / "last.ckpt"
+    trainer.steps(Snapshots(path, every=30.0), clock, seconds=10.0)
+    # Every third step; that of step 9 starts the count, and the validation is at step 10.
+    assert trainer.saved == [3, 6, 9, 10]
+    assert path.read_text() == "10"
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # nothing half written
+
+
+def test_a_snapshot_waits_for_a_validation_at_the_same_step(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    trainer = Saver(batches=8, validates_every=4)
+    trainer.steps(Snapshots(tmp_path / "last.ckpt", every=0.0), clock, seconds=1.0)
+    # Never twice at one step: before its validation, step 4 is not over.
+    assert trainer.saved == list(range(1, 9))
+
+
+def test_no_snapshot_comes_between_when_there_is_time(tmp_path: Path, clock: list[float]) -> None:
+    trainer = Saver(batches=8, validates_every=4)
+    trainer.steps(Snapshots(tmp_path / "last.ckpt", every=1e9), clock, seconds=1.0)
+    assert trainer.saved == [4, 8]
+
+
+def test_sigterm_asks_for_a_snapshot_at_once(tmp_path: Path, clock: list[float]) -> None:
+    trainer = Saver(batches=4, validates_every=4)
+    snapshots = Snapshots(tmp_path / "last.ckpt", every=1e9)
+    trainer.global_step, trainer.received_sigterm = 2, True
+    snapshots.on_train_batch_end(trainer, None, None, None, 1)  # type: ignore[arg-type]
+    assert trainer.saved == [2]
+
+
+def test_a_validation_outside_training_leaves_no_snapshot(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    trainer = Saver(batches=4, validates_every=4)
+    trainer.state.fn = TrainerFn.VALIDATING  # such as that of the calibrated student
+    Snapshots(tmp_path / "last.ckpt", every=0.0).on_validation_end(trainer, None)  # type: ignore[arg-type]
+    assert trainer.saved == []

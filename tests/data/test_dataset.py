@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from fat.data.dataset import (
     ImageDataset,
     ImageLoader,
     SkippedImages,
+    StepBatches,
+    WholeBatches,
     collate,
 )
 from fat.data.images import UnreadableImage
@@ -113,27 +116,118 @@ def test_sampler_visits_all_and_follows_seed_and_epoch() -> None:
     assert order(0, 3) != order(1, 3)
 
 
-@pytest.mark.parametrize(("length", "replicas"), [(24, 2), (25, 3)])
-def test_processes_share_the_batches_of_one(length: int, replicas: int) -> None:
-    alone = list(EpochSampler(length, 0))
-    shares = [list(EpochSampler(length, 0, i, replicas)) for i in range(replicas)]
-    assert {len(share) for share in shares} == {length // replicas}
-    per_process = 4
-    for step in range(length // replicas // per_process):
-        together = [
-            key for share in shares for key in share[step * per_process : (step + 1) * per_process]
-        ]
-        size = per_process * replicas
-        assert sorted(together) == sorted(alone[step * size : (step + 1) * size])
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes this process one of several, as far as samplers ask."""
+
+    def become(rank: int, size: int) -> None:
+        monkeypatch.setattr("fat.distributed.rank", lambda: rank)
+        monkeypatch.setattr("fat.distributed.size", lambda: size)
+
+    return become
 
 
-def test_processes_know_each_other_from_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = EpochSampler(10, 0)  # built before they do
-    assert len(sampler) == 10
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert list(sampler) == list(EpochSampler(10, 0, 1, 2))
+Process = Callable[[int, int], None]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("length", "processes"), [(24, 2), (25, 3), (29, 2), (5, 3)])
+def test_processes_share_each_step_that_one_would_have(
+    process: Process, length: int, processes: int, drop_last: bool
+) -> None:
+    size = 2 * processes
+    sampler = EpochSampler(length, 7)
+    sampler.set_epoch(2)
+    batches = StepBatches(sampler, size, drop_last=drop_last)  # built before they know each other
+    alone = list(batches)
+    order = list(sampler)
+    expected = [order[i : i + size] for i in range(0, length, size)]
+    if drop_last and len(expected[-1]) < size:
+        expected.pop()
+    assert alone == expected
+    assert len(batches) == len(alone)
+    shares = []
+    for rank in range(processes):
+        process(rank, processes)
+        assert len(batches) == len(alone)
+        shares.append(list(batches))
+    for step, whole in enumerate(alone):
+        together = [share[step] for share in shares]
+        assert sorted(key for part in together for key in part) == sorted(whole)
+        assert max(map(len, together)) - min(map(len, together)) <= 1
+
+
+def test_a_pass_that_starts_later_is_the_rest_of_the_whole_one() -> None:
+    batches = StepBatches(EpochSampler(10, 0), 3, drop_last=False)
+    whole = list(batches)
+    batches.skip = 2
+    assert list(batches) == whole[2:]
+    assert list(batches) == whole  # that pass alone
+
+
+@pytest.mark.parametrize(("length", "processes"), [(24, 2), (25, 3), (4, 3), (1, 2), (9, 1)])
+def test_processes_share_whole_batches_and_every_image_once(
+    process: Process, length: int, processes: int
+) -> None:
+    batches = WholeBatches(length, 4)
+    alone = list(batches)
+    assert alone == [list(range(i, min(i + 4, length))) for i in range(0, length, 4)]
+    shares = []
+    for rank in range(processes):
+        process(rank, processes)
+        shares.append(list(batches))
+        assert len(batches) == len(shares[-1])  # none for some, where there are too few
+    assert sorted(batch for share in shares for batch in share) == sorted(alone)
+
+
+def stepping(data: ImageDataset, workers: int = 0) -> ImageLoader:
+    batches = StepBatches(EpochSampler(len(data), 0), 4, drop_last=False)
+    return ImageLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_starts_later_loads_the_rest_alone(workers: int) -> None:
+    whole = [labels.tolist() for _, labels in stepping(ImageDataset(Numbers(18), noisy))]
+    source = Numbers(18, bad=tuple(whole[0] + whole[1]))  # what is left out is never opened
+    later = stepping(ImageDataset(source, noisy), workers)
+    later.start_at(2)
+    assert len(later) == 5
+    drawn = []
+    got = []
+    for _, labels in later:
+        got.append(labels.tolist())
+        drawn.append(later.drawn)
+    assert got == whole[2:]
+    assert drawn == [3, 4, 5]
+    assert not later.dataset.skipped  # type: ignore[attr-defined]
+    healthy = stepping(ImageDataset(Numbers(18), noisy))
+    healthy.start_at(2)
+    list(healthy)
+    assert [labels.tolist() for _, labels in healthy] == whole  # the next pass is whole again
+
+
+def test_batches_of_nothing_count_as_drawn() -> None:
+    order = [p for _, p in EpochSampler(120, 0)]
+    batches = stepping(ImageDataset(Numbers(120, bad=tuple(order[4:8])), noisy))
+    numbers = [batches.drawn for _ in batches]
+    assert numbers == [1, *range(3, 31)]
+
+
+def test_only_training_images_start_later() -> None:
+    data = ImageDataset(Numbers(8), noisy)
+    judged = ImageLoader(data, batch_sampler=WholeBatches(8, 4), collate_fn=collate)
+    with pytest.raises(FatError, match="Only a loader of training images"):
+        judged.start_at(1)
+
+
+def test_a_process_without_images_of_a_step_stops_all_of_them(process: Process) -> None:
+    order = [p for _, p in EpochSampler(80, 0)]
+    batches = stepping(ImageDataset(Numbers(80, bad=(order[1], order[3])), noisy))
+    process(0, 2)
+    assert [len(labels) for _, labels in batches] == [2] * 20
+    process(1, 2)
+    with pytest.raises(FatError, match=rf"others would wait.*{order[1]}\.jpg.*one process"):
+        list(batches)
 
 
 def test_collate_drops_the_unreadable() -> None:
