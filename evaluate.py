@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
+from fat import cli
+from fat.config import EvaluateConfig, parse
+from fat.errors import FatError
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
-def main(composed: DictConfig) -> Any:
+@cli.task
+def main(composed: DictConfig) -> dict[str, Any]:
     """Print and return the figures."""
-    from fat import cli
-
-    return cli.task(judge)(composed)
-
-
-def judge(composed: DictConfig) -> dict[str, Any]:
-    """Do what is asked of a finished run, or of a file."""
-    from fat.config import EvaluateConfig, parse
-    from fat.errors import FatError
-
     config = parse(EvaluateConfig, composed)
     asked = {
         "artefact": config.artefact is not None,
@@ -50,10 +44,4 @@ def judge(composed: DictConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if {"-sc", "--shell-completion"} & set(sys.argv):
-        main()  # somebody waits for TAB: torch takes seconds to load, and conf/ says all
-    else:
-        from fat import cli
-        from fat.config import EvaluateConfig
-
-        cli.guarded(main, EvaluateConfig)
+    cli.guarded(main, EvaluateConfig)

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-
 import hydra
 from omegaconf import DictConfig
 
+from fat import cli
+from fat.config import RunConfig
+
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@cli.task
 def main(composed: DictConfig) -> float:
     """Run one experiment; the result is what sweepers make small."""
-    from fat import cli
-
-    result: float = cli.task(cli.job)(composed)
-    return result
+    return cli.job(composed)
 
 
 if __name__ == "__main__":
-    if {"-sc", "--shell-completion"} & set(sys.argv):
-        main()  # somebody waits for TAB: torch takes seconds to load, and conf/ says all
-    else:
-        from fat import cli
-        from fat.config import RunConfig
-
-        cli.guarded(main, RunConfig)
+    cli.guarded(main, RunConfig)
