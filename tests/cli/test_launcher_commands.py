@@ -58,13 +58,13 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path) -> None:
     place = tmp_path / "sweep"
     process = subprocess.Popen(
         [sys.executable, "train.py", "-m", *QUICK, "data.train_images=160", "optim.epochs=2",
-         "data.workers=0", "quant.bits=8,9", "hydra/launcher=submitit_local",
-         f"hydra.sweep.dir={place}"],
+         "data.workers=0", "trainer.checkpoint_every=0.5", "quant.bits=8,9",
+         "hydra/launcher=submitit_local", f"hydra.sweep.dir={place}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 200
-        while not list(place.glob("0-*/checkpoints/*")):
+        while not list(place.glob("0-*/checkpoints/*.ckpt")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
