@@ -54,8 +54,11 @@ INTERRUPTED = 130
 NOT_HERE = ("hydra", "resume", "sweep", "hub")
 """Options of a run that make no sense in a search."""
 JUDGES = ("model", "teacher", "seed", "optim.loss", "optim.temperature")
-"""Options that decide which validation loss is meant; so do those of data but for FREE."""
-FREE = ("train_images", "batch_size", "workers", "cache", "cache_dir", "augment", "flip")
+"""Options that decide which validation loss is meant; so do those of data but for FREE.
+
+Also the size of a batch: the mean of several batches' RMSE is not that of their union.
+"""
+FREE = ("train_images", "workers", "cache", "cache_dir", "augment", "flip")
 
 Objective = Callable[[int, Sequence[str], bool], float]
 """Number of the trial, its overrides, whether it goes on → what is made small; NaN: it failed."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import Tensor, nn
 
 from fat.config import EvaluateConfig, RunConfig, parse
@@ -53,10 +54,19 @@ def test_there_are_commands_to_check() -> None:
     assert len(COMMANDS) > 8
 
 
+def of_first_job(word: str) -> str:
+    override = OverridesParser.create().parse_override(word)
+    if not override.is_sweep_override():
+        return word
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(command: str) -> None:
     _, script, *words = shlex.split(command)
-    overrides = [word for word in words if not word.startswith("-") and "=" in word]
+    overrides = [
+        of_first_job(word) for word in words if not word.startswith("-") and "=" in word
+    ]  # fmt: skip
     name, schema = ("train", RunConfig) if script == "train.py" else ("evaluate", EvaluateConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(schema, compose(name, overrides=overrides))

@@ -77,6 +77,7 @@ def test_overrides_of_a_trial_are_hydras_again() -> None:
         (["model=resnet18,resnet50"], "could not be compared"),
         (["optim.loss=rmse,kl"], "could not be compared"),
         (["data.validation_images=10,20"], "could not be compared"),
+        (["data.batch_size=8,16"], "could not be compared"),
         (["seed=1,2"], "could not be compared"),
     ],
 )

@@ -124,6 +124,14 @@ def test_jobs_at_once_share_the_cores(
     assert cli.share_of_cores(launcher, 8, jobs, environment) == wanted
 
 
+def training_that_is_stopped() -> None:
+    """Saves what there is and ends as after Ctrl-C, whatever stopped it."""
+    try:
+        signal.raise_signal(signal.SIGUSR2)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no such signal here")
 def test_a_job_that_its_queue_stops_leaves_with_the_queues_status() -> None:
     def handler(*arguments: object) -> None:
@@ -133,10 +141,7 @@ def test_a_job_that_its_queue_stops_leaves_with_the_queues_status() -> None:
     before = signal.signal(signal.SIGUSR2, handler)
     try:
         with pytest.raises(SystemExit) as left, cli._leaves_as_asked():
-            try:
-                signal.raise_signal(signal.SIGUSR2)
-            except SystemExit:  # as training does, which saves what there is
-                raise KeyboardInterrupt from None
+            training_that_is_stopped()
         assert left.value.code == 144
         assert signal.getsignal(signal.SIGUSR2) is handler
         with pytest.raises(KeyboardInterrupt), cli._leaves_as_asked():

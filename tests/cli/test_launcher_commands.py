@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -57,19 +58,18 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path) -> None:
     place = tmp_path / "sweep"
     process = subprocess.Popen(
         [sys.executable, "train.py", "-m", *QUICK, "data.train_images=160", "optim.epochs=2",
-         "data.workers=0", "quant.bits=8,9", "hydra/launcher=submitit_local",
-         f"hydra.sweep.dir={place}"],
+         "data.workers=0", "trainer.checkpoint_every=0.5", "quant.bits=8,9",
+         "hydra/launcher=submitit_local", f"hydra.sweep.dir={place}"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 200
-        while not list(place.glob("0-*/checkpoints/*")):
+        while not list(place.glob("0-*/checkpoints/*.ckpt")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
         # What SLURM does before it takes a job's machine away.
-        for task in tasks_of(place):
-            task.send(signal.SIGUSR2)
+        os.kill(task_of_first_job(place), signal.SIGUSR2)
         output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
@@ -81,21 +81,13 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path) -> None:
     assert log.count("Before training") == 1  # the second start did not judge again
 
 
-class Task:
-    """A process of a job."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-
-    def send(self, number: int) -> None:
-        subprocess.run(["kill", f"-{int(number)}", str(self.pid)], check=True)
-
-
-def tasks_of(place: Path) -> list[Task]:
-    """Processes of submitit that work for the sweep's job 0: the other one has failed by then."""
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
-    wanted = f"submitit.core._submit {place}"
-    return [Task(int(line.split()[0])) for line in listed.stdout.splitlines() if wanted in line]
+def task_of_first_job(place: Path) -> int:
+    """The process that does the sweep's job 0: submitit names jobs after the task's parent."""
+    for log in (place / ".submitit").glob("*/*_log.out"):
+        if "Job 1 of" in log.read_text():
+            listed = ["ps", "-o", "pid=", "--ppid", log.parent.name]
+            return int(subprocess.run(listed, capture_output=True, text=True, check=True).stdout)
+    raise AssertionError(f"no job in {place}")
 
 
 @pytest.mark.slow
