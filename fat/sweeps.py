@@ -20,7 +20,7 @@ from fat.files import write_json
 from fat.report.reading import read_sweep
 from fat.report.sweep_page import write_sweep
 from fat.report.table import format_sweep
-from fat.runs import FAILURE, METRICS
+from fat.runs import FAILURE, METRICS, read_metrics
 
 __all__ = ["SHARED", "SWEEP", "Sweep", "end_sweep", "failures", "run_job", "start_sweep"]
 
@@ -93,7 +93,7 @@ def run_job(
         shared = sweep.directory / SHARED
         resume = resume or sweep.resume
     # What fails before a run has begun in a directory must not mark the run that is there.
-    known = resume or not (directory / METRICS).is_file()
+    known = not (directory / METRICS).is_file() or (resume and not _finished(directory))
     if known and distributed.rank() == 0:
         (directory / FAILURE).unlink(missing_ok=True)
     try:
@@ -145,6 +145,14 @@ def failures(directory: Path) -> dict[Path, dict[str, Any]]:
     """
     found = sorted(directory.glob(f"*/{FAILURE}"), key=lambda path: _number(path.parent))
     return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in found}
+
+
+def _finished(directory: Path) -> bool:
+    try:
+        metrics = read_metrics(directory)
+    except FatError:
+        return False
+    return metrics is not None and metrics.get("status") == "finished"
 
 
 def _number(directory: Path) -> tuple[int, str]:
