@@ -153,7 +153,7 @@ def _value(words: Sequence[str], key: str) -> str | None:
 
 
 def _quoted(value: str) -> str:
-    """As Hydra's grammar wants it, where the value is more than ASCII letters, digits and slashes."""
+    """As Hydra's grammar wants it, where the value is more than plain letters and slashes."""
     if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
         return value
     escaped = value.replace("'", r"\'")
