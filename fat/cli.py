@@ -160,6 +160,13 @@ def arguments(given: Sequence[str]) -> list[str]:
             raise FatError(f"There is no sweep in {found}: sweep.resume takes its directory.")
         words = [word for word in words if not word.startswith("sweep.resume=")]
         words += ["sweep.resume=true", f"hydra.sweep.dir={_quoted(str(found))}"]
+    elif multirun:
+        taken = _value(words, "hydra.sweep.dir")
+        if taken is not None and (Path(taken) / "sweep.json").is_file():
+            raise FatError(
+                f"{taken} holds a sweep already. Type sweep.resume={taken} to go on with it, or "
+                "give another directory: hydra.sweep.dir=DIR."
+            )
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun: the first process alone writes
         words = [word for word in words if not word.startswith("hydra.run.dir=")]
         words += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
@@ -174,8 +181,8 @@ def _value(words: Sequence[str], key: str) -> str | None:
 
 
 def _quoted(value: str) -> str:
-    """As Hydra's grammar wants it, where the value is more than letters, digits and slashes."""
-    if re.fullmatch(r"[\w./:-]+", value):
+    """As Hydra's grammar wants it, where the value is more than plain letters and slashes."""
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
         return value
     escaped = value.replace("'", r"\'")
     return f"'{escaped}'"

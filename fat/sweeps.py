@@ -22,7 +22,7 @@ from fat.files import write_json
 from fat.report.reading import read_sweep
 from fat.report.sweep_page import write_sweep
 from fat.report.table import format_sweep
-from fat.runs import FAILURE, METRICS
+from fat.runs import FAILURE, METRICS, read_metrics
 
 __all__ = [
     "SHARED", "SWEEP", "Sweep", "end_sweep", "failures", "job_failed", "jobs_of", "run_job",
@@ -102,7 +102,7 @@ def run_job(
         if sweep.threads is not None and config.trainer.threads is None:
             torch.set_num_threads(sweep.threads)
     # What fails before a run has begun in a directory must not mark the run that is there.
-    known = resume or not (directory / METRICS).is_file()
+    known = not (directory / METRICS).is_file() or (resume and not _finished(directory))
     if known and distributed.writes():
         (directory / FAILURE).unlink(missing_ok=True)
     try:
@@ -195,6 +195,14 @@ def failures(directory: Path) -> dict[Path, dict[str, Any]]:
     return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in found}
 
 
+def _finished(directory: Path) -> bool:
+    try:
+        metrics = read_metrics(directory)
+    except FatError:
+        return False
+    return metrics is not None and metrics.get("status") == "finished"
+
+
 def _number(directory: Path) -> tuple[int, str]:
     first = directory.name.partition("-")[0]
     return (int(first) if first.isdigit() else 0, directory.name)
@@ -226,7 +234,7 @@ def _say_progress(sweep: Sweep) -> None:
     ended = [
         path.stat().st_mtime
         for path in [
-            *(found for found in sweep.directory.glob(f"*/{METRICS}") if _is_finished(found)),
+            *(found for found in sweep.directory.glob(f"*/{METRICS}") if _finished(found.parent)),
             *sweep.directory.glob(f"*/{FAILURE}"),
         ]
     ]
@@ -237,10 +245,3 @@ def _say_progress(sweep: Sweep) -> None:
         minutes = (time.time() - started) / done * max(jobs - len(ended), 1) / 60
         text += f", about {minutes:.0f} minutes left"
     logger.info("%s.", text)
-
-
-def _is_finished(metrics: Path) -> bool:
-    try:
-        return bool(json.loads(metrics.read_text(encoding="utf-8")).get("status") == "finished")
-    except (OSError, ValueError):
-        return False

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: what failed stays behind, and a job that is started again goes on."""
+"""Jobs of a sweep: one that fails is noted, the others are done."""
 
 from __future__ import annotations
 
@@ -6,145 +6,205 @@ import json
 import logging
 import math
 import os
-import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from fat import cli, sweeps
-from fat.config import DataConfig, ModelConfig, RunConfig
+from fat import sweeps
+from fat.config import RunConfig
 from fat.errors import FatError
-from fat.sweeps import Sweep, failures, job_failed, jobs_of, run_job, start_sweep
+from fat.sweeps import SHARED, SWEEP, Sweep, end_sweep, failures, run_job, start_sweep
+from tests.conf.test_compose import composed
+
+Outcome = Callable[..., float]
 
 
+@pytest.fixture(scope="module")
 def config() -> RunConfig:
-    return RunConfig(ModelConfig("a"), DataConfig("photos"))
-
-
-def touch(path: Path, seconds: float, text: str = '{"status": "finished"}') -> None:
-    """A file as if written so many seconds after sweep.json."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    at = (path.parents[1] / sweeps.SWEEP).stat().st_mtime + seconds
-    os.utime(path, (at, at))
+    return composed("model=mobilenet_v2")
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What :func:`fat.experiment.run` is called with, in its place."""
-    calls: list[dict[str, Any]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What ``run`` is called with; its outcome is in ``calls.outcome``."""
+    seen: list[dict[str, Any]] = []
 
     def run(config: RunConfig, directory: Path, **options: Any) -> float:
-        calls.append({**options, "threads": torch.get_num_threads()})
+        directory.mkdir(parents=True, exist_ok=True)
+        seen.append({"directory": directory, **options})
+        outcome = OUTCOMES.get(directory.name)
+        if outcome is not None:
+            raise outcome
         return 1.5
 
+    OUTCOMES.clear()
     monkeypatch.setattr(sweeps, "run", run)
-    return calls
+    return seen
 
 
-@pytest.mark.parametrize(
-    ("written", "resume", "wanted"),
-    [(None, False, False), (-5.0, False, False), (5.0, False, True), (-5.0, True, True)],
-)
-def test_a_job_goes_on_if_this_start_of_the_sweep_began_it(
-    tmp_path: Path, seen: list[dict[str, Any]], written: float | None, resume: bool, wanted: bool
+OUTCOMES: dict[str, BaseException] = {}
+
+
+def job(folder: Path, number: int, *, resume: bool = False) -> Sweep:
+    return Sweep("multirun/x", folder, resume, number)
+
+
+def failure(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((directory / "failure.json").read_text())
+    return found
+
+
+def test_a_job_that_fails_is_noted_and_the_sweep_goes_on(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    start_sweep(tmp_path, "s", "command", 3)
-    if written is not None:
-        touch(tmp_path / "0-a" / "metrics.json", written)
-    assert run_job(config(), tmp_path / "0-a", sweep=Sweep("s", tmp_path, resume, 0)) == 1.5
-    assert seen[0]["resume"] is wanted
+    OUTCOMES["0-a"] = FatError("Type a smaller number.")
+    OUTCOMES["1-a"] = ValueError("a mistake of the program")
+    values = [
+        run_job(config, tmp_path / f"{n}-a", command=f"train {n}", sweep=job(tmp_path, n))
+        for n in range(3)
+    ]
+    assert [math.isnan(value) for value in values] == [True, True, False]
+    assert values[2] == 1.5
+    assert failure(tmp_path / "0-a") == {
+        "error": "FatError", "message": "Type a smaller number.", "traceback": None,
+        "command": "train 0",
+    }  # fmt: skip
+    noted = failure(tmp_path / "1-a")
+    assert (noted["error"], noted["message"]) == ("ValueError", "a mistake of the program")
+    assert noted["traceback"].startswith("Traceback")
+    assert "ValueError: a mistake of the program" in noted["traceback"]
+    assert list(failures(tmp_path)) == [tmp_path / "0-a", tmp_path / "1-a"]
 
 
-def test_threads_of_the_sweep_are_for_jobs_that_leave_it_open(
-    tmp_path: Path, seen: list[dict[str, Any]]
+def test_jobs_share_a_folder_and_know_their_sweep(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    before = torch.get_num_threads()
-    try:
-        chosen = config()
-        chosen.trainer.threads = before
-        run_job(chosen, tmp_path / "0-a", sweep=Sweep("s", tmp_path, False, 0, before + 1))
-        run_job(config(), tmp_path / "0-a", sweep=Sweep("s", tmp_path, False, 0, before + 1))
-    finally:
-        torch.set_num_threads(before)
-    assert [call["threads"] for call in seen] == [before, before + 1]
+    run_job(config, tmp_path / "0-a", command="c", sweep=job(tmp_path, 0, resume=True))
+    run_job(config, tmp_path / "alone", command="c")
+    assert [call["shared"] for call in calls] == [tmp_path / SHARED, None]
+    assert [call["sweep"] for call in calls] == ["multirun/x", None]
+    assert [call["resume"] for call in calls] == [True, False]
 
 
-def test_a_failed_job_leaves_the_reason(tmp_path: Path) -> None:
-    sweep = Sweep("s", tmp_path, False, 4)
-    assert math.isnan(job_failed(tmp_path / "4-a", FatError("no such thing"), "do it", sweep))
-    noted = failures(tmp_path)[tmp_path / "4-a"]
-    assert (noted["error"], noted["message"], noted["traceback"]) == (
-        "FatError", "no such thing", None,
-    )  # fmt: skip
-    job_failed(tmp_path / "5-a", ValueError("a bug"), None, sweep)
-    assert "ValueError: a bug" in failures(tmp_path)[tmp_path / "5-a"]["traceback"]
-
-
-def test_jobs_of_a_sweep(tmp_path: Path) -> None:
-    assert jobs_of(tmp_path) == 1
-    start_sweep(tmp_path, "s", "command", 7)
-    assert jobs_of(tmp_path) == 7
-
-
-def test_the_time_left_counts_ended_jobs_only(
-    tmp_path: Path, seen: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("in_sweep", [True, False])
+def test_ctrl_c_ends_the_sweep_and_is_no_failure(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path, in_sweep: bool
 ) -> None:
-    start_sweep(tmp_path, "s", "command", 10)
-    noted = json.loads((tmp_path / sweeps.SWEEP).read_text())
-    noted["started"] -= 600  # ten minutes ago
-    (tmp_path / sweeps.SWEEP).write_text(json.dumps(noted))
-    touch(tmp_path / "0-a" / "metrics.json", -700)  # an earlier start of the sweep did it
-    touch(tmp_path / "1-a" / "metrics.json", -100)
-    touch(tmp_path / "2-a" / "failure.json", -50)
-    touch(tmp_path / "3-a" / "metrics.json", -20, '{"status": "calibrated"}')  # still runs
-    with caplog.at_level(logging.INFO):
-        run_job(config(), tmp_path / "4-a", sweep=Sweep("s", tmp_path, False, 4))
-    # Two took ten minutes, seven are to come or under way.
-    assert "Job 5 of 10, about 35 minutes left." in caplog.text
+    OUTCOMES["0-a"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_job(config, tmp_path / "0-a", sweep=job(tmp_path, 0) if in_sweep else None)
+    assert not (tmp_path / "0-a" / "failure.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("launcher", "jobs", "environment", "wanted"),
-    [
-        ("hydra._internal.core_plugins.basic_launcher.BasicLauncher", 4, {}, None),
-        ("joblib_launcher.JoblibLauncher", 4, {}, None),
-        ("submitit_launcher.LocalLauncher", 4, {}, 2),
-        ("submitit_launcher.LocalLauncher", 40, {}, 1),
-        ("submitit_launcher.LocalLauncher", 4, {"OMP_NUM_THREADS": "8"}, None),
-        ("submitit_launcher.SlurmLauncher", 4, {"SLURM_CPUS_PER_TASK": "6"}, 6),
-        ("submitit_launcher.SlurmLauncher", 4, {}, None),
-    ],
-)
-def test_jobs_at_once_share_the_cores(
-    launcher: str, jobs: int, environment: dict[str, str], wanted: int | None
+def test_a_run_by_itself_raises_and_is_noted_too(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert cli.share_of_cores(launcher, 8, jobs, environment) == wanted
+    OUTCOMES["run"] = FatError("Type something else.")
+    with pytest.raises(FatError, match="Type something else"):
+        run_job(config, tmp_path / "run", command="c")
+    assert failure(tmp_path / "run")["message"] == "Type something else."
 
 
-def training_that_is_stopped() -> None:
-    """Saves what there is and ends as after Ctrl-C, whatever stopped it."""
-    try:
-        signal.raise_signal(signal.SIGUSR2)
-    except SystemExit:
-        raise KeyboardInterrupt from None
+def test_trying_again_forgets_the_failure(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    OUTCOMES["0-a"] = FatError("no")
+    run_job(config, tmp_path / "0-a", sweep=job(tmp_path, 0))
+    assert (tmp_path / "0-a" / "failure.json").is_file()
+    OUTCOMES.clear()
+    assert run_job(config, tmp_path / "0-a", sweep=job(tmp_path, 0, resume=True)) == 1.5
+    assert not (tmp_path / "0-a" / "failure.json").exists()
+    # Also of a run that had been calibrated when it failed.
+    (tmp_path / "0-a" / "metrics.json").write_text('{"status": "calibrated"}')
+    OUTCOMES["0-a"] = FatError("again")
+    run_job(config, tmp_path / "0-a", sweep=job(tmp_path, 0, resume=True))
+    assert failure(tmp_path / "0-a")["message"] == "again"
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGUSR2"), reason="no such signal here")
-def test_a_job_that_its_queue_stops_leaves_with_the_queues_status() -> None:
-    def handler(*arguments: object) -> None:
-        raise SystemExit(144)
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_fails_before_a_run_began_does_not_mark_a_finished_one(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path, resume: bool
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.json").write_text('{"status": "finished"}')
+    OUTCOMES["run"] = FatError("holds a run of other options")
+    with pytest.raises(FatError):
+        run_job(config, run, resume=resume)
+    assert [path.name for path in run.iterdir()] == ["metrics.json"]
 
-    handler.__module__ = "submitit.core.job_environment"
-    before = signal.signal(signal.SIGUSR2, handler)
-    try:
-        with pytest.raises(SystemExit) as left, cli._leaves_as_asked():
-            training_that_is_stopped()
-        assert left.value.code == 144
-        assert signal.getsignal(signal.SIGUSR2) is handler
-        with pytest.raises(KeyboardInterrupt), cli._leaves_as_asked():
-            raise KeyboardInterrupt
-    finally:
-        signal.signal(signal.SIGUSR2, before)
+
+def test_a_failure_that_cannot_be_noted_is_still_told(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def unwritable(*_: Any) -> None:
+        raise FatError("Cannot write: disk full.")
+
+    monkeypatch.setattr(sweeps, "write_json", unwritable)
+    OUTCOMES["run"] = FatError("the first error")
+    with pytest.raises(FatError, match="the first error"):
+        run_job(config, tmp_path / "run")
+    assert "disk full" in caplog.text
+
+
+def test_progress_says_which_job_and_how_long(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
+    now = 1_000_000.0
+    monkeypatch.setattr("fat.sweeps.time.time", lambda: now)
+    start_sweep(tmp_path, "x", "python train.py -m seed=1,2", 6)
+    noted = json.loads((tmp_path / SWEEP).read_text())
+    assert noted == {
+        "id": "x", "command": "python train.py -m seed=1,2", "total": 6, "started": now,
+    }  # fmt: skip
+    # Two ended since, one well and one badly; one is of an earlier start.
+    for name, end in (
+        ("0-a/metrics.json", 300),
+        ("1-a/failure.json", 600),
+        ("9-a/metrics.json", -9),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.write_text("{}")
+        os.utime(path, (now + end, now + end))
+    now += 600.0
+    run_job(config, tmp_path / "2-a", sweep=job(tmp_path, 2))
+    assert "Job 3 of 6, about 20 minutes left." in caplog.text  # four jobs of five minutes
+    caplog.clear()
+    run_job(config, tmp_path / "0-b", sweep=job(tmp_path, 0))
+    assert "Job 1 of 6." in caplog.text
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_end_of_a_sweep(
+    config: RunConfig, calls: list[dict[str, Any]], tmp_path: Path, fails: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.INFO)
+    start_sweep(tmp_path, "x", "python train.py -m seed=1,2", 2)
+    if fails:
+        OUTCOMES["1-a"] = FatError("Type a smaller number.\nAnd more lines.")
+    for number in range(2):
+        run_job(config, tmp_path / f"{number}-a", sweep=job(tmp_path, number))
+        (tmp_path / f"{number}-a" / "config.yaml").write_text("seed: 1\n")
+    (tmp_path / SHARED).mkdir()
+    failed = end_sweep(tmp_path)
+    assert (tmp_path / "sweep.csv").is_file()
+    assert (tmp_path / "report.html").is_file()
+    assert failed == ([tmp_path / "1-a"] if fails else [])
+    assert (tmp_path / SHARED).is_dir() is fails  # whoever tries again has use for it
+    told = f"Failed: {tmp_path / '1-a'}: Type a smaller number."
+    assert (told in caplog.text) is fails
+    assert ("sweep.resume=true tries them again" in caplog.text) is fails
+
+
+def test_failures_come_in_the_order_of_jobs(tmp_path: Path) -> None:
+    for name in ("10-a", "9-a", "1-b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "failure.json").write_text('{"message": "m"}')
+    assert [path.name for path in failures(tmp_path)] == ["1-b", "9-a", "10-a"]
