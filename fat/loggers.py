@@ -187,7 +187,8 @@ def log_results(
     if content:
         run.log({**content, "trainer/global_step": step})
     if files:
-        artifact = wandb.Artifact(f"student-{run.id}", type="model", metadata=leaves(metrics))
+        # Nested as they are: W&B refuses more than a hundred keys, of which an export has more.
+        artifact = wandb.Artifact(f"student-{run.id}", type="model", metadata=dict(metrics))
         for path in files:
             artifact.add_file(str(path))
         run.log_artifact(artifact)

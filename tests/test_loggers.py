@@ -31,6 +31,8 @@ METRICS: dict[str, Any] = {
     "float": {"top1": 71.5, "top5": None}, "calibrated": {"top1": 60.25, "agreement": 80.0},
     "trained": {"top1": 70.0, "agreement": 91.0}, "accuracy_drop": 1.5,
     "data": {"labelled": True}, "status": "finished",
+    # As many as a run with an exported file has, and more.
+    "versions": {f"package{number}": "1.0" for number in range(120)},
 }  # fmt: skip
 NUMBERS = {
     "bits.weight": 4.5, "bits.activation": 8, "float.top1": 71.5, "calibrated.top1": 60.25,

@@ -40,7 +40,7 @@ def test_a_new_run_keeps_its_options(config: RunConfig, tmp_path: Path) -> None:
     assert begin(tmp_path / "run", config, resume=False) is None
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
     found = read_config(tmp_path / "run")
-    assert found.model.name == "mobilenet_v2"
+    assert found.model.name == "mobilenetv2_100"
     assert found == dataclasses.replace(config, hub=None)
 
 

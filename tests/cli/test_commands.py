@@ -13,10 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import fat
+from fat.loggers import flatten
 from fat.report.run import METRICS_KEYS
+from tests import wandb_file
 from tests.cli.running import ROOT, command
 
 TINY = [
@@ -47,9 +50,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_run_directory_holds_what_is_promised(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    for name in ("config.yaml", "metrics.json", "student.safetensors", "thresholds.csv"):
+    for name in (
+        "config.yaml", "metrics.json", "student.safetensors", "thresholds.csv", "history.csv",
+        "layers.csv", "details.json", "report.html", "checkpoints/last.ckpt",
+    ):  # fmt: skip
         assert (folder / name).is_file(), name
-    assert list((folder / "checkpoints").glob("*.ckpt"))
+    assert list((folder / "checkpoints").glob("step=*.ckpt"))
+    assert not (folder / "failure.json").exists()
+    assert not [path for path in folder.rglob("*") if "partial" in path.name]
     assert "Folded" in (folder / "train.log").read_text()
 
 
@@ -62,7 +70,12 @@ def test_metrics_follow_the_schema(finished: tuple[Path, str]) -> None:
     assert metrics["model"] == "test_efficientnet"
     assert metrics["weights"] == "random"
     assert metrics["bits"] == {"weight": 8, "activation": 8}
-    assert set(metrics["seconds"]) == {"load", "prepare", "calibrate", "evaluate", "train"}
+    assert set(metrics["seconds"]) == {
+        "load", "prepare", "calibrate", "evaluate", "train", "report",
+    }  # fmt: skip
+    assert metrics["status"] == "finished"
+    assert metrics["sweep"] is None
+    assert metrics["command"].startswith("python train.py model.name=test_efficientnet")
     assert metrics["training"]["steps"] == 8
     documented = (ROOT / "docs" / "metrics.md").read_text()
     assert all(f"| `{key}` |" in documented for key in METRICS_KEYS)
@@ -168,8 +181,8 @@ def test_a_labelled_folder_gives_accuracies(tmp_path: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{index}.jpg")
     result = command(
         "train.py", *TINY, "data=folder", f"data.root={tmp_path / 'images'}", "optim.epochs=1",
-        "optim.feature_weight=0.1", "optim.label_weight=0.1", "logger=csv",
-        f"hydra.run.dir={tmp_path / 'run'}",
+        "optim.feature_weight=0.1", "optim.label_weight=0.1", "logger=wandb", "logger.group=mine",
+        "export=onnx", f"hydra.run.dir={tmp_path / 'run'}", WANDB_MODE="offline",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -177,10 +190,32 @@ def test_a_labelled_folder_gives_accuracies(tmp_path: Path) -> None:
     assert metrics["float"]["top1"] is not None
     drop = metrics["float"]["top1"] - metrics["trained"]["top1"]
     assert metrics["accuracy_drop"] == pytest.approx(drop)
-    logged = (tmp_path / "run" / "csv" / "metrics.csv").read_text()
-    assert all(f"train/{name}" in logged for name in ("loss", "features", "labels"))
-    assert "alpha/" in logged
-    assert "trained.top1" in logged
+
+    # W&B's own file holds all of it, by the names of the schema.
+    run = wandb_file.read(wandb_file.find(tmp_path / "run"))
+    stored = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert {key: run.config[key] for key in stored} == stored
+    assert run.group == "mine"
+    numbers = flatten(metrics)
+    assert {"float.top1", "calibrated.top1", "trained.top1", "accuracy_drop"} <= numbers.keys()
+    assert {key: run.summary[key] for key in numbers} == pytest.approx(numbers)
+    assert run.summary["status"] == "finished"
+    steps = metrics["training"]["steps"]
+    for name in ("train/loss", "train/features", "train/labels", "train/lr"):
+        assert len(run.logged(name)) == steps, name
+    assert len(run.logged("val/loss")) >= 2
+    student = fat.load(tmp_path / "run" / "student.safetensors")
+    for layer, kind, _ in student.quantizers():
+        histograms = run.logged(f"histograms/alpha/{layer}.{kind}")
+        assert len(histograms) == len(run.logged(f"alpha/{layer}.{kind}")) >= 2
+        assert all(histogram["_type"] == "histogram" for histogram in histograms)
+    (table,) = run.logged("layers")
+    assert table["nrows"] == len(list(student.quantizers()))
+    plots = {key for row in run.history for key in row if key.startswith("plots/")}
+    assert "plots/sqnr_db" in plots
+    assert any(key.startswith("plots/thresholds/") for key in plots)
+    models = [paths for (kind, _), paths in run.artifacts.items() if kind == "model"]
+    assert models == [[metrics["exported"]["onnx"]["file"]]]
 
 
 @pytest.mark.parametrize(

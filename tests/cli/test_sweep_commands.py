@@ -63,7 +63,7 @@ def test_the_float_networks_work_is_done_once(swept: tuple[Path, str, int | None
     with sqlite3.connect(folder / "shared" / "logits.sqlite") as database:
         (images,) = database.execute("SELECT sum(rows) FROM logits").fetchone()
     # Both jobs met the same test, validation and training images, and the same crops of them:
-    # that of one job. What differs is at most the 16 that the first of them reconstructs by.
+    # as many as one job alone.
     assert images == 24 + 16 + 16
 
 
