@@ -19,7 +19,7 @@ from fat.data.datamodule import (
     VALIDATION_PHOTOS,
     FatDataModule,
 )
-from fat.data.dataset import Batch, EpochSampler, ImageLoader
+from fat.data.dataset import Batch, ImageLoader, StepBatches
 from fat.data.transforms import EvalTransform, apply
 from fat.errors import FatError
 from fat.models import Preprocessing
@@ -54,8 +54,8 @@ def names(data: FatDataModule, split: str) -> set[str]:
 
 
 def epoch(loader: ImageLoader, number: int) -> list[Batch]:
-    assert isinstance(loader.sampler, EpochSampler)
-    loader.sampler.set_epoch(number)
+    assert isinstance(loader.batch_sampler, StepBatches)
+    loader.batch_sampler.sampler.set_epoch(number)
     return list(loader)
 
 
