@@ -19,7 +19,7 @@ from fat.data.datamodule import (
     VALIDATION_PHOTOS,
     FatDataModule,
 )
-from fat.data.dataset import Batch, EpochSampler, ImageLoader
+from fat.data.dataset import Batch, ImageLoader, StepBatches
 from fat.data.transforms import EvalTransform, apply
 from fat.errors import FatError
 from fat.models import Preprocessing
@@ -54,8 +54,8 @@ def names(data: FatDataModule, split: str) -> set[str]:
 
 
 def epoch(loader: ImageLoader, number: int) -> list[Batch]:
-    assert isinstance(loader.sampler, EpochSampler)
-    loader.sampler.set_epoch(number)
+    assert isinstance(loader.batch_sampler, StepBatches)
+    loader.batch_sampler.sampler.set_epoch(number)
     return list(loader)
 
 
@@ -330,3 +330,19 @@ def test_workers_follow_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> Non
         usable = set(range(cores))
         monkeypatch.setattr(datamodule.os, "sched_getaffinity", lambda pid, u=usable: u)
         assert FatDataModule.photos(PREPROCESSING).workers == workers
+
+
+@pytest.mark.parametrize(("batch_size", "images"), [(7, 100), (16, 3)])
+def test_a_step_must_be_shared_evenly_among_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int, images: int
+) -> None:
+    data = FatDataModule.folder(
+        fill(tmp_path, 100), PREPROCESSING, workers=0, batch_size=batch_size
+    )
+    data.train.indices = data.train.indices[:images]
+    data.train_dataloader()  # one process takes anything
+    monkeypatch.setattr("fat.distributed.size", lambda: 4)
+    with pytest.raises(FatError, match=rf"batch_size is {batch_size}, .*a multiple of 4"):
+        data.train_dataloader()
+    # What is judged is shared however it comes.
+    assert sum(len(labels) for _, labels in data.test_dataloader()) > 0
