@@ -29,6 +29,7 @@ from fat.exports import asked_target, export_student
 from fat.fit import FitResult, fit
 from fat.hub import check_before, push_to_hub
 from fat.inputs import Target, finetuned, for_images, make_data, own_classes
+from fat.kept import clear_starts
 from fat.loggers import finish, log_results, make_logger, sync_command
 from fat.memo import LogitsMemo
 from fat.mixed import choose_bits, mean_bits, size_mb
@@ -330,6 +331,7 @@ def _run(
                 table=directory / LAYERS, figures=run_figures(directory), files=files,
             )  # fmt: skip
             finish(log)
+        clear_starts(directory / CHECKPOINTS)
         if config.hub is not None:
             logger.info("On the hub: %s", push_to_hub(directory, config.hub))
     return objective({"trained": None, **metrics})

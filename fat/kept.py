@@ -18,7 +18,7 @@ from fat.files import write_atomic
 from fat.spec import TrainSpec
 from fat.student import Student
 
-__all__ = ["LAST", "RECONSTRUCTION", "START", "Kept", "random_states", "set_random_states"]
+__all__ = ["LAST", "RECONSTRUCTION", "START", "Kept", "clear_starts", "random_states", "set_random_states"]
 
 LAST = "last.ckpt"
 """Lightning's checkpoint: student, optimizer, loops, data loader, random states."""
@@ -26,6 +26,16 @@ START = "start.pt"
 """The student that gradient descent over the whole network starts from."""
 RECONSTRUCTION = "reconstruction.pt"
 """The student after the last block that was reconstructed."""
+
+
+def clear_starts(folder: Path) -> None:
+    """Remove what a training needed before its first step; one that is finished never goes back.
+
+    Args:
+        folder: Where its files are; it need not exist.
+    """
+    for name in (START, RECONSTRUCTION):
+        (folder / name).unlink(missing_ok=True)
 
 
 class Kept:
