@@ -18,7 +18,15 @@ from fat.files import write_atomic
 from fat.spec import TrainSpec
 from fat.student import Student
 
-__all__ = ["LAST", "RECONSTRUCTION", "START", "Kept", "clear_starts", "random_states", "set_random_states"]
+__all__ = [
+    "LAST",
+    "RECONSTRUCTION",
+    "START",
+    "Kept",
+    "clear_starts",
+    "random_states",
+    "set_random_states",
+]
 
 LAST = "last.ckpt"
 """Lightning's checkpoint: student, optimizer, loops, data loader, random states."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -139,3 +140,19 @@ def test_mixed_bits_need_a_measurement_and_a_budget() -> None:
             composed(alone).quant_spec()
     with pytest.raises(FatError, match=r"quant\.weight\.bits=4 has no effect"):
         composed("quant.mixed=x", "quant.budget_mb=2", "quant.weight.bits=4").quant_spec()
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "sweep").glob("*.yaml")))
+def test_every_job_of_every_sweep_composes(name: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        whole = compose("train", overrides=[f"sweep={name}"], return_hydra_config=True)
+    params = OmegaConf.to_container(whole.hydra.sweeper.params)
+    assert isinstance(params, dict)
+    choices = [[f"{key}={value}" for value in str(v).split(",")] for key, v in params.items()]
+    jobs = list(itertools.product(*choices))
+    assert len(jobs) > 1
+    for job in jobs:
+        given = ["data.root=/somewhere"] if name == "paper" else []
+        config = composed(f"sweep={name}", *job, *given)
+        assert config.quant_spec().bits in range(2, 9)
+        assert config.train_spec().trains
