@@ -222,6 +222,7 @@ def test_loading_needs_neither_timm_nor_the_networks_code(
     torch.save((images, student(images).detach()), path.with_suffix(".pt"))
     code = f"""
 import sys, torch, fat
+from fat import load, prepare
 
 class Barred:
     def find_spec(self, name, *_):

@@ -153,7 +153,7 @@ def test_every_figure_that_is_asked_for_is_logged(
     assert asked <= dotted(metrics)
 
     heard = Heard()
-    trainer = type("Trainer", (), {"loggers": [heard], "global_step": 0})()
+    trainer = type("Trainer", (), {"loggers": [heard], "global_step": 0, "is_global_zero": True})()
     monkeypatch.setattr("fat.callbacks.student_of", lambda module: module)
     AlphaHistory().on_validation_end(trainer, student)
     curves = [panel["config"] for panel in panels(content) if "Line" in panel["viewType"]]

@@ -209,8 +209,9 @@ def test_other_tensors_are_left_to_torch(x: Tensor) -> None:
     assert not kernels.usable(x)
     if x.device.type == "cpu":
         out = fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -7, 7)
-        assert torch.equal(out, x)
-        assert out.dtype == x.dtype
+        assert torch.equal(out, x.to(out.dtype))
+        # Half precision has too few digits for 255 steps: the result is float32.
+        assert out.dtype == (torch.float32 if x.dtype == torch.float16 else x.dtype)
 
 
 @needs_kernels

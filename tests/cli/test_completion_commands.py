@@ -37,5 +37,5 @@ def test_the_shell_is_told_what_to_call(shell: str) -> None:
 
 @pytest.mark.parametrize("script", ["train", "evaluate"])
 def test_nothing_slow_is_loaded_to_answer(script: str) -> None:
-    code = f"import sys, {script}; assert not {{'torch', 'fat', 'wandb'}} & set(sys.modules)"
+    code = f"import sys, {script}; assert not {{'torch', 'timm', 'wandb'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
