@@ -287,7 +287,7 @@ def finetune(
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
-        "enable_checkpointing": checkpoint is not None,
+        "enable_checkpointing": False,  # Lightning's own would lie in the current directory
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "enable_progress_bar": progress,

@@ -224,9 +224,11 @@ def test_classes_must_be_told_apart(source: FloatNetwork) -> None:
 # ------------------------------------------------------------------------------------- what is kept
 
 
-def cached(source: FloatNetwork, folder: Path, **change: object) -> tuple[FloatNetwork, bool]:
+def cached(
+    source: FloatNetwork, folder: Path, epochs: int = 1, **change: object
+) -> tuple[FloatNetwork, bool]:
     options = {"data_key": "these", "classes": CLASSES, "seed": 0, "spec": SPEC, **change}
-    spec = replace(options.pop("spec"), epochs=1)  # type: ignore[type-var]
+    spec = replace(options.pop("spec"), epochs=epochs)  # type: ignore[type-var]
     result, done = finetune_cached(
         source, coloured(32, 0), coloured(16, 1), spec, folder=folder, progress=False, **options
     )  # type: ignore[arg-type]
@@ -234,8 +236,11 @@ def cached(source: FloatNetwork, folder: Path, **change: object) -> tuple[FloatN
 
 
 def test_the_second_time_it_is_there(
-    source: FloatNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+    source: FloatNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
     first, hit = cached(source, tmp_path)
     assert not hit
     caplog.set_level(logging.INFO)
@@ -246,6 +251,7 @@ def test_the_second_time_it_is_there(
     assert second.weights == first.weights
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     assert not list(tmp_path.glob("*.ckpt"))  # it is finished: nothing to go on with
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -309,6 +315,29 @@ def test_a_folder_that_cannot_be_is_known_before_training(
     (tmp_path / "file").touch()
     with pytest.raises(FatError, match="Cannot write"):
         cached(source, tmp_path / "file" / "folder")
+
+
+def test_a_training_that_was_cut_off_goes_on_after_its_last_epoch(
+    source: FloatNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[int] = []
+    original = FinetuneModule.on_train_epoch_start
+
+    def cut(module: FinetuneModule) -> None:
+        begun.append(module.current_epoch)
+        if begun == [0, 1]:
+            raise RuntimeError("cut off")
+        original(module)
+
+    monkeypatch.setattr(FinetuneModule, "on_train_epoch_start", cut)
+    with pytest.raises(RuntimeError, match="cut off"):
+        cached(source, tmp_path / "cut", epochs=2)
+    resumed, hit = cached(source, tmp_path / "cut", epochs=2)
+    assert not hit
+    assert begun == [0, 1, 1]  # the first epoch is not done again
+    monkeypatch.undo()
+    straight, _ = cached(source, tmp_path / "straight", epochs=2)
+    assert equal(state(resumed.network), state(straight.network))
 
 
 def test_ctrl_c_keeps_nothing(
