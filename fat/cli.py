@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fat.config import RunConfig, parse, suggest_key
-from fat.errors import FatError, nearest
+from fat.errors import FatError, nearest, no_run
 
 __all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "share_of_cores", "task"]
 
@@ -145,11 +145,7 @@ def arguments(given: Sequence[str]) -> list[str]:
                 )
         else:
             if not (Path(resume) / "config.yaml").is_file():  # Hydra would make the folder
-                raise FatError(
-                    f"{resume} holds no config.yaml: it is not the directory of a run. train.py "
-                    "prints the directory at the end; by default it lies under outputs/ or "
-                    "multirun/."
-                )
+                raise no_run(resume, "config.yaml")
             # What was composed first stays in .hydra.
             words += [f"hydra.run.dir={_quoted(resume)}", "hydra.output_subdir=null"]
     if sweep_resume is not None and sweep_resume.lower() not in ("false", "null"):

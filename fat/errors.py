@@ -6,9 +6,10 @@ Every message answers three questions: what came, what is allowed, what to type.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
-__all__ = ["FatError", "first_line", "nearest", "unknown_name"]
+__all__ = ["FatError", "first_line", "nearest", "no_run", "unknown_name"]
 
 
 class FatError(Exception):
@@ -63,3 +64,16 @@ def unknown_name(kind: str, given: object, allowed: Iterable[str], hint: str = "
     if len(names) <= 30:
         text += " Allowed: " + ", ".join(names) + "."
     return FatError(text + (" " + hint if hint else ""))
+
+
+def no_run(directory: str | os.PathLike[str], missing: str) -> FatError:
+    """What to say of a folder that was given as a run's directory and is none.
+
+    Args:
+        directory: The folder.
+        missing: The file that tells.
+    """
+    return FatError(
+        f"{directory} holds no {missing}: it is not the directory of a run. train.py prints "
+        "the directory at the end; by default it lies under outputs/ or multirun/."
+    )

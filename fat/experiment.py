@@ -57,6 +57,7 @@ from fat.runs import (
     METRICS,
     STUDENT,
     THRESHOLDS,
+    accelerator_of,
     begin,
     device_of,
     objective,
@@ -105,7 +106,7 @@ def run(
     """
     trainer = config.trainer
     arguments = (config, directory, command, sweep, shared, resume)
-    accelerator = device_of(trainer).type.replace("cuda", "gpu")
+    accelerator = accelerator_of(trainer)
     if distributed.started_outside():
         distributed.check_devices(trainer.devices)
         distributed.join(accelerator)
@@ -239,8 +240,9 @@ def _run(
         if writes:  # now, so that whatever happens while training costs no finished result
             write_metrics(directory / METRICS, metrics)
             save(student, directory / STUDENT)
-        images_seen = before["images"]
-        logger.info("Before training, on %d test images:\n%s", images_seen, format_figures(rows))
+        logger.info(
+            "Before training, on %d test images:\n%s", before["images"], format_figures(rows)
+        )
 
     result: FitResult | None = None
     after = before
@@ -366,7 +368,7 @@ def _bar(progress: bool, name: str) -> str | None:
 def _devices(trainer: TrainerConfig) -> dict[str, Any]:
     """Arguments of Lightning's trainer."""
     options: dict[str, Any] = {
-        "accelerator": device_of(trainer).type.replace("cuda", "gpu"),
+        "accelerator": accelerator_of(trainer),
         "devices": trainer.devices,
         "precision": trainer.precision,
     }

@@ -27,6 +27,7 @@ from fat.files import write_atomic, write_json, write_text
 from fat.models import Preprocessing
 from fat.report.card import FILES, CardFacts, model_card
 from fat.report.public import public_command, public_config, public_metrics, public_weights
+from fat.report.reading import CONFIG, METRICS
 from fat.student import Student
 
 __all__ = ["check_before", "push_to_hub", "save_for_hub"]
@@ -34,7 +35,7 @@ __all__ = ["check_before", "push_to_hub", "save_for_hub"]
 # Not all of what it offers is marked as such.
 _utils: Any = huggingface_hub.utils
 
-CARD, CONFIG, METRICS = "README.md", "config.yaml", "metrics.json"
+CARD = "README.md"
 STUDENT, ONNX, THRESHOLDS = "student.safetensors", "student.onnx", "thresholds.csv"
 OVERRIDES = Path(".hydra", "overrides.yaml")
 

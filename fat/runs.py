@@ -18,36 +18,28 @@ from fat.checkpoint import load
 from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
 from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
-from fat.errors import FatError, first_line, unknown_name
+from fat.errors import FatError, first_line, no_run, unknown_name
 from fat.evaluate import evaluate
 from fat.files import check_writable, write_text
 from fat.inputs import Target, make_data
 from fat.memory import keep_freed_memory
 from fat.models import Preprocessing
+from fat.report.reading import CONFIG, FAILURE, METRICS
 from fat.report.run import format_figures
 from fat.spec import QuantSpec
 from fat.student import Student
 
 __all__ = [
     "CHECKPOINTS", "CONFIG", "EQUALIZATION", "FAILURE", "HISTORY", "IMAGES", "METRICS", "STUDENT",
-    "THRESHOLDS", "FinishedRun", "begin", "check_unchanged", "device_of", "evaluate_run",
-    "load_checkpoint", "objective", "open_run", "read_metrics", "set_up", "stored_config",
+    "THRESHOLDS", "FinishedRun", "accelerator_of", "begin", "check_unchanged", "device_of",
+    "evaluate_run", "load_checkpoint", "objective", "open_run", "read_metrics", "set_up",
+    "stored_config",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-STUDENT, METRICS, CONFIG, THRESHOLDS = (
-    "student.safetensors",
-    "metrics.json",
-    "config.yaml",
-    "thresholds.csv",
-)
-EQUALIZATION, IMAGES, HISTORY, FAILURE = (
-    "equalization.csv",
-    "images.csv",
-    "history.csv",
-    "failure.json",
-)
+STUDENT, THRESHOLDS = "student.safetensors", "thresholds.csv"
+EQUALIZATION, IMAGES, HISTORY = "equalization.csv", "images.csv", "history.csv"
 CHECKPOINTS = "checkpoints"
 ACCELERATORS = ("cpu", "gpu", "auto")
 
@@ -113,10 +105,7 @@ def read_config(directory: Path) -> RunConfig:
     """
     path = directory / CONFIG
     if not path.is_file():
-        raise FatError(
-            f"{directory} holds no {CONFIG}: it is not the directory of a run. train.py prints "
-            "the directory at the end; by default it lies under outputs/ or multirun/."
-        )
+        raise no_run(directory, CONFIG)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -190,10 +179,7 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         raise FatError("Which run? Type python evaluate.py run=DIR with a directory of train.py.")
     directory = Path(config.run).expanduser()
     if not (directory / STUDENT).is_file():
-        raise FatError(
-            f"{directory} holds no {STUDENT}: it is not the directory of a run. train.py prints "
-            "the directory at the end; by default it lies under outputs/ or multirun/."
-        )
+        raise no_run(directory, STUDENT)
     stored = read_config(directory)
     seed = stored.seed if config.seed is None else config.seed
     set_up(config.trainer, seed)
@@ -295,6 +281,11 @@ def device_of(trainer: TrainerConfig) -> torch.device:
             "Type trainer=cpu."
         )
     return torch.device("cuda")
+
+
+def accelerator_of(trainer: TrainerConfig) -> str:
+    """Lightning's name for :func:`device_of`: ``"cpu"`` or ``"gpu"``."""
+    return "cpu" if device_of(trainer).type == "cpu" else "gpu"
 
 
 def _target_of_run(origin: Mapping[str, Any]) -> Target:
