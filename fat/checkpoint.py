@@ -15,6 +15,7 @@ import operator
 import os
 import re
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import safetensors
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 
 from fat.errors import FatError, first_line
 from fat.files import write_atomic
-from fat.graph.insert import QUANTIZERS, link_inputs
+from fat.graph.insert import QUANTIZERS, hold_constants, link_inputs
 from fat.graph.patterns import PRESERVING_METHODS
 from fat.layers import ChannelClip, SameConv2d
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
@@ -35,24 +36,45 @@ from fat.student import Student, freeze
 __all__ = ["check_saveable", "load", "save"]
 
 FORMAT = "fat-student"
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)
+"""Version 2 has no constants."""
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module}.{function.__name__}": function
     for module, functions in (
-        ("operator", (operator.add, operator.sub, operator.mul, operator.truediv,
-                      operator.floordiv, operator.getitem, operator.neg)),
-        ("torch", (torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.stack, torch.mean,
-                   torch.sum, torch.flatten, torch.reshape, torch.permute, torch.transpose,
-                   torch.squeeze, torch.unsqueeze, torch.chunk, torch.split, torch.matmul)),
-        ("functional", (F.adaptive_avg_pool2d, F.avg_pool2d, F.max_pool2d, F.pad, F.interpolate,
-                        F.softmax)),
+        ("operator", (operator.add, operator.sub, operator.mul, operator.truediv, operator.mod,
+                      operator.floordiv, operator.getitem, operator.neg, operator.pow,
+                      operator.matmul, operator.eq, operator.ne, operator.lt, operator.le,
+                      operator.gt, operator.ge)),
+        ("torch", (torch.abs, torch.add, torch.addcmul, torch.amax, torch.amin, torch.arange,
+                   torch.baddbmm, torch.bmm, torch.cat, torch.chunk, torch.clamp, torch.cos,
+                   torch.div, torch.einsum, torch.exp, torch.flatten, torch.flip, torch.full,
+                   torch.gather, torch.layer_norm, torch.log, torch.matmul, torch.max,
+                   torch.maximum, torch.mean, torch.min, torch.minimum, torch.movedim, torch.mul,
+                   torch.narrow, torch.neg, torch.ones, torch.permute, torch.pow, torch.prelu,
+                   torch.repeat_interleave, torch.reshape, torch.roll, torch.rsqrt, torch.select,
+                   torch.sin, torch.softmax, torch.split, torch.sqrt, torch.square,
+                   torch.squeeze, torch.stack, torch.std, torch.sub, torch.sum, torch.swapaxes,
+                   torch.tanh, torch.topk, torch.transpose, torch.unbind, torch.unsqueeze,
+                   torch.var, torch.where, torch.zeros)),
+        ("functional", (F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d, F.batch_norm,
+                        F.conv1d, F.conv2d, F.conv_transpose2d, F.elu, F.fold, F.gelu, F.glu,
+                        F.grid_sample, F.group_norm, F.interpolate, F.layer_norm, F.linear,
+                        F.log_softmax, F.max_pool2d, F.mish, F.normalize, F.pad, F.pixel_shuffle,
+                        F.pixel_unshuffle, F.prelu, F.rms_norm, F.scaled_dot_product_attention,
+                        F.softmax, F.softplus, F.unfold)),
         ("builtins", (getattr,)),
     )
     for function in functions
 }  # fmt: skip
-METHODS = PRESERVING_METHODS | {"mean", "sum", "size", "div", "sub", "softmax", "dim"}
-ATTRIBUTES = frozenset({"shape", "ndim"})
+METHODS = PRESERVING_METHODS | {
+    "abs", "add", "addcmul", "amax", "amin", "bmm", "clamp", "cos", "dim", "div", "exp", "float",
+    "gather", "log", "long", "masked_fill", "matmul", "max", "mean", "min", "mul", "neg",
+    "new_ones", "new_zeros", "norm", "numel", "pow", "rsqrt", "sin", "size", "softmax", "sqrt",
+    "square", "std", "sub", "sum", "to", "topk", "type_as", "var",
+}  # fmt: skip
+ATTRIBUTES = frozenset({"T", "device", "dtype", "mT", "ndim", "shape"})
 """What ``getattr`` may be asked for."""
 MODULES: dict[str, type[nn.Module]] = {
     kind.__name__: kind
@@ -60,10 +82,18 @@ MODULES: dict[str, type[nn.Module]] = {
         nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.Tanh,
         nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus, nn.Softmax, nn.Identity, nn.Flatten,
         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
-        nn.ConstantPad2d, nn.PixelShuffle, nn.ChannelShuffle, nn.Upsample, nn.Conv2d, nn.Linear,
-        SameConv2d, ChannelClip,
+        nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.PixelShuffle,
+        nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Unfold, nn.Fold, nn.Unflatten,
+        nn.LogSigmoid, nn.Softsign, nn.CELU, nn.SELU, nn.GLU, nn.Conv1d, nn.Conv2d,
+        nn.ConvTranspose2d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.PReLU, SameConv2d,
+        ChannelClip,
     )
 }  # fmt: skip
+DTYPES = {
+    str(kind).removeprefix("torch."): kind
+    for kind in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+}
+"""Types of tensors that a network uses by themselves."""
 MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 LAYERS: dict[str, type[QuantLayer]] = {"QuantConv2d": QuantConv2d, "QuantLinear": QuantLinear}
@@ -164,8 +194,11 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         version = content["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FatError(f"{path} does not fit together: {first_line(error)}") from error
-    if version != VERSION:
-        raise FatError(f"{path} has version {version} of the format; this FAT reads {VERSION}.")
+    if version not in READABLE:
+        raise FatError(
+            f"{path} has version {version} of the format; this FAT reads "
+            f"{' and '.join(map(str, READABLE))}."
+        )
     return content, tensors
 
 
@@ -183,7 +216,17 @@ def _describe(network: nn.Module, spec: QuantSpec) -> dict[str, Any]:
     ]
     used = {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
     modules = {name: _describe_module(name, network.get_submodule(name)) for name in sorted(used)}
-    return {"nodes": nodes, "modules": modules}
+    constants = {
+        str(node.target): _describe_constant(attrgetter(str(node.target))(network))
+        for node in network.graph.nodes
+        if node.op == "get_attr"
+    }
+    return {"nodes": nodes, "modules": modules, "constants": constants}
+
+
+def _describe_constant(value: Tensor) -> dict[str, Any]:
+    """A tensor that the network uses by itself, without its values."""
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
 def _describe_target(node: fx.Node) -> str:
@@ -196,8 +239,6 @@ def _describe_target(node: fx.Node) -> str:
         )
     if node.op == "call_method" and node.target not in METHODS:
         raise _unsaveable(f"the tensor method {node.target}", node.name)
-    if node.op == "get_attr":
-        raise _unsaveable("a tensor of the network used by itself", str(node.target))
     return str(node.target)
 
 
@@ -239,6 +280,8 @@ def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
         }
     names = inspect.signature(type(module).__init__).parameters
     arguments = {key: getattr(module, key) for key in names if hasattr(module, key)}
+    if "bias" in names:  # whether there is one, or the one there is
+        arguments["bias"] = module.bias is not None
     return {"type": kind, "options": _encode(arguments)}
 
 
@@ -247,15 +290,11 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
     # fx writes names of modules, inputs and keywords into the source code that it generates, so
     # nothing but a name may pass.
     for name, stored in description["modules"].items():
-        if not MODULE_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name of a module")
-        parent: nn.Module = root
-        *path, last = name.split(".")
-        for part in path:
-            if not hasattr(parent, part):
-                parent.add_module(part, nn.Module())
-            parent = parent.get_submodule(part)
+        parent, last = _owner(root, name)
         parent.add_module(last, _rebuild_module(stored, spec))
+    for name, stored in description.get("constants", {}).items():
+        parent, last = _owner(root, name)
+        parent.register_buffer(last, torch.zeros(stored["shape"], dtype=DTYPES[stored["dtype"]]))
     if not hasattr(root, QUANTIZERS):
         root.add_module(QUANTIZERS, nn.Module())
     graph = fx.Graph()
@@ -272,11 +311,27 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
                 raise ValueError(f"getattr asks for {args[1]!r}")
         elif op == "call_method" and target not in METHODS:
             raise ValueError(f"unknown tensor method {target!r}")
-        elif op not in ("placeholder", "call_module", "call_method", "output"):
+        elif op == "get_attr" and target not in description.get("constants", {}):
+            raise ValueError(f"there is no constant {target!r}")
+        elif op not in ("placeholder", "get_attr", "call_module", "call_method", "output"):
             raise ValueError(f"unknown kind of node {op!r}")
         nodes[stored["name"]] = graph.create_node(op, target, args, kwargs, stored["name"])
     graph.lint()
+    hold_constants(root)
     return fx.GraphModule(root, graph, "Network")
+
+
+def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds what has a name with dots, and the name's last part."""
+    if not MODULE_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no name of a module")
+    parent: nn.Module = root
+    *path, last = name.split(".")
+    for part in path:
+        if not hasattr(parent, part):
+            parent.add_module(part, nn.Module())
+        parent = parent.get_submodule(part)
+    return parent, last
 
 
 def _rebuild_module(stored: Mapping[str, Any], spec: QuantSpec) -> nn.Module:
@@ -332,6 +387,10 @@ def _encode(value: Any) -> Any:
         return {"map": {key: _encode(part) for key, part in value.items()}}
     if value is Ellipsis:
         return {"ellipsis": True}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"device": value.type}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise FatError(f"A {type(value).__name__} among an operation's arguments cannot be stored.")
@@ -349,6 +408,10 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
         return {key: _decode(part, nodes) for key, part in content.items()}
     if kind == "ellipsis":
         return Ellipsis
+    if kind == "dtype":
+        return DTYPES[content]
+    if kind == "device":
+        return torch.device(content)
     if kind not in ("slice", "tuple"):
         raise ValueError(f"unknown kind of value {kind!r}")
     parts = [_decode(part, nodes) for part in content]

@@ -46,7 +46,7 @@ def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None =
         raise FatError("No example images came; give at least one batch [N, 3, H, W].")
     check_finite(network)
 
-    teacher = trace(network)
+    teacher = trace(network, images[0])
     fold = fold_batch_norms(teacher)
     fold_sqnr = _shift(network, teacher, images)
     if not fold_sqnr > FOLD_SQNR_DB:

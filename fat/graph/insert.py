@@ -2,7 +2,8 @@
 
 * on the network's input;
 * on every convolution's and linear layer's weight and bias;
-* on the result of every computing operation. A layer and the clipping activation (ReLU, ReLU6) that
+* on the result of every computing operation, but for what only a softmax reads: it computes in real
+  values everywhere, and the mask before it may hold −∞. A layer and the clipping activation (ReLU, ReLU6) that
   alone reads it count as one operation, whose quantizer takes the activation over; others
   (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them.
 
@@ -24,6 +25,7 @@ from fat.graph.patterns import (
     feeding,
     is_compute,
     is_fused_activation,
+    is_softmax,
     is_value_preserving,
     module_of,
     non_negative,
@@ -36,7 +38,14 @@ from fat.quant.placement import activation_grid, weight_grid
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
 from fat.spec import Grid, QuantSpec
 
-__all__ = ["QUANTIZERS", "InsertReport", "find_quantized", "insert_quantizers", "link_inputs"]
+__all__ = [
+    "QUANTIZERS",
+    "InsertReport",
+    "find_quantized",
+    "hold_constants",
+    "insert_quantizers",
+    "link_inputs",
+]
 
 QUANTIZERS = "activation_quantizers"
 """The submodule that holds all activation quantizers."""
@@ -56,12 +65,13 @@ def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
     for node in module.graph.nodes:
         if node.op == "output" or not node.meta.get("data", False):
             continue
-        if node.op == "get_attr" or (
-            node.op != "placeholder" and is_value_preserving(module, node)
-        ):
+        if node.op == "get_attr" or (node.op != "placeholder" and _keeps_grid(module, node)):
             continue
         reader = only_user(node)
-        if reader is not None and is_fused_activation(module, reader):
+        if reader is not None and (
+            is_fused_activation(module, reader)
+            or (is_softmax(module, reader) and not is_compute(module, node))
+        ):
             continue
         found.append(node)
     return found
@@ -127,6 +137,7 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
+    hold_constants(module)
     link_inputs(module)
     return InsertReport(tuple(names), tuple(layers))
 
@@ -161,6 +172,18 @@ def link_inputs(module: fx.GraphModule) -> None:
         layer.reads_from(quantizer)
 
 
+def hold_constants(module: nn.Module) -> None:
+    """Turn what stays in float, and is not trained, into buffers, in place."""
+    quantized = [m for m in module.modules() if isinstance(m, (QuantLayer, ActivationQuantizer))]
+    trained = {part for owner in quantized for part in owner.modules()}
+    for owner in module.modules():
+        if owner in trained:
+            continue
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            delattr(owner, name)
+            owner.register_buffer(name, parameter.detach())
+
+
 def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> QuantLayer:
     """The quantized form of a convolution or linear layer.
 
@@ -190,6 +213,16 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
 
 def _pair(value: tuple[int, ...]) -> tuple[int, int]:
     return value[0], value[1]
+
+
+def _keeps_grid(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's result lies on its input's grid; constants have none."""
+    before: fx.Node | None = node
+    while before is not None and before.op != "placeholder":
+        if not is_value_preserving(module, before):
+            return before is not node and before.op != "get_attr"
+        before = source(before)
+    return before is not None
 
 
 def _float_non_negative(module: fx.GraphModule, node: fx.Node) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fat.layers import ChannelClip
@@ -15,9 +16,11 @@ from fat.layers import ChannelClip
 __all__ = [
     "FUSED_ACTIVATIONS",
     "activation_cap",
+    "constant_of",
     "feeding",
     "is_compute",
     "is_fused_activation",
+    "is_softmax",
     "is_value_preserving",
     "module_of",
     "non_negative",
@@ -49,16 +52,31 @@ PRESERVING_FUNCTIONS: frozenset[Any] = frozenset(
         torch.chunk,
         torch.split,
         operator.getitem,
+        torch.flip,
+        torch.movedim,
+        torch.narrow,
+        torch.repeat_interleave,
+        torch.roll,
+        torch.select,
+        torch.swapaxes,
+        torch.unbind,
         F.max_pool2d,
         F.adaptive_max_pool2d,
+        F.pixel_shuffle,
+        F.pixel_unshuffle,
+        F.unfold,
     }
 )
 PRESERVING_METHODS = frozenset(
     {
-        "flatten", "reshape", "view", "permute", "transpose", "squeeze", "unsqueeze", "chunk",
-        "split", "contiguous", "expand",
+        "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "flip", "movedim",
+        "narrow", "permute", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll",
+        "select", "split", "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unfold",
+        "unsqueeze", "view",
     }
 )  # fmt: skip
+PRESERVING_ATTRIBUTES = frozenset({"T", "mT"})
+SOFTMAX = frozenset({torch.softmax, F.softmax, "softmax"})
 POSITIVE_MODULES = (
     nn.ReLU, nn.ReLU6, ChannelClip, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
 )  # fmt: skip
@@ -76,6 +94,14 @@ def source(node: fx.Node) -> fx.Node | None:
     if isinstance(first, (list, tuple)):
         first = first[0] if first else None
     return first if isinstance(first, fx.Node) else None
+
+
+def constant_of(module: fx.GraphModule, node: Any) -> Tensor | None:
+    """The tensor of the network that a node stands for, or ``None``."""
+    if not (isinstance(node, fx.Node) and node.op == "get_attr"):
+        return None
+    value = attrgetter(str(node.target))(module)
+    return value.detach() if isinstance(value, Tensor) else None
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
@@ -120,8 +146,15 @@ def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
             mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
             value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
             return bool(mode == "constant" and value in (None, 0))
+        if node.target is getattr:
+            return node.args[1] in PRESERVING_ATTRIBUTES
         return node.target in PRESERVING_FUNCTIONS
     return node.op == "call_method" and node.target in PRESERVING_METHODS
+
+
+def is_softmax(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a softmax, however it is spelled."""
+    return node.target in SOFTMAX or isinstance(module_of(module, node), nn.Softmax)
 
 
 def activation_cap(activation: nn.Module | None) -> float | None:

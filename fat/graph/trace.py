@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import timm.layers
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
@@ -20,11 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
-from fat.layers import SameConv2d
+from fat.graph.constants import fold_constants, free_name
+from fat.graph.plain import plain_layer, plain_norm, reparameterized
+from fat.graph.tracer import FROZEN_NORMS, SizeTracer
 
 __all__ = ["layer_name", "mark_data", "trace"]
-
-_timm: Any = timm.layers  # only partly typed
 
 ACTIVATIONS: dict[Callable[..., Any] | str, Callable[..., nn.Module]] = {
     F.relu: lambda inplace=False: nn.ReLU(),
@@ -51,6 +50,8 @@ ACTIVATIONS: dict[Callable[..., Any] | str, Callable[..., nn.Module]] = {
 }
 """Functions and tensor methods → the module that does the same to their first argument."""
 
+ASSERTIONS = (torch._assert,)
+
 CLAMPS: tuple[Callable[..., Any] | str, ...] = (torch.clamp, torch.clip, "clamp", "clamp_", "clip")
 
 ARITHMETIC: dict[Callable[..., Any] | str, Callable[..., Any]] = {
@@ -65,32 +66,14 @@ ARITHMETIC: dict[Callable[..., Any] | str, Callable[..., Any]] = {
 }
 
 
-class _Tracer(fx.Tracer):
-    """Keeps whole what cannot be traced and what the passes match, and knows where it is."""
-
-    def __init__(self) -> None:
-        super().__init__(autowrap_functions=tuple(_timm.get_notrace_functions()))
-        self._notrace = tuple(_timm.get_notrace_modules())
-        self.path: list[str] = []
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = (nn.Conv2d, nn.Linear, _BatchNorm, *self._notrace)
-        return isinstance(m, whole) or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(
-        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        self.path.append(self.path_of_module(m))
-        result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()  # not reached on failure: the path then names the culprit
-        return result
-
-
-def trace(network: nn.Module) -> fx.GraphModule:
+def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Return a canonical graph of a copy of the network.
 
     Args:
         network: Module in eval mode whose forward takes one image batch.
+        example: Images [N, 3, H, W]. Where the network's forward asks for sizes (windows of
+            attention, grids of positions) these give the answers, and the graph is for images of
+            that height and width; other networks' graphs take any.
 
     Returns:
         A graph that computes the same; its modules keep the network's own names.
@@ -100,8 +83,9 @@ def trace(network: nn.Module) -> fx.GraphModule:
     """
     if any(module.training for module in network.modules()):
         raise FatError("The network is in training mode; call network.eval() first.")
-    tracer = _Tracer()
-    root = copy.deepcopy(network)
+    size = None if example is None else (example.shape[2], example.shape[3])
+    tracer = SizeTracer(size)
+    root = reparameterized(copy.deepcopy(network))
     try:
         graph = tracer.trace(root)
     except Exception as error:
@@ -146,6 +130,12 @@ def mark_data(module: fx.GraphModule, example: Tensor) -> None:
 
 
 def _canonicalize(module: fx.GraphModule) -> None:
+    for node in reversed(list(module.graph.nodes)):
+        if node.target in ASSERTIONS:  # of sizes, which are known by now
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    fold_constants(module)
+    _give_each_use_its_own(module)
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             _canonical_module(module, node)
@@ -157,45 +147,35 @@ def _canonicalize(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def _give_each_use_its_own(module: fx.GraphModule) -> None:
+    """A layer used twice becomes two: each use has ranges, and so thresholds, of its own."""
+    seen: set[str] = set()
+    for node in module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        if name in seen and module.get_submodule(name).state_dict():
+            node.target = free_name(module, name)
+            module.add_submodule(node.target, copy.deepcopy(module.get_submodule(name)))
+        seen.add(str(node.target))
+
+
 def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
-    target = module.get_submodule(str(node.target))
+    name = str(node.target)
+    target = module.get_submodule(name)
     if isinstance(target, (nn.Identity, _DropoutNd)):
         _bypass(node)
     elif isinstance(target, (nn.Conv2d, nn.Linear)):
-        module.set_submodule(str(node.target), _plain_layer(str(node.target), target))
-    elif isinstance(target, _timm.BatchNormAct2d):
+        module.set_submodule(name, plain_layer(name, target))
+    elif isinstance(target, (_BatchNorm, *FROZEN_NORMS)):
         _split_norm_and_activation(module, node, target)
     elif hasattr(target, "inplace"):
         target.inplace = False  # type: ignore[assignment]  # the passes re-order and share tensors
 
 
-def _plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Module:
-    """The same layer as one of the classes that the passes know.
-
-    Raises:
-        FatError: For a subclass that computes its weight or its result in a way of its own.
-    """
-    if type(layer) in (nn.Conv2d, nn.Linear, SameConv2d):
-        return layer
-    if isinstance(layer, nn.Conv2d) and type(layer) is _timm.Conv2dSame:
-        return SameConv2d(layer)
-    if isinstance(layer, nn.Linear) and type(layer) is _timm.Linear:
-        # torch's, with a cast under automatic mixed precision
-        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-        plain.load_state_dict(layer.state_dict())
-        return plain
-    raise FatError(
-        f"'{name}' is a {type(layer).__name__}, whose arithmetic FAT does not know. Replace it by "
-        f"the {'linear layer' if isinstance(layer, nn.Linear) else 'convolution'} it amounts to at "
-        "inference."
-    )
-
-
 def _split_norm_and_activation(module: fx.GraphModule, node: fx.Node, target: Any) -> None:
-    norm = nn.BatchNorm2d(target.num_features, eps=target.eps, affine=target.affine)
-    norm.load_state_dict(target.state_dict(), strict=False)
     name = str(node.target)
-    module.set_submodule(name, norm.eval())
+    module.set_submodule(name, plain_norm(target))
     last = node
     for part in ("drop", "act"):
         child = getattr(target, part, None)
@@ -238,7 +218,7 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
             replacement = nn.Hardtanh(float(low), float(high))
     if replacement is None:
         return
-    name = _free_name(module, layer_name(node))
+    name = free_name(module, layer_name(node))
     module.add_submodule(name, replacement.eval())
     node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
 
@@ -248,11 +228,3 @@ def _bypass(node: fx.Node) -> None:
     assert isinstance(source, fx.Node)
     node.replace_all_uses_with(source)
     node.graph.erase_node(node)
-
-
-def _free_name(module: nn.Module, wanted: str) -> str:
-    taken = {name for name, _ in module.named_modules()}
-    name, count = wanted, 1
-    while name in taken:
-        name, count = f"{wanted}_{count}", count + 1
-    return name

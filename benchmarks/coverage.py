@@ -1,0 +1,346 @@
+"""Which of timm's networks FAT takes, from tracing to the file that ships.
+
+    python benchmarks/coverage.py [--models mobilenetv2_100 ...] [--jobs 2] [--again]
+
+The smallest network of each of timm's modules, and the mobile networks by name, go through
+everything that the product does:
+
+* **trace** the network, **fold** its batch norms: none is left, and the logits stay to 80 dB;
+* **equalize** with ``exact``, all networks alike: the float logits stay to 80 dB;
+* **insert** quantizers, **calibrate** 8 bits on eight images, one threshold per filter;
+* **train** one step: the loss is finite, and every trained parameter moves;
+* **save**, load: equal logits, bit by bit;
+* **export** to ONNX and verify in ONNX Runtime, see docs/export.md.
+
+Weights are random, since the question is not accuracy. Batch norms have seen images in training
+mode; parameters that a fresh network has at 0 or 1, or as good as 0, are drawn, so that every
+branch counts. Sizes are the network's own, but at most ``--size`` where it takes others.
+
+Every network runs in a process of its own with one thread, ``--memory`` GB and ``--limit`` seconds.
+Results are kept in benchmarks/results/coverage.json as they come; what is there is not run again
+without ``--again``. At the end docs/coverage.md is written from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
+
+import fat
+from fat.errors import FatError, first_line
+from fat.files import write_atomic
+from fat.graph.equalize import equalize
+from fat.graph.fold import fold_batch_norms
+from fat.graph.insert import insert_quantizers
+from fat.graph.trace import trace
+from fat.losses import rmse
+from fat.metrics import logits_sqnr_db
+from fat.module import DistillModule
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results/coverage.json"
+PAGE = ROOT / "docs/coverage.md"
+STAGES = ("trace", "fold", "equalize", "insert", "calibrate", "train", "save", "export")
+LEAST_DB = 80.0
+MOBILE = (
+    "mobilenetv1_100", "mobilenetv1_125", "mobilenetv2_050", "mobilenetv2_100", "mobilenetv2_140",
+    "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100", "mobilenetv3_rw",
+    "tf_mobilenetv3_large_minimal_100", "mobilenetv4_conv_small", "mobilenetv4_conv_medium",
+    "mobilenetv4_hybrid_medium", "mobilenet_edgetpu_100", "mobilenet_edgetpu_v2_xs",
+    "mobilenetv5_base", "mnasnet_050", "mnasnet_100", "mnasnet_140", "mnasnet_small",
+    "semnasnet_050", "semnasnet_100", "spnasnet_100", "efficientnet_b0", "efficientnet_es",
+    "efficientnet_el", "tf_efficientnet_b0", "tf_efficientnetv2_b0", "efficientnet_lite0",
+    "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2",
+    "tf_efficientnet_lite3", "tf_efficientnet_lite4", "tf_efficientnet_cc_b0_4e", "tinynet_a",
+    "tinynet_e", "lcnet_035", "lcnet_100", "fbnetc_100", "fbnetv3_b", "mixnet_s", "tf_mixnet_s",
+    "ghostnet_050", "ghostnet_100", "ghostnetv2_100", "ghostnetv3_050", "hardcorenas_a",
+    "hardcorenas_f", "repvgg_a0", "repghostnet_050", "repvit_m0_9", "mobileone_s0", "mobileone_s4",
+    "fastvit_t8", "fastvit_mci0", "rexnet_100", "rexnetr_100", "regnetx_002", "regnety_002",
+    "regnetz_b16", "mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1", "edgenext_xx_small",
+    "shvit_s1", "starnet_s1", "efficientvit_b0", "efficientvit_m0", "dla34", "hrnet_w18_small",
+    "resnet18", "resnet50", "resnext50_32x4d", "seresnet50", "skresnet18", "ecaresnet26t",
+    "resnetblur50", "resnetaa50", "vgg11_bn", "densenet121", "inception_v3", "xception41",
+)  # fmt: skip
+TRANSFORMERS = frozenset(
+    "beit cait coat convit crossvit davit deit eva fasternet mvitv2 naflexvit nest pit".split()
+)
+
+
+def main() -> None:
+    """Run what is missing, then write the page."""
+    options = parse()
+    if options.one:
+        print(json.dumps(check(options.one, options.size)))
+        return
+    results = read()
+    names = options.models or sorted({*smallest(), *(n for n in MOBILE if timm.is_model(n))})
+    unknown = [name for name in names if not timm.is_model(name)]
+    if unknown:
+        sys.exit(f"timm {timm.__version__} has no network {unknown[0]}")
+    missing = [name for name in names if options.again or name not in results]
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(missing), desc="Networks") as bar:
+        for row in pool.map(lambda name: run(name, options), missing):
+            results[row["network"]] = row
+            keep(results)
+            bar.update()
+            tqdm.write(summary(row))
+    write_atomic(PAGE, lambda path: path.write_text(page(list(results.values()), options)))
+
+
+def parse() -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--models", nargs="+", help="only these of timm's networks")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="networks at a time")
+    parser.add_argument("--size", type=int, default=160, help="pixels, where the network is free")
+    parser.add_argument("--memory", type=float, default=6.0, help="GB that one network may take")
+    parser.add_argument("--limit", type=int, default=1200, help="seconds that one network may take")
+    parser.add_argument("--again", action="store_true", help="run what has a result, too")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------ in its own process
+
+
+def check(name: str, size: int) -> dict[str, Any]:
+    """Take one network through everything; never raises.
+
+    Args:
+        name: timm's name of it.
+        size: Most pixels of an image's side, where the network takes any.
+
+    Returns:
+        The network's row: ``network``, ``family``, ``parameters``, ``size``, ``passed`` (stages),
+        ``error``, and what each stage found.
+    """
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    started = time.perf_counter()
+    row: dict[str, Any] = {"network": name, "passed": [], "error": None, "error_kind": None}
+    try:
+        for stage, found in stages(name, size):
+            row.update(found)
+            if stage:
+                row["passed"].append(stage)
+    except FatError as error:
+        row["error"], row["error_kind"] = str(error), "refused"
+    except Exception as error:
+        row["error"] = f"{type(error).__name__}: {first_line(error)}"
+        row["error_kind"] = "crashed"
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    return row
+
+
+def stages(name: str, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each stage's name and what it found, as it is done."""
+    network, images = setting(name, size)
+    yield "", {
+        "family": type(network).__module__.rpartition(".")[2],
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "size": list(images.shape[2:]),
+    }
+    spec = fat.QuantSpec(equalize=fat.EqualizeSpec("exact"))
+    with torch.no_grad():
+        logits = network(images)
+        graph = trace(network, images)
+        yield "trace", {}
+        report = fold_batch_norms(graph)
+        demand(logits_sqnr_db(logits, graph(images)) > LEAST_DB, "folding moved the logits")
+        left = [n for n, m in graph.named_modules() if isinstance(m, _BatchNorm)]
+        demand(not left, f"batch norms are left: {left}")
+        yield "fold", {"folded": len(report.pairs), "convolutions": len(report.convolutions)}
+        before = graph(images)
+        groups = equalize(graph, [images], spec).pairs
+        moved = logits_sqnr_db(before, graph(images))
+        demand(moved > LEAST_DB, f"equalizing moved the logits to {moved:.1f} dB")
+        yield "equalize", {"equalized": len(groups)}
+        insert_quantizers(graph, spec, images[:1])
+    del graph
+    student = fat.prepare(network, images, spec)
+    yield "insert", {"layers": len(student.layers())}
+    fat.calibrate(student, images)
+    yield "calibrate", {"sqnr_db": fat.evaluate(student, images)["quantized"]["sqnr_db"]}
+    train(student, images)
+    yield "train", {}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "student.safetensors"
+        fat.save(student, file)
+        loaded = fat.load(file)
+        with torch.no_grad():
+            demand(torch.equal(student(images), loaded(images)), "the loaded student differs")
+            same = torch.equal(student.float_logits(images), loaded.float_logits(images))
+            demand(same, "the loaded teacher differs")
+        yield "save", {}
+        exported = fat.export_onnx(student, Path(folder) / "student.onnx", images)
+    yield "export", {
+        "integer_layers": exported["kernels"]["integer_layers"],
+        "operators": exported["kernels"]["operators"],
+        "differing": exported["layers"]["differing"],
+        "compared": exported["layers"]["compared"],
+        "worst": exported["layers"]["worst"],
+        "parity_db": exported["simulation"]["sqnr_db"],
+    }
+
+
+def setting(name: str, size: int) -> tuple[nn.Module, Tensor]:
+    """A network as if it were trained, and images of its size."""
+    torch.manual_seed(0)
+    network = timm.create_model(name)
+    given = network.default_cfg
+    side = given["input_size"][1:]
+    if not given.get("fixed_input_size"):
+        least = (given.get("min_input_size") or (3, 32, 32))[1:]
+        side = tuple(min(full, max(size, low)) for full, low in zip(side, least, strict=True))
+    coarse = torch.randn(8, 3, 8, 8)
+    images = F.interpolate(coarse, size=side, mode="bicubic") + 0.2 * torch.randn(8, 3, *side)
+    for parameter in network.parameters():
+        liven(parameter)
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    for norm in norms:
+        norm.momentum = None  # a plain mean over what it sees
+    network.train()
+    with torch.no_grad():
+        for _ in range(2 if norms else 0):
+            network(images)
+    return network.eval().requires_grad_(False), images
+
+
+@torch.no_grad()
+def liven(parameter: Tensor) -> None:
+    """Draw a parameter that is all 0, all 1 or all as good as 0, as layer scales start."""
+    first = float(parameter.flatten()[0])
+    if parameter.numel() < 2 or bool((parameter != first).any()):
+        return
+    if abs(first) >= 0.5:
+        parameter.uniform_(0.5, 1.5)
+    elif first == 0:
+        parameter.normal_(std=0.05)
+    else:
+        parameter.uniform_(0.1, 0.5)
+
+
+def train(student: fat.Student, images: Tensor) -> None:
+    """One step."""
+    optimizer = DistillModule(student, fat.TrainSpec()).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    student.train()
+    loss = rmse(student.float_logits(images), student(images))
+    demand(bool(loss.isfinite()), f"the loss is {float(loss)}")
+    loss.backward()
+    optimizer.step()
+    still = [n for n, p in student.named_parameters() if torch.equal(before[n], p)]
+    demand(not still, f"{len(still)} parameters do not move: {', '.join(still[:3])}")
+    student.project()
+    student.eval()
+
+
+def demand(condition: bool, otherwise: str) -> None:
+    """Raise if something is not as it must be."""
+    if not condition:
+        raise AssertionError(otherwise)
+
+
+# -------------------------------------------------------------------------------- around it
+
+
+def smallest() -> list[str]:
+    """The network of fewest parameters of each of timm's modules."""
+    found = []
+    for module in tqdm(timm.list_modules(), desc="timm's modules", leave=False):
+        names = timm.list_models(module=module)
+        with torch.device("meta"):
+            found.append(min(names, key=parameters))
+    return found
+
+
+def parameters(name: str) -> float:
+    """How many a network has, without making them."""
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            return sum(p.numel() for p in timm.create_model(name).parameters())
+    except Exception:  # some cannot be made without values: not the smallest, then
+        return float("inf")
+
+
+def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """A network's row, from a process that may take so much memory and time."""
+    command = [sys.executable, __file__, "--one", name, "--size", str(options.size)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = time.perf_counter()
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process, ThreadPoolExecutor(1) as reader:
+        output = reader.submit(process.communicate)
+        peak, reason = 0.0, ""
+        while process.poll() is None and not reason:
+            time.sleep(0.2)
+            peak = max(peak, resident(process.pid))
+            if peak > options.memory:
+                reason = f"took more than {options.memory:g} GB of memory (--memory)"
+            elif time.perf_counter() - started > options.limit:
+                reason = f"took more than {options.limit} s (--limit)"
+        process.kill()
+        out, err = output.result()
+    lines = out.strip().splitlines()
+    if lines and not reason:
+        row: dict[str, Any] = json.loads(lines[-1])
+    else:
+        said = reason or f"died: {(err.strip().splitlines() or ['no message'])[-1]}"
+        row = {"network": name, "passed": [], "error": said, "error_kind": "stopped"}
+        row["seconds"] = round(time.perf_counter() - started, 1)
+    return {**row, "peak_gb": round(peak, 2)}
+
+
+def resident(pid: int) -> float:
+    """Memory of a process now, GB; 0 where the system does not tell."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return next((int(s.split()[1]) * 1.024e-6 for s in lines if s.startswith("VmRSS:")), 0.0)
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """The rows that are kept, by network."""
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+
+
+def keep(results: dict[str, dict[str, Any]]) -> None:
+    """Write all rows, one a line."""
+    lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results)]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    RESULTS.parent.mkdir(exist_ok=True)
+    write_atomic(RESULTS, lambda path: path.write_text(text))
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A row in a line."""
+    verdict = row["error"] or f"passed, {in_float(row)}"
+    return f"{row['network']:32} {row['seconds']:6.0f} s {row['peak_gb']:5.2f} GB  {verdict[:300]}"
+
+
+if __name__ == "__main__":
+    main()

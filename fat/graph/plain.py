@@ -1,0 +1,153 @@
+"""Layers as what they amount to at inference: plain convolutions, linear layers, batch norms.
+
+Networks come with layers that standardize their weights before each use, concatenate their biases
+from parts, pad as TensorFlow does, train in several branches or hold their statistics frozen. At
+inference each is one of a few plain layers, the ones that the passes know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm.layers
+import timm.utils.model
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from fat.errors import FatError
+from fat.graph.tracer import FROZEN_NORMS
+from fat.layers import SameConv2d, pad_same
+
+__all__ = ["plain_layer", "plain_norm", "reparameterized"]
+
+_timm: Any = timm.layers  # only partly typed
+_utils: Any = timm.utils.model
+GEOMETRY = ("stride", "padding", "dilation", "groups")
+TOLERANCE = 1e-4
+"""How far, relative to its largest value, a plain layer's result may be from the original's."""
+
+
+def plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """The same layer as one of the classes that the passes know.
+
+    A layer of another class is asked: it is run on noise, and what it hands to torch's convolution
+    or linear function, weight, bias and geometry, makes the plain layer. That one is then compared
+    with the original.
+
+    Args:
+        name: What the layer is called in its network.
+        layer: In eval mode.
+
+    Raises:
+        FatError: If that is not all that the layer does.
+    """
+    hooked = layer._forward_pre_hooks or layer._forward_hooks
+    if type(layer) in (nn.Conv2d, nn.Linear, SameConv2d) and not hooked:
+        return layer
+    if type(layer) is _timm.Conv2dSame:
+        return SameConv2d(layer)  # type: ignore[arg-type]
+    asked = _ask(layer, _noise(layer, 0))
+    plain = None if asked is None else _built(layer, *asked)
+    if plain is not None and all(_alike(layer, plain, _noise(layer, more)) for more in (0, 1)):
+        return plain
+    raise FatError(
+        f"'{name}' is a {type(layer).__name__}, whose arithmetic FAT does not know. Replace it by "
+        f"the {'linear layer' if isinstance(layer, nn.Linear) else 'convolution'} it amounts to at "
+        "inference."
+    )
+
+
+def plain_norm(norm: nn.Module) -> _BatchNorm:
+    """Torch's batch norm of the same statistics, without the activation that may be part of it."""
+    kinds = (nn.BatchNorm1d, nn.BatchNorm3d)
+    kind = next((kind for kind in kinds if isinstance(norm, kind)), nn.BatchNorm2d)
+    frozen: Any = norm
+    affine = frozen.weight is not None
+    tracked = frozen.running_mean is not None
+    features = len(frozen.weight if affine else frozen.running_mean)
+    plain = kind(features, eps=frozen.eps, affine=affine, track_running_stats=tracked)
+    state = {key: value for key, value in norm.state_dict().items() if key in plain.state_dict()}
+    plain.load_state_dict(state, strict=not isinstance(norm, FROZEN_NORMS))
+    return plain.to(frozen.weight if affine else frozen.running_mean).eval()
+
+
+@torch.no_grad()
+def reparameterized(network: nn.Module) -> nn.Module:
+    """The network with its blocks of several branches (RepVGG, MobileOne, …) as one, in place."""
+    return _utils.reparameterize_model(network, inplace=True).eval()  # type: ignore[no-any-return]
+
+
+class _Asking(TorchFunctionMode):
+    """Notes what a layer hands to torch's convolution and linear functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (F.conv2d, F.linear):
+            self.calls.append((args, kwargs or {}, result))
+        return result
+
+
+@torch.no_grad()
+def _ask(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Any], Tensor] | None:
+    """Input, weight, what else, and result of the one call that a layer makes."""
+    with _Asking() as asking:
+        result = layer(x)
+    if len(asking.calls) != 1 or asking.calls[0][2] is not result:
+        return None
+    args, options, _ = asking.calls[0]
+    names = ("input", "weight", "bias", *GEOMETRY)
+    options = {**dict(zip(names, args, strict=False)), **options}
+    return x, options.pop("weight"), options, result
+
+
+def _built(
+    layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, options: dict[str, Any], _: Tensor
+) -> nn.Conv2d | nn.Linear | None:
+    bias = options.get("bias")
+    plain: nn.Conv2d | nn.Linear
+    if isinstance(layer, nn.Linear):
+        plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    else:
+        same = options["input"].shape != x.shape
+        geometry = {key: options.get(key, getattr(layer, key)) for key in GEOMETRY}
+        if same:
+            geometry["padding"] = 0
+        channels = weight.shape[1] * geometry["groups"]
+        kernel: Any = tuple(weight.shape[2:])
+        plain = nn.Conv2d(channels, weight.shape[0], kernel, bias=bias is not None, **geometry)
+        if same:
+            plain = SameConv2d(plain)
+            steps = (plain.stride, plain.dilation)
+            if options["input"].shape != pad_same(x, kernel, *steps).shape:  # type: ignore[arg-type]
+                return None
+    state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    plain.load_state_dict(state)
+    return plain.to(weight).eval()
+
+
+@torch.no_grad()
+def _alike(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
+    expected, found = layer(x), plain(x)
+    if expected.shape != found.shape:
+        return False
+    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+
+
+def _noise(layer: nn.Conv2d | nn.Linear, more: int) -> Tensor:
+    """What fits into a layer; padding shows at images of an odd and an even side."""
+    generator = torch.Generator().manual_seed(more)
+    if isinstance(layer, nn.Linear):
+        shape: tuple[int, ...] = (2, layer.in_features)
+    else:
+        reach = [d * (k - 1) + 1 for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        shape = (1, layer.in_channels, *(2 * side + 5 + more for side in reach))
+    return torch.randn(shape, generator=generator).to(layer.weight)

@@ -1,0 +1,227 @@
+"""A symbolic tracer that knows the sizes of tensors.
+
+torch.fx follows a forward method with stand-ins for tensors, and stops where Python asks one for a
+value: ``if height % window``, ``range(len(levels))``, ``math.ceil(width / 2)``. Those are questions
+about sizes, which follow from the images' size alone. This tracer answers them from a second,
+weightless copy of the network on torch's meta device, where tensors have sizes and no values, so
+that a question about values still fails. The graph is then for images of that size; networks that
+ask nothing keep graphs for any size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import timm.layers
+import torch
+import torchvision
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fat.graph.constants import run_node
+
+__all__ = ["FROZEN_NORMS", "SizeTracer"]
+
+_timm: Any = timm.layers  # only partly typed
+
+FROZEN_NORMS: tuple[type[nn.Module], ...] = (
+    _timm.FrozenBatchNormAct2d,
+    torchvision.ops.FrozenBatchNorm2d,
+)
+"""Batch norms of frozen statistics that are no subclasses of torch's."""
+BATCHES = (2, 3)
+"""An answer must be the same for both: graphs are for any number of images."""
+FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+"""Functions of torch that make tensors from sizes alone, which may be stand-ins."""
+
+
+class AskedForValue(Exception):
+    """The network's forward decides on something that sizes do not tell."""
+
+
+class _Answers:
+    """What a stand-in answers to questions about sizes."""
+
+    node: fx.Node
+    tracer: SizeTracer
+
+    def __getattr__(self, name: str) -> Any:
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        return len(self._value())
+
+    def __index__(self) -> int:
+        return int(self._value().__index__())
+
+    def __int__(self) -> int:
+        return int(self._value())
+
+    def __float__(self) -> float:
+        return float(self._value())
+
+    def __ceil__(self) -> int:
+        return math.ceil(self._value())
+
+    def __floor__(self) -> int:
+        return math.floor(self._value())
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self._value(), digits)
+
+    def _value(self) -> Any:
+        return self.tracer.value(self.node)
+
+
+class _Proxy(_Answers, fx.Proxy):
+    pass
+
+
+class _Attribute(_Answers, fx.proxy.Attribute):
+    pass
+
+
+class SizeTracer(fx.Tracer):
+    """Keeps whole what the passes match and what cannot be traced, and knows where it is.
+
+    Args:
+        size: Height and width of the images; ``None`` answers no question about sizes.
+
+    Attributes:
+        path: Names of the modules around the place that is being traced.
+        asked: Whether the graph is for images of that size alone.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, size: tuple[int, int] | None = None) -> None:
+        # timm's lists of what asks for sizes, and cannot be traced without them.
+        functions = () if size else tuple(_timm.get_notrace_functions())
+        super().__init__(autowrap_functions=functions)
+        self._whole = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _BatchNorm, *FROZEN_NORMS)
+        self._whole += () if size else tuple(_timm.get_notrace_modules())
+        self._size = size
+        self._known: list[dict[fx.Node, Any]] = [{} for _ in BATCHES]
+        self._sizes: nn.Module | None = None
+        self._answering = False
+        self.path: list[str] = []
+        self.asked = False
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
+        """The graph of a module's forward."""
+        with _factories():
+            return super().trace(root, concrete_args)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module stays one node."""
+        return isinstance(m, self._whole) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Trace into a module, or make it one node."""
+        if self._answering:
+            return forward(*args, **kwargs)
+        self.path.append(self.path_of_module(m))
+        result = super().call_module(m, forward, args, kwargs)
+        self.path.pop()  # not reached on failure: the path then names the culprit
+        return result
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A stand-in for a node's result."""
+        return _Proxy(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Answer ``if``."""
+        return bool(self.value(obj.node))
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Answer ``for``: as many stand-ins as there are items."""
+        return (obj[index] for index in range(len(self.value(obj.node))))
+
+    def value(self, node: fx.Node) -> Any:
+        """What a node gives, if sizes tell.
+
+        Raises:
+            AskedForValue: If they do not, or if it depends on the number of images.
+        """
+        if self._size is None:
+            raise AskedForValue("it asks for sizes, and no size of images is known.")
+        if self._sizes is None:
+            self._sizes = copy.deepcopy(self.root).to("meta")
+        self._answering = True
+        found = [self._evaluate(node, batch, known) for batch, known in zip(BATCHES, self._known)]
+        self._answering = False
+        if any(isinstance(value, Tensor) and not value.dim() for value in found):
+            raise AskedForValue("it decides on values, not on sizes.")
+        if not any(isinstance(value, Tensor) for value in found) and found[0] != found[1]:
+            if not isinstance(found[0], (tuple, list)) or len(found[0]) != len(found[1]):
+                raise AskedForValue("it decides on the number of images.")
+        self.asked = True
+        return found[0]
+
+    def literal(self, argument: Any) -> Any:
+        """The value of a stand-in, where sizes tell, else the argument as it is.
+
+        What is made of literals alone is a constant of the network.
+        """
+        if not isinstance(argument, fx.Proxy):
+            return argument
+        try:
+            value = self.value(argument.node)
+        except AskedForValue:
+            return argument
+        if isinstance(value, torch.device):  # the sizes' own
+            return next(self.root.parameters()).device
+        return value if isinstance(value, (int, float, torch.dtype)) else argument
+
+    def _evaluate(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
+        assert self._sizes is not None
+        for earlier in node.graph.nodes:  # in order, so without recursion
+            if earlier in known:
+                if earlier is node:
+                    break
+                continue
+            known[earlier] = self._run(earlier, batch, known)
+            if earlier is node:
+                break
+        return known[node]
+
+    def _run(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
+        if node.op == "placeholder":
+            return torch.empty(batch, 3, *self._size, device="meta")  # type: ignore[misc]
+        assert self._sizes is not None
+        return run_node(self._sizes, node, known)
+
+
+@contextlib.contextmanager
+def _factories() -> Iterator[None]:
+    """Let functions that make tensors be recorded when a size is a stand-in."""
+    originals = {name: getattr(torch, name) for name in FACTORIES}
+
+    def recording(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            found: list[fx.Proxy] = []
+            fx.node.map_aggregate(
+                (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
+            )
+            if not found:
+                return original(*args, **kwargs)
+            tracer = found[0].tracer
+            assert isinstance(tracer, SizeTracer)
+            args, kwargs = fx.node.map_aggregate((args, kwargs), tracer.literal)  # type: ignore[assignment,arg-type]
+            return tracer.create_proxy("call_function", original, args, dict(kwargs))
+
+        return call
+
+    for name, original in originals.items():
+        setattr(torch, name, recording(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
