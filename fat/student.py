@@ -69,7 +69,9 @@ class Student(nn.Module):
         self.memo: LogitsMemo | None = None
         self.register_buffer("is_calibrated", torch.tensor(False))
         # Depthwise convolutions run several times faster with channels last, on CPUs as on GPUs.
-        self.to(memory_format=torch.channels_last)
+        for tensor in (*self.parameters(), *self.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (defines quantiz
 from torch.nn import functional as F
 
 from fat.errors import FatError
-from fat.graph.patterns import is_value_preserving, module_of, source
+from fat.graph.patterns import constant_of, is_value_preserving, module_of, source
 from fat.graph.trace import mark_data
 from fat.layers import ChannelClip, pad_same_sides
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
@@ -179,6 +179,9 @@ class _Lowering:
             else:
                 if module is not None:
                     self.attributes[str(node.target)] = module
+                constant = constant_of(self.source, node)
+                if constant is not None:
+                    self.attributes[str(node.target)] = constant
                 self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
                 self._keep_grid(node)
         network = fx.GraphModule(self.attributes, self.graph, "Integers")

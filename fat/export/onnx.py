@@ -38,10 +38,11 @@ OPSETS = range(18, 24)
 """Versions of ONNX' operators that can be asked for; torch's exporter starts at 18."""
 INT4_OPSET = 21
 """The first that has 4-bit integers."""
-INTEGER_LAYERS = frozenset({
-    "QLinearConv", "QGemm", "QLinearMatMul", "ConvInteger", "MatMulInteger",
-    "MatMulIntegerToFloat", "DynamicQuantizeMatMul",
-})  # fmt: skip
+INTEGER_LAYERS = {
+    "QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3, "ConvInteger": 1, "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1,
+}  # fmt: skip
+"""Integer kernels, and which of their inputs is the weight: attention multiplies activations."""
 FLOAT_LAYERS = frozenset({
     "Conv", "FusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
     "MatMulNBits",
@@ -245,7 +246,11 @@ class OnnxRuntime:
         ]
         return Kernels(
             dict(counts.most_common()),
-            sum(counts[kind] for kind in INTEGER_LAYERS),
+            sum(
+                node.input[INTEGER_LAYERS[node.op_type]] in fixed
+                for node in graph.node
+                if node.op_type in INTEGER_LAYERS
+            ),
             tuple(in_float),
             sum(n for kind, n in counts.items() if kind in INTEGER_LAYERS or "QLinear" in kind),
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["fold_constants", "free_name", "run_node"]
+__all__ = ["drop_unused", "fold_constants", "free_name", "run_node"]
 
 
 def run_node(root: nn.Module, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
@@ -60,6 +60,22 @@ def fold_constants(module: fx.GraphModule) -> None:
         elif isinstance(value, (bool, int, float, torch.Size)):
             _write(node, value)
     module.graph.eliminate_dead_code()
+    drop_unused(module)
+
+
+def drop_unused(module: fx.GraphModule) -> None:
+    """Delete the modules and the tensors that the graph does not name, in place."""
+    module.delete_all_unused_submodules()
+    called = [module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"]
+    kept = {part for layer in called for part in layer.modules()}
+    named = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for prefix, owner in list(module.named_modules()):
+        if owner in kept:
+            continue
+        tensors = (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+        for name, _ in tensors:
+            if (f"{prefix}.{name}" if prefix else name) not in named:
+                delattr(owner, name)
 
 
 def free_name(module: nn.Module, wanted: str) -> str:

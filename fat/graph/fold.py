@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fat.errors import FatError
+from fat.graph.constants import drop_unused
 from fat.graph.patterns import constant_of, module_of, only_user, source
 
 __all__ = ["FoldReport", "find_foldable", "fold_batch_norms", "folded", "folded_into_next"]
@@ -137,7 +138,7 @@ def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
         module.graph.erase_node(node)
     factors = _fold_factors(module)
     module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
+    drop_unused(module)
     module.recompile()
     return FoldReport(tuple(pairs), tuple(convolutions), factors)
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
-from fat.graph.constants import fold_constants, free_name
+from fat.graph.constants import drop_unused, fold_constants, free_name
 from fat.graph.plain import plain_layer, plain_norm, reparameterized
 from fat.graph.tracer import FROZEN_NORMS, SizeTracer
 
@@ -143,7 +143,7 @@ def _canonicalize(module: fx.GraphModule) -> None:
             _canonical_function(module, node)
     module.graph.eliminate_dead_code()
     module.graph.lint()
-    module.delete_all_unused_submodules()
+    drop_unused(module)
     module.recompile()
 
 
