@@ -134,7 +134,7 @@ def export(
         figures = compare(student, runtime, judged, progress=progress)
         short = falls_short(figures["simulation"], target.tolerance)
         if short:
-            worst = most_different(student, runtime, judged, LAYER_IMAGES)
+            worst = most_different(student, runtime, judged)
             differences = _layers_on(worst, student, twin, program, target)
         check_logits(short, differences)
 

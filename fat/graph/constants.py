@@ -66,7 +66,9 @@ def fold_constants(module: fx.GraphModule) -> None:
 def drop_unused(module: fx.GraphModule) -> None:
     """Delete the modules and the tensors that the graph does not name, in place."""
     module.delete_all_unused_submodules()
-    called = [module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"]
+    called = [
+        module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"
+    ]
     kept = {part for layer in called for part in layer.modules()}
     named = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
     for prefix, owner in list(module.named_modules()):

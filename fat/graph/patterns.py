@@ -38,7 +38,11 @@ PRESERVING_MODULES = (
     nn.MaxPool2d,
     nn.AdaptiveMaxPool2d,
     nn.ZeroPad2d,
+    nn.ReflectionPad2d,
+    nn.ReplicationPad2d,
     nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.Unfold,
     nn.ChannelShuffle,
 )
 PRESERVING_FUNCTIONS: frozenset[Any] = frozenset(
@@ -145,7 +149,7 @@ def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
         if node.target is F.pad:
             mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
             value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
-            return bool(mode == "constant" and value in (None, 0))
+            return bool(mode != "constant" or value in (None, 0))
         if node.target is getattr:
             return node.args[1] in PRESERVING_ATTRIBUTES
         return node.target in PRESERVING_FUNCTIONS

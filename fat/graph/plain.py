@@ -7,24 +7,27 @@ inference each is one of a few plain layers, the ones that the passes know.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import timm.layers
 import timm.utils.model
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fat.errors import FatError
+from fat.graph.patterns import constant_of
 from fat.graph.tracer import FROZEN_NORMS
 from fat.layers import SameConv2d, pad_same
 
-__all__ = ["plain_layer", "plain_norm", "reparameterized"]
+__all__ = ["conv2d_of", "plain_call", "plain_layer", "plain_norm", "reparameterized"]
 
 _timm: Any = timm.layers  # only partly typed
 _utils: Any = timm.utils.model
+T = TypeVar("T", nn.Conv2d, nn.Linear)
+PARAMETERS = ("weight", "bias")
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 TOLERANCE = 1e-4
 """How far, relative to its largest value, a plain layer's result may be from the original's."""
@@ -74,6 +77,49 @@ def plain_norm(norm: nn.Module) -> _BatchNorm:
     return plain.to(frozen.weight if affine else frozen.running_mean).eval()
 
 
+def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
+    """The layer that a call of torch's convolution or linear function amounts to.
+
+    Args:
+        module: The graph's module.
+        node: A call of ``conv2d`` or ``linear``.
+
+    Returns:
+        The layer; ``None`` if the weight is computed from images.
+    """
+    given = {**dict(zip(("input", *PARAMETERS, *GEOMETRY), node.args, strict=False)), **node.kwargs}
+    tensors = {key: constant_of(module, given.get(key)) for key in PARAMETERS}
+    geometry = {key: given[key] for key in GEOMETRY if key in given}
+    weight, bias = tensors["weight"], tensors["bias"]
+    if weight is None or (bias is None and given.get("bias") is not None):
+        return None
+    if any(isinstance(value, fx.Node) for value in geometry.values()):
+        return None
+    if node.target is F.linear:
+        return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight, bias)
+    channels = weight.shape[1] * geometry.get("groups", 1)
+    kernel: Any = tuple(weight.shape[2:])
+    layer = nn.Conv2d(channels, weight.shape[0], kernel, bias=bias is not None, **geometry)
+    return _filled(layer, weight, bias)
+
+
+def conv2d_of(layer: nn.Conv1d) -> nn.Conv2d:
+    """The convolution of [N, C, 1, L] that a convolution of [N, C, L] amounts to."""
+    padding: Any = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
+    wide = nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        (1, *layer.kernel_size),
+        (1, *layer.stride),
+        padding,
+        (1, *layer.dilation),
+        layer.groups,
+        layer.bias is not None,
+        layer.padding_mode,
+    )
+    return _filled(wide, layer.weight.unsqueeze(2), layer.bias)
+
+
 @torch.no_grad()
 def reparameterized(network: nn.Module) -> nn.Module:
     """The network with its blocks of several branches (RepVGG, MobileOne, …) as one, in place."""
@@ -104,7 +150,7 @@ def _ask(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Any], T
     if len(asking.calls) != 1 or asking.calls[0][2] is not result:
         return None
     args, options, _ = asking.calls[0]
-    names = ("input", "weight", "bias", *GEOMETRY)
+    names = ("input", *PARAMETERS, *GEOMETRY)
     options = {**dict(zip(names, args, strict=False)), **options}
     return x, options.pop("weight"), options, result
 
@@ -129,9 +175,12 @@ def _built(
             steps = (plain.stride, plain.dilation)
             if options["input"].shape != pad_same(x, kernel, *steps).shape:  # type: ignore[arg-type]
                 return None
-    state = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    plain.load_state_dict(state)
-    return plain.to(weight).eval()
+    return _filled(plain, weight, bias)
+
+
+def _filled(layer: T, weight: Tensor, bias: Tensor | None) -> T:
+    layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
+    return layer.to(weight).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
-from fat.graph.plain import plain_layer, plain_norm, reparameterized
+from fat.graph.plain import conv2d_of, plain_call, plain_layer, plain_norm, reparameterized
 from fat.graph.tracer import FROZEN_NORMS, SizeTracer
 
 __all__ = ["layer_name", "mark_data", "trace"]
@@ -88,6 +88,7 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     root = reparameterized(copy.deepcopy(network))
     try:
         graph = tracer.trace(root)
+        tracer.write_geometry(graph)
     except Exception as error:
         where = next((path for path in reversed(tracer.path) if path), "the network's own forward")
         kind = type(root.get_submodule(where)).__name__ if tracer.path and where else ""
@@ -169,6 +170,8 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
         module.set_submodule(name, plain_layer(name, target))
     elif isinstance(target, (_BatchNorm, *FROZEN_NORMS)):
         _split_norm_and_activation(module, node, target)
+    elif type(target) is nn.Conv1d:
+        _widen(module, node, target)
     elif hasattr(target, "inplace"):
         target.inplace = False  # type: ignore[assignment]  # the passes re-order and share tensors
 
@@ -206,7 +209,9 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
         _bypass(node)
         return
     replacement: nn.Module | None = None
-    if node.target in ACTIVATIONS:
+    if node.target in (F.conv2d, F.linear):
+        replacement = plain_call(module, node)
+    elif node.target in ACTIVATIONS:
         replacement = ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)
     elif node.target in CLAMPS:
         bounds = {"min": None, "max": None, **node.kwargs}
@@ -221,6 +226,18 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
     name = free_name(module, layer_name(node))
     module.add_submodule(name, replacement.eval())
     node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
+def _widen(module: fx.GraphModule, node: fx.Node, layer: nn.Conv1d) -> None:
+    """A convolution of one dimension as one of two, of which the first has size 1."""
+    name, graph = str(node.target), module.graph
+    module.set_submodule(name, conv2d_of(layer))
+    with graph.inserting_before(node):
+        node.args = (graph.call_function(torch.unsqueeze, (*node.args, 2)),)
+    with graph.inserting_after(node):
+        narrow = graph.call_function(torch.squeeze, (node, 2))
+    node.replace_all_uses_with(narrow)
+    narrow.args = (node, 2)
 
 
 def _bypass(node: fx.Node) -> None:

@@ -20,6 +20,7 @@ import timm.layers
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fat.graph.constants import run_node
@@ -153,14 +154,16 @@ class SizeTracer(fx.Tracer):
             raise AskedForValue("it asks for sizes, and no size of images is known.")
         if self._sizes is None:
             self._sizes = copy.deepcopy(self.root).to("meta")
+        pairs = zip(BATCHES, self._known, strict=True)
         self._answering = True
-        found = [self._evaluate(node, batch, known) for batch, known in zip(BATCHES, self._known)]
-        self._answering = False
+        try:
+            found = [self._evaluate(node, batch, known) for batch, known in pairs]
+        finally:
+            self._answering = False
         if any(isinstance(value, Tensor) and not value.dim() for value in found):
             raise AskedForValue("it decides on values, not on sizes.")
-        if not any(isinstance(value, Tensor) for value in found) and found[0] != found[1]:
-            if not isinstance(found[0], (tuple, list)) or len(found[0]) != len(found[1]):
-                raise AskedForValue("it decides on the number of images.")
+        if isinstance(found[0], (bool, int, float)) and found[0] != found[1]:
+            raise AskedForValue("it decides on the number of images.")
         self.asked = True
         return found[0]
 
@@ -178,6 +181,21 @@ class SizeTracer(fx.Tracer):
         if isinstance(value, torch.device):  # the sizes' own
             return next(self.root.parameters()).device
         return value if isinstance(value, (int, float, torch.dtype)) else argument
+
+    def write_geometry(self, graph: fx.Graph) -> None:
+        """Write the numbers of convolutions, such as as many groups as channels, where sizes tell."""
+        for node in graph.find_nodes(op="call_function", target=F.conv2d):
+            node.args = (*node.args[:3], *map(self._number, node.args[3:]))
+            node.kwargs = {
+                key: value if key in ("weight", "bias", "input") else self._number(value)
+                for key, value in node.kwargs.items()
+            }
+
+    def _number(self, argument: Any) -> Any:
+        if not isinstance(argument, fx.Node):
+            return argument
+        found = self.literal(fx.Proxy(argument, self))
+        return argument if isinstance(found, fx.Proxy) else found
 
     def _evaluate(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
         assert self._sizes is not None

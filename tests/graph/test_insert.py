@@ -313,10 +313,13 @@ def test_nothing_to_quantize_is_said(images: Tensor) -> None:
         inserted(nn.Sequential(nn.ReLU(), nn.Flatten()), images)
 
 
-def test_a_layer_used_twice_is_refused_by_name(images: Tensor) -> None:
+def test_a_layer_used_twice_becomes_two_with_thresholds_of_their_own(images: Tensor) -> None:
     shared = nn.Conv2d(3, 3, 1)
-    with pytest.raises(FatError, match="'0' is used more than once"):
-        inserted(nn.Sequential(shared, nn.ReLU(), shared), images)
+    graph, report = inserted(nn.Sequential(shared, nn.ReLU(), shared), images)
+    assert report.layers == ("0", "0_1")
+    first, second = graph.get_submodule("0"), graph.get_submodule("0_1")
+    assert torch.equal(first.weight, second.weight)
+    assert first.input_quantizer is not second.input_quantizer
 
 
 def test_padding_without_an_integer_form_is_refused_by_name(images: Tensor) -> None:
