@@ -398,9 +398,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "*differing* counts the operations concerned.",
         "",
         "*Size* counts parameters. *Layers* are convolutions and linear layers, all of them "
-        "integer kernels in the file; *folded* batch norms went into one of them, *1×1* are those that became a depthwise "
-        "convolution. *In float* are the file's operators that compute in real values: integers "
-        "before and after, where a runtime has no integer kernel.",
+        "integer kernels in the file; *folded* batch norms went into one of them, *1×1* are those "
+        "that became a depthwise convolution. *In float* are the file's operators that compute in "
+        "real values, where a runtime has no integer kernel: integers before and after.",
         "",
         "| module | network | size | pixels | layers | folded | 1×1 | differing | in float | s |",
         "|---|---|---|---|---|---|---|---|---|---|",

@@ -401,6 +401,24 @@ def _global_pools(graph: onnx.GraphProto) -> None:
             graph.node.insert(position + offset, new)
 
 
+def _split_dequantized(graph: onnx.GraphProto) -> None:
+    """Give each layer that reads a dequantized weight or bias its own DequantizeLinear."""
+    for place in range(len(graph.node) - 1, -1, -1):
+        node = graph.node[place]
+        if node.op_type != "DequantizeLinear" or _initializer(graph, node.input[0]) is None:
+            continue
+        value = node.output[0]
+        reads = [
+            (i, other) for other in graph.node for i, n in enumerate(other.input) if n == value
+        ]
+        for number, (index, reader) in enumerate(reads[1:], 1):
+            twin = onnx.NodeProto()
+            twin.CopyFrom(node)
+            twin.name, twin.output[0] = f"{node.name}.{number}", f"{value}.{number}"
+            reader.input[index] = twin.output[0]
+            graph.node.insert(place, twin)
+
+
 def _own_weights(graph: onnx.GraphProto) -> dict[str, str]:
     """Give each layer a weight and a zero point of its own.
 
@@ -412,6 +430,7 @@ def _own_weights(graph: onnx.GraphProto) -> dict[str, str]:
     """
     copies: dict[str, str] = {}
     seen: set[str] = set()
+    _split_dequantized(graph)
     for node in graph.node:
         if node.op_type != "DequantizeLinear" or len(node.input) < 3:
             continue

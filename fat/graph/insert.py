@@ -2,10 +2,11 @@
 
 * on the network's input;
 * on every convolution's and linear layer's weight and bias;
-* on the result of every computing operation, but for what only a softmax reads: it computes in real
-  values everywhere, and the mask before it may hold −∞. A layer and the clipping activation (ReLU, ReLU6) that
+* on the result of every computing operation. A layer and the clipping activation (ReLU, ReLU6) that
   alone reads it count as one operation, whose quantizer takes the activation over; others
-  (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them.
+  (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them. What only
+  a softmax reads, and is no layer's result, has none: a softmax computes in real values
+  everywhere, and the mask that is added before it may hold −∞.
 
 Operations that move values without computing keep their input's grid.
 """

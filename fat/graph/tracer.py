@@ -183,7 +183,7 @@ class SizeTracer(fx.Tracer):
         return value if isinstance(value, (int, float, torch.dtype)) else argument
 
     def write_geometry(self, graph: fx.Graph) -> None:
-        """Write the numbers of convolutions, such as as many groups as channels, where sizes tell."""
+        """Write the numbers of convolutions, such as a group per channel, where sizes tell."""
         for node in graph.find_nodes(op="call_function", target=F.conv2d):
             node.args = (*node.args[:3], *map(self._number, node.args[3:]))
             node.kwargs = {

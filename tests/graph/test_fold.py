@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fat.errors import FatError
-from fat.graph.fold import find_foldable, fold_batch_norms, folded
+from fat.graph.fold import find_foldable, fold_batch_norms, folded, folded_into_next
 from fat.graph.trace import trace
 from fat.metrics import logits_sqnr_db
 
@@ -131,10 +131,17 @@ def test_timm_networks_keep_their_function(name: str) -> None:
     assert logits_sqnr_db(network(images), graph(images)) > 80
 
 
-def test_a_norm_without_a_layer_before_it_is_named() -> None:
+def test_a_norm_without_a_layer_beside_it_becomes_a_convolution() -> None:
+    images = torch.randn(4, 3, 8, 8)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
-    with pytest.raises(FatError, match=r"1 batch norm.*before them.*: 2\."):
-        fold_batch_norms(trace(network.eval()))
+    network = realistic(network, images)
+    graph = trace(network)
+    report = fold_batch_norms(graph)
+    assert (report.pairs, report.convolutions) == ((), ("2",))
+    layer = graph.get_submodule("2")
+    assert isinstance(layer, nn.Conv2d)
+    assert (layer.groups, layer.kernel_size) == (4, (1, 1))
+    assert logits_sqnr_db(network(images), graph(images)) > 100
 
 
 def test_a_layer_that_others_read_too_is_not_folded() -> None:
@@ -149,11 +156,10 @@ def test_a_layer_that_others_read_too_is_not_folded() -> None:
 
     graph = trace(Shared().eval())
     assert find_foldable(graph) == []
-    with pytest.raises(FatError, match="norm"):
-        fold_batch_norms(graph)
+    assert fold_batch_norms(graph).convolutions == ("norm",)
 
 
-def test_a_convolution_used_twice_is_refused_by_name() -> None:
+def test_a_convolution_used_twice_is_folded_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -163,8 +169,28 @@ def test_a_convolution_used_twice_is_refused_by_name() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.two(self.conv(self.one(self.conv(x))))
 
-    with pytest.raises(FatError, match=r"'conv' is used 2 times.*'one' cannot be folded"):
-        fold_batch_norms(trace(Twice().eval()))
+    images = torch.randn(4, 3, 8, 8)
+    network = realistic(Twice(), images)
+    graph = trace(network)
+    assert fold_batch_norms(graph).pairs == (("one", "conv"), ("two", "conv_1"))
+    assert logits_sqnr_db(network(images), graph(images)) > 100
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.booleans(), st.sampled_from([1, 2, 3, 6]))
+def test_the_closed_form_is_the_norm_and_the_layer_after_it(
+    seed: int, with_bias: bool, groups: int
+) -> None:
+    torch.manual_seed(seed)
+    norm, layer = nn.BatchNorm2d(6), nn.Conv2d(6, 12, 3, groups=groups, bias=with_bias)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.01, 4)
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
+    expected = copy.deepcopy(nn.Sequential(norm, layer)).double().eval()(x)
+    weight, bias = folded_into_next(layer.weight, layer.bias, norm, groups)
+    got = torch.conv2d(x, weight.double(), bias.double(), groups=groups)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_one_norm_after_two_convolutions_goes_into_both() -> None:
@@ -180,7 +206,7 @@ def test_one_norm_after_two_convolutions_goes_into_both() -> None:
     images = torch.randn(4, 3, 8, 8)
     network = realistic(Both(), images)
     graph = trace(network)
-    assert fold_batch_norms(graph).pairs == (("norm", "a"), ("norm", "b"))
+    assert fold_batch_norms(graph).pairs == (("norm", "a"), ("norm_1", "b"))
     assert logits_sqnr_db(network(images), graph(images)) > 100
 
 

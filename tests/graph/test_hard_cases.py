@@ -100,9 +100,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "squeeze and excite": lambda: chain(squeeze_excite(), conv(8, 8, 3), nn.BatchNorm2d(8)),
     "hard-swish": lambda: chain(conv(8, 8, 3), nn.BatchNorm2d(8), nn.Hardswish(), conv(8, 8, 1)),
     "residual": lambda: chain(
-        Parts(lambda x, b: F.relu(x + b(x)),
-              b=nn.Sequential(conv(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6(), conv(8, 8, 1),
-                              nn.BatchNorm2d(8)))
+        Parts(lambda x, b: F.relu(x + b(x)), b=nn.Sequential(
+            conv(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU6(),
+            conv(8, 8, 1), nn.BatchNorm2d(8)))
     ),
     "concatenation": lambda: chain(
         Parts(lambda x, a, n: n(torch.cat([x, a(x)], 1)), a=conv(8, 8, 1), n=nn.BatchNorm2d(16)),
