@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fat.batches import Images, as_batches, split
 from fat.errors import FatError
-from fat.export.lower import lower
+from fat.export.lower import in_order, lower
 from fat.export.onnx import INT4_OPSET, Onnx
 from fat.export.target import Program, Runtime, Target
 from fat.export.verify import (
@@ -116,7 +116,7 @@ def export(
     lowered = lower(student, example, target.style)
     metadata = _metadata(student, metrics)
     program = Program(lowered.network, example, lowered.tensors, lowered.weight_bits, metadata)
-    reference = Program(student.teacher, example)
+    reference = Program(in_order(student.teacher), example)
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         shipped, tapped, floats = (

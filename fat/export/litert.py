@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, fx
 
 from fat.errors import FatError, first_line
-from fat.export.lower import Style
-from fat.export.target import Kernels, Program, Runtime, Tolerance, in_order
+from fat.export.lower import Style, in_order
+from fat.export.target import Kernels, Program, Runtime, Tolerance
 from fat.files import write_atomic
 
 __all__ = ["LiteRT", "LiteRTRuntime"]

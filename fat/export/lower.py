@@ -11,12 +11,13 @@ integers. Rounding is monotonic, so clip(x, a, b) on the grid is clip(q, q(a), q
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.ao.quantization.fx import _decomposed  # noqa: F401  (defines quantized_decomposed)
 from torch.nn import functional as F
 
@@ -27,7 +28,9 @@ from fat.layers import ChannelClip, pad_same_sides
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
 from fat.student import Student
 
-__all__ = ["Integers", "Lowered", "Style", "lower", "stored_grid"]
+__all__ = ["Integers", "Lowered", "Style", "in_order", "lower", "stored_grid"]
+
+M = TypeVar("M", bound=nn.Module)
 
 _OPS: Any = torch.ops.quantized_decomposed
 INT32 = (-(2**31), 2**31 - 1)
@@ -155,6 +158,14 @@ def lower(student: Student, example: Tensor, style: Style) -> Lowered:
         return _Lowering(student, style).run()
 
 
+def in_order(module: M) -> M:
+    """A copy whose tensors are not channels-last in memory, which exporters take amiss."""
+    module = copy.deepcopy(module)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return module
+
+
 class _Lowering:
     def __init__(self, student: Student, style: Style) -> None:
         self.source = student.network
@@ -178,10 +189,10 @@ class _Lowering:
                 self.new[node] = self._layer(node, module)
             else:
                 if module is not None:
-                    self.attributes[str(node.target)] = module
+                    self.attributes[str(node.target)] = in_order(module)
                 constant = constant_of(self.source, node)
                 if constant is not None:
-                    self.attributes[str(node.target)] = constant
+                    self._constant(str(node.target), constant)
                 self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
                 self._keep_grid(node)
         network = fx.GraphModule(self.attributes, self.graph, "Integers")

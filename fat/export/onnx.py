@@ -364,11 +364,13 @@ def _merge_padding(graph: onnx.GraphProto) -> None:
     """Zeros before a convolution become its own padding, which may be uneven in ONNX."""
     for node in [node for node in graph.node if node.op_type == "Conv"]:
         pad = _producer(graph, node.input[0])
-        if pad is None or pad.op_type != "Pad":
+        if pad is None or pad.op_type != "Pad" or _mode(pad) != "constant":
             continue
         amounts = _initializer(graph, pad.input[1])
         assert amounts is not None
         before, after = numpy_helper.to_array(amounts).reshape(2, 4)
+        if before.min() < 0 or after.min() < 0:  # cuts rows off
+            continue
         assert not before[:2].any()  # only height and width are ever padded
         assert not after[:2].any()
         sides = [int(n) for n in (*before[2:], *after[2:])]
@@ -377,6 +379,11 @@ def _merge_padding(graph: onnx.GraphProto) -> None:
         node.input[0] = pad.input[0]
         if not any(pad.output[0] in other.input for other in graph.node):
             graph.node.remove(pad)
+
+
+def _mode(pad: onnx.NodeProto) -> str:
+    """With what a Pad pads: ``constant`` where it does not say."""
+    return next((a.s.decode() for a in pad.attribute if a.name == "mode"), "constant")
 
 
 def _global_pools(graph: onnx.GraphProto) -> None:

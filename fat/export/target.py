@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, fx
 
 from fat.export.lower import Integers, Style
 
-__all__ = ["Kernels", "Program", "Runtime", "Target", "Tolerance", "in_order"]
+__all__ = ["Kernels", "Program", "Runtime", "Target", "Tolerance"]
 
 
 @dataclass(frozen=True)
@@ -141,11 +140,3 @@ class Target(Protocol):
         Raises:
             FatError: If it is missing, damaged or of another kind.
         """
-
-
-def in_order(network: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose tensors are not channels-last in memory, which exporters take amiss."""
-    network = copy.deepcopy(network)
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
-    return network

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from tqdm.auto import tqdm
 
 from fat.batches import Images, as_batches, split
@@ -261,14 +261,9 @@ def check_float(runtime: Runtime, student: Student, images: Tensor) -> None:
 
 
 def check_kernels(kernels: Kernels, student: Student) -> None:
-    """Raise a FatError that names layers which the runtime would compute in float.
-
-    But for transposed convolutions: no runtime has an integer kernel, so they stay in float.
-    """
+    """Raise a FatError that names layers which the runtime would compute in float."""
     layers = len(student.layers())
-    calls = (module_of(student.network, node) for node in student.network.graph.nodes)
-    no_kernel = sum(isinstance(module, nn.ConvTranspose2d) for module in calls)
-    if len(kernels.float_layers) <= no_kernel and kernels.integer_layers == layers:
+    if not kernels.float_layers and kernels.integer_layers == layers:
         return
     named = ", ".join(kernels.float_layers[:5]) or "none is named"
     raise FatError(

@@ -23,7 +23,7 @@ from fat.graph.patterns import constant_of, module_of, only_user, source
 
 __all__ = ["FoldReport", "find_foldable", "fold_batch_norms", "folded", "folded_into_next"]
 
-Layer = nn.Conv2d | nn.ConvTranspose2d | nn.Linear
+Layer = nn.Conv2d | nn.Linear
 
 
 @dataclass(frozen=True)
@@ -47,24 +47,19 @@ def find_foldable(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
     return [(layer, norm) for layer, norm in pairs if layer is not None]
 
 
-def folded(
-    weight: Tensor, bias: Tensor | None, norm: _BatchNorm, outputs: int = 0
-) -> tuple[Tensor, Tensor]:
+def folded(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weight and bias that do the work of the layer and of the batch norm after it.
 
     W·γ/√(σ²+ε) and (b − μ)·γ/√(σ²+ε) + β, computed in float64.
 
     Args:
-        weight: [C, ...], or [..., C, ...] with the filters in the dimension ``outputs``.
+        weight: [C, ...].
         bias: [C] or ``None``.
         norm: Batch norm over C channels, with running statistics.
-        outputs: Dimension of the weight that counts filters.
     """
     factor, shift = _affine(norm)
     start = torch.zeros_like(factor) if bias is None else bias.detach().double()
-    shape = [1] * weight.dim()
-    shape[outputs] = -1
-    new_weight = weight.detach().double() * factor.reshape(shape)
+    new_weight = weight.detach().double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
     return new_weight.to(weight.dtype), (start * factor + shift).to(weight.dtype)
 
 
@@ -114,8 +109,7 @@ def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
         before, after = _layer_before(module, node), _layer_after(module, node)
         if before is not None:
             layer = _layer(module, before)
-            transposed = isinstance(layer, nn.ConvTranspose2d)
-            _set(layer, *folded(layer.weight, layer.bias, norm, 1 if transposed else 0))
+            _set(layer, *folded(layer.weight, layer.bias, norm))
             pairs.append((name, str(before.target)))
         elif after is not None:
             layer = _layer(module, after)
@@ -162,10 +156,7 @@ def _layer_before(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
         before = layer if linear and only_user(before) is norm else None
     if before is None or len(before.users) > 1:
         return None
-    layer_module = module_of(module, before)
-    if isinstance(layer_module, nn.ConvTranspose2d) and layer_module.groups > 1:
-        return None
-    return before if isinstance(layer_module, Layer) else None
+    return before if isinstance(module_of(module, before), Layer) else None
 
 
 def _layer_after(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:

@@ -186,18 +186,10 @@ def hold_constants(module: nn.Module) -> None:
 
 
 def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> QuantLayer:
-    """The quantized form of a convolution or linear layer.
-
-    Raises:
-        FatError: For padding other than zeros.
-    """
+    """The quantized form of a convolution or linear layer."""
     if isinstance(layer, nn.Linear):
         return QuantLinear(name, layer.weight, layer.bias, spec, grid)
     assert isinstance(layer, nn.Conv2d)
-    if layer.padding_mode != "zeros":
-        raise FatError(
-            f"'{name}' pads with '{layer.padding_mode}'; integer convolutions pad with zeros."
-        )
     padding: Any = "dynamic_same" if isinstance(layer, SameConv2d) else layer.padding
     return QuantConv2d(
         name,

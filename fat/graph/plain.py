@@ -22,7 +22,15 @@ from fat.graph.patterns import constant_of
 from fat.graph.tracer import FROZEN_NORMS
 from fat.layers import SameConv2d, pad_same
 
-__all__ = ["conv2d_of", "plain_call", "plain_layer", "plain_norm", "reparameterized"]
+__all__ = [
+    "conv2d_of",
+    "forward_of",
+    "plain_call",
+    "plain_layer",
+    "plain_norm",
+    "reparameterized",
+    "unpadded",
+]
 
 _timm: Any = timm.layers  # only partly typed
 _utils: Any = timm.utils.model
@@ -118,6 +126,29 @@ def conv2d_of(layer: nn.Conv1d) -> nn.Conv2d:
         layer.padding_mode,
     )
     return _filled(wide, layer.weight.unsqueeze(2), layer.bias)
+
+
+def forward_of(layer: nn.ConvTranspose2d) -> nn.Conv2d:
+    """The convolution that a transposed one is of its input's pixels, spread ``stride`` apart.
+
+    Without its padding. The kernel is turned by 180°, inputs and outputs of each group change
+    places.
+    """
+    weight = layer.weight.detach()
+    grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
+    turned = grouped.reshape(layer.out_channels, -1, *weight.shape[2:]).flip(2, 3)
+    geometry: Any = {"dilation": layer.dilation, "groups": layer.groups}
+    channels: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    plain = nn.Conv2d(*channels, bias=layer.bias is not None, **geometry)
+    return _filled(plain, turned, layer.bias)
+
+
+def unpadded(layer: nn.Conv2d) -> nn.Conv2d:
+    """The same convolution without its padding."""
+    geometry: Any = {key: getattr(layer, key) for key in GEOMETRY if key != "padding"}
+    channels: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
+    plain = nn.Conv2d(*channels, bias=layer.bias is not None, **geometry)
+    return _filled(plain, layer.weight, layer.bias)
 
 
 @torch.no_grad()

@@ -20,7 +20,15 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
-from fat.graph.plain import conv2d_of, plain_call, plain_layer, plain_norm, reparameterized
+from fat.graph.plain import (
+    conv2d_of,
+    forward_of,
+    plain_call,
+    plain_layer,
+    plain_norm,
+    reparameterized,
+    unpadded,
+)
 from fat.graph.tracer import FROZEN_NORMS, SizeTracer
 
 __all__ = ["layer_name", "mark_data", "trace"]
@@ -167,11 +175,16 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
     if isinstance(target, (nn.Identity, _DropoutNd)):
         _bypass(node)
     elif isinstance(target, (nn.Conv2d, nn.Linear)):
-        module.set_submodule(name, plain_layer(name, target))
+        plain = plain_layer(name, target)
+        module.set_submodule(name, plain)
+        if isinstance(plain, nn.Conv2d) and plain.padding_mode != "zeros":
+            _pad_first(module, node, plain)
     elif isinstance(target, (_BatchNorm, *FROZEN_NORMS)):
         _split_norm_and_activation(module, node, target)
     elif type(target) is nn.Conv1d:
         _widen(module, node, target)
+    elif type(target) is nn.ConvTranspose2d:
+        _spread(module, node, target)
     elif hasattr(target, "inplace"):
         target.inplace = False  # type: ignore[assignment]  # the passes re-order and share tensors
 
@@ -238,6 +251,36 @@ def _widen(module: fx.GraphModule, node: fx.Node, layer: nn.Conv1d) -> None:
         narrow = graph.call_function(torch.squeeze, (node, 2))
     node.replace_all_uses_with(narrow)
     narrow.args = (node, 2)
+
+
+def _spread(module: fx.GraphModule, node: fx.Node, layer: nn.ConvTranspose2d) -> None:
+    """A transposed convolution as a plain one of pixels spread apart with zeros.
+
+    Spreading moves integers; runtimes have no integer kernel for the transposed form.
+    """
+    graph = module.graph
+    down, across = (stride - 1 for stride in layer.stride)
+    sides: list[int] = []
+    for axis in (1, 0):
+        reach = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - int(layer.padding[axis])
+        sides += [reach, reach + layer.output_padding[axis] - layer.stride[axis] + 1]
+    with graph.inserting_before(node):
+        x = node.args[0]
+        for place in (3, 5):
+            x = graph.call_function(torch.unsqueeze, (x, place))
+        x = graph.call_function(F.pad, (x, [0, across, 0, 0, 0, down]))
+        for place in (4, 2):
+            x = graph.call_function(torch.flatten, (x, place, place + 1))
+        node.args = (graph.call_function(F.pad, (x, sides)),)
+    module.set_submodule(str(node.target), forward_of(layer))
+
+
+def _pad_first(module: fx.GraphModule, node: fx.Node, layer: nn.Conv2d) -> None:
+    """Padding with other than zeros as an operation of its own, which moves values."""
+    sides = list(layer._reversed_padding_repeated_twice)
+    with module.graph.inserting_before(node):
+        node.args = (module.graph.call_function(F.pad, (*node.args, sides, layer.padding_mode)),)
+    module.set_submodule(str(node.target), unpadded(layer))
 
 
 def _bypass(node: fx.Node) -> None:

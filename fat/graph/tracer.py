@@ -103,7 +103,7 @@ class SizeTracer(fx.Tracer):
         # timm's lists of what asks for sizes, and cannot be traced without them.
         functions = () if size else tuple(_timm.get_notrace_functions())
         super().__init__(autowrap_functions=functions)
-        self._whole = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, _BatchNorm, *FROZEN_NORMS)
+        self._whole = (nn.Conv2d, nn.Linear, _BatchNorm, *FROZEN_NORMS)
         self._whole += () if size else tuple(_timm.get_notrace_modules())
         self._size = size
         self._known: list[dict[fx.Node, Any]] = [{} for _ in BATCHES]

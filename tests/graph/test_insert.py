@@ -322,10 +322,13 @@ def test_a_layer_used_twice_becomes_two_with_thresholds_of_their_own(images: Ten
     assert first.input_quantizer is not second.input_quantizer
 
 
-def test_padding_without_an_integer_form_is_refused_by_name(images: Tensor) -> None:
+def test_padding_by_reflection_moves_values(images: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"))
-    with pytest.raises(FatError, match="'0' pads with 'reflect'"):
-        inserted(network, images)
+    graph, report = inserted(network, images)
+    assert report.activations == ("input", "0")  # none on the padded image
+    layer = graph.get_submodule("0")
+    assert layer.padding == (0, 0)
+    assert layer.input_quantizer is graph.get_submodule(f"{QUANTIZERS}.input")
 
 
 def test_names_with_dots_do_not_collide(images: Tensor) -> None:
