@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["drop_unused", "fold_constants", "free_name", "run_node"]
+__all__ = ["drop_unused", "fold_constants", "free_name", "run_node", "write"]
 
 
 def run_node(root: nn.Module, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
@@ -34,33 +34,66 @@ def run_node(root: nn.Module, node: fx.Node, known: Mapping[fx.Node, Any]) -> An
 
 
 @torch.no_grad()
-def fold_constants(module: fx.GraphModule) -> None:
+def fold_constants(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]] = ()) -> None:
     """Replace every result that depends on no input of the graph by a buffer or a number, in place.
 
     Args:
         module: Graph of a network in eval mode.
+        counts: Results that count images, for two numbers of images: what depends on them alone
+            and is the same for every image is a constant too, which is repeated for each.
     """
-    known: dict[fx.Node, Any] = {}
-    for node in module.graph.nodes:
-        reads = node.all_input_nodes
-        if node.op == "get_attr" or (
-            node.op.startswith("call")
-            and all(source in known for source in reads)
-            and (reads or node.op == "call_function")
-        ):
-            known[node] = run_node(module, node, known)
-    for node, value in known.items():
-        if node.op == "get_attr" or all(user in known for user in node.users):
+    runs = [_constants(module, count) for count in counts or ({},)]
+    for node in [node for node in module.graph.nodes if all(node in known for known in runs)]:
+        if node.op == "get_attr" or any(node in count for count in counts):
             continue
-        if isinstance(value, Tensor):
-            name = free_name(module, f"constant_{node.name}")
-            module.register_buffer(name, value.detach().clone())
-            with module.graph.inserting_before(node):
-                node.replace_all_uses_with(module.graph.get_attr(name))
-        elif isinstance(value, (bool, int, float, torch.Size)):
-            _write(node, value)
+        if all(user in known for user in node.users for known in runs):
+            continue
+        values = [known[node] for known in runs]
+        if not all(isinstance(value, Tensor) for value in values):
+            if values[0] == values[-1] and isinstance(values[0], (bool, int, float, torch.Size)):
+                write(node, values[0])
+            continue
+        if _equal(values[0], values[-1]):
+            _store(module, node, values[0])
+        elif _equal(values[0][:1], values[-1][:1]) and all(map(_repeats, values)):
+            _store(module, node, values[0][:1], repeated=True)
     module.graph.eliminate_dead_code()
     drop_unused(module)
+
+
+def _constants(module: fx.GraphModule, counts: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """What each node gives that depends on no image."""
+    known = dict(counts)
+    for node in module.graph.nodes:
+        if node in known or not (node.op == "get_attr" or node.op.startswith("call")):
+            continue
+        reads = node.all_input_nodes
+        if reads or node.op in ("get_attr", "call_function"):
+            if all(source in known for source in reads):
+                known[node] = run_node(module, node, known)
+    return known
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.equal(first, second)
+
+
+def _repeats(value: Tensor) -> bool:
+    """Whether a tensor is the same for every image."""
+    return value.dim() > 0 and torch.equal(value, value[:1].expand_as(value))
+
+
+def _store(module: fx.GraphModule, node: fx.Node, value: Tensor, *, repeated: bool = False) -> None:
+    graph = module.graph
+    name = free_name(module, f"constant_{node.name}")
+    module.register_buffer(name, value.detach().clone())
+    with graph.inserting_before(node):
+        stored = graph.get_attr(name)
+        if repeated:
+            images = next(iter(graph.find_nodes(op="placeholder")))
+            count = graph.call_method("size", (images, 0))
+            stored = graph.call_method("expand", (stored, count, *[-1] * (value.dim() - 1)))
+    node.replace_all_uses_with(stored)
 
 
 def drop_unused(module: fx.GraphModule) -> None:
@@ -89,7 +122,7 @@ def free_name(module: nn.Module, wanted: str) -> str:
     return name
 
 
-def _write(node: fx.Node, value: Any) -> None:
+def write(node: fx.Node, value: Any) -> None:
     """Write a number wherever the node that gave it was read."""
     for user in list(node.users):
         user.args, user.kwargs = fx.map_arg(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,7 +96,7 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     root = reparameterized(copy.deepcopy(network))
     try:
         graph = tracer.trace(root)
-        tracer.write_geometry(graph)
+        counts = tracer.write_numbers(graph)
     except Exception as error:
         where = next((path for path in reversed(tracer.path) if path), "the network's own forward")
         kind = type(root.get_submodule(where)).__name__ if tracer.path and where else ""
@@ -106,7 +106,7 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             "the module whole with timm.layers.register_notrace_module(its class)."
         ) from error
     module = fx.GraphModule(tracer.root, graph, type(network).__name__)
-    _canonicalize(module)
+    _canonicalize(module, counts)
     return module
 
 
@@ -138,12 +138,12 @@ def mark_data(module: fx.GraphModule, example: Tensor) -> None:
         Marker(module).run(example)
 
 
-def _canonicalize(module: fx.GraphModule) -> None:
+def _canonicalize(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]]) -> None:
     for node in reversed(list(module.graph.nodes)):
         if node.target in ASSERTIONS:  # of sizes, which are known by now
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
-    fold_constants(module)
+    fold_constants(module, counts)
     _give_each_use_its_own(module)
     for node in list(module.graph.nodes):
         if node.op == "call_module":

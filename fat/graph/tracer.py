@@ -23,7 +23,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fat.graph.constants import run_node
+from fat.errors import first_line
+from fat.graph.constants import run_node, write
 
 __all__ = ["FROZEN_NORMS", "SizeTracer"]
 
@@ -75,7 +76,7 @@ class _Answers:
         return round(self._value(), digits)
 
     def _value(self) -> Any:
-        return self.tracer.value(self.node)
+        return self.tracer.ask(self.node)
 
 
 class _Proxy(_Answers, fx.Proxy):
@@ -102,7 +103,7 @@ class SizeTracer(fx.Tracer):
     def __init__(self, size: tuple[int, int] | None = None) -> None:
         # timm's lists of what asks for sizes, and cannot be traced without them.
         functions = () if size else tuple(_timm.get_notrace_functions())
-        super().__init__(autowrap_functions=functions)
+        super().__init__(() if size else (math,), functions)
         self._whole = (nn.Conv2d, nn.Linear, _BatchNorm, *FROZEN_NORMS)
         self._whole += () if size else tuple(_timm.get_notrace_modules())
         self._size = size
@@ -138,11 +139,17 @@ class SizeTracer(fx.Tracer):
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Answer ``if``."""
-        return bool(self.value(obj.node))
+        return bool(self.ask(obj.node))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Answer ``for``: as many stand-ins as there are items."""
-        return (obj[index] for index in range(len(self.value(obj.node))))
+        return (obj[index] for index in range(len(self.ask(obj.node))))
+
+    def ask(self, node: fx.Node) -> Any:
+        """What a node gives, for the network's forward, which goes another way without it."""
+        value = self.value(node)
+        self.asked = True
+        return value
 
     def value(self, node: fx.Node) -> Any:
         """What a node gives, if sizes tell.
@@ -152,19 +159,14 @@ class SizeTracer(fx.Tracer):
         """
         if self._size is None:
             raise AskedForValue("it asks for sizes, and no size of images is known.")
-        if self._sizes is None:
-            self._sizes = copy.deepcopy(self.root).to("meta")
-        pairs = zip(BATCHES, self._known, strict=True)
-        self._answering = True
-        try:
-            found = [self._evaluate(node, batch, known) for batch, known in pairs]
-        finally:
-            self._answering = False
+        found = self._evaluate(node)
+        for value in found:
+            if isinstance(value, Exception):
+                raise AskedForValue(f"sizes do not tell: {first_line(value)}") from value
         if any(isinstance(value, Tensor) and not value.dim() for value in found):
             raise AskedForValue("it decides on values, not on sizes.")
         if isinstance(found[0], (bool, int, float)) and found[0] != found[1]:
             raise AskedForValue("it decides on the number of images.")
-        self.asked = True
         return found[0]
 
     def literal(self, argument: Any) -> Any:
@@ -175,39 +177,66 @@ class SizeTracer(fx.Tracer):
         if not isinstance(argument, fx.Proxy):
             return argument
         try:
-            value = self.value(argument.node)
+            value = self.ask(argument.node)
         except AskedForValue:
             return argument
         if isinstance(value, torch.device):  # the sizes' own
             return next(self.root.parameters()).device
         return value if isinstance(value, (int, float, torch.dtype)) else argument
 
-    def write_geometry(self, graph: fx.Graph) -> None:
-        """Write the numbers of convolutions, such as a group per channel, where sizes tell."""
-        for node in graph.find_nodes(op="call_function", target=F.conv2d):
-            node.args = (*node.args[:3], *map(self._number, node.args[3:]))
-            node.kwargs = {
-                key: value if key in ("weight", "bias", "input") else self._number(value)
-                for key, value in node.kwargs.items()
-            }
+    def write_numbers(self, graph: fx.Graph) -> list[dict[fx.Node, Any]]:
+        """Write the numbers that sizes tell where they are read, in place of what computes them.
 
-    def _number(self, argument: Any) -> Any:
-        if not isinstance(argument, fx.Node):
-            return argument
-        found = self.literal(fx.Proxy(argument, self))
-        return argument if isinstance(found, fx.Proxy) else found
+        All of them, if the graph is for one size of images; else only the geometry of convolutions,
+        such as a group per channel.
 
-    def _evaluate(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
-        assert self._sizes is not None
-        for earlier in node.graph.nodes:  # in order, so without recursion
-            if earlier in known:
-                if earlier is node:
-                    break
+        Returns:
+            For each of two numbers of images, what is left: the results that count images.
+        """
+        if self._size is None:
+            return []
+        geometry = {
+            argument
+            for node in graph.find_nodes(op="call_function", target=F.conv2d)
+            for argument in (*node.args[3:], *node.kwargs.values())
+        }
+        counts: list[dict[fx.Node, Any]] = [{} for _ in BATCHES]
+        for node in list(graph.nodes):
+            if not node.op.startswith("call") or not (self.asked or node in geometry):
                 continue
-            known[earlier] = self._run(earlier, batch, known)
-            if earlier is node:
-                break
-        return known[node]
+            found = self._evaluate(node)
+            if not all(isinstance(value, (bool, int, float, torch.Size)) for value in found):
+                continue
+            if found[0] == found[1]:
+                write(node, found[0])
+            for count, value in zip(counts, found, strict=True):
+                count[node] = value
+        return counts
+
+    def _evaluate(self, node: fx.Node) -> list[Any]:
+        """What a node gives on torch's meta device for each number of images, or what it raises."""
+        if self._sizes is None:
+            self._sizes = copy.deepcopy(self.root).to("meta")
+        self._answering = True
+        try:
+            for batch, known in zip(BATCHES, self._known, strict=True):
+                for earlier in node.graph.nodes:  # in order, so without recursion
+                    if earlier not in known:
+                        known[earlier] = self._tried(earlier, batch, known)
+                    if earlier is node:
+                        break
+        finally:
+            self._answering = False
+        return [known[node] for known in self._known]
+
+    def _tried(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
+        for source in node.all_input_nodes:
+            if isinstance(known[source], Exception):
+                return known[source]
+        try:
+            return self._run(node, batch, known)
+        except Exception as error:
+            return error
 
     def _run(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
         if node.op == "placeholder":
