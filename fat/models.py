@@ -434,6 +434,13 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
                 f"Type model.num_classes={found} (or null), or give other weights."
             )
         network = _build(name, found)
+    odd = {key: kind for key, given in names.items() if (kind := _odd(state[given], expected[key]))}
+    if odd:
+        listed = _some([f"{key} ({kind})" for key, kind in odd.items()])
+        raise FatError(
+            f"{path} holds {len(odd)} tensor(s) that are no plain numbers: {listed}. Save the float "
+            "weights as float32, float16 or bfloat16, and give that file with model.weights=PATH."
+        )
     # num_batches_tracked may be absent: it counts training steps and is unused in eval mode.
     network.load_state_dict({key: state[given] for key, given in names.items()}, strict=False)
     return network
@@ -441,8 +448,11 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict, never running code from the file."""
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+    try:
+        found, what = path.is_file(), "is a directory" if path.is_dir() else "does not exist"
+    except OSError as error:  # a name that is too long, for example
+        found, what = False, f"cannot be looked for ({error.strerror})"
+    if not found:
         raise FatError(
             f"The weights file {path} {what}. Type model.weights=PATH with a .safetensors or a "
             ".pth file, or model.weights=random."
@@ -483,6 +493,19 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         for key, value in content.items()
         if isinstance(value, Tensor)
     }
+
+
+def _odd(given: Tensor, wanted: Tensor) -> str:
+    """What keeps a tensor from being copied into another with its values; "" for nothing."""
+    if given.is_quantized:
+        return "quantized"
+    if given.layout != torch.strided:
+        return "sparse"
+    if given.device.type == "meta":
+        return "without values"
+    if wanted.is_floating_point() and not given.is_floating_point():
+        return str(given.dtype).removeprefix("torch.")
+    return ""
 
 
 def _match(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str] | None:

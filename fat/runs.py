@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from fat import distributed
-from fat.checkpoint import load
+from fat.checkpoint import check_finite, load
 from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
 from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
@@ -232,7 +232,14 @@ def load_checkpoint(student: Student, path: Path) -> None:
         raise FatError(f"There is no checkpoint {path}; a run keeps its own under checkpoints/.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        stored, state = content["fat"], content["state_dict"]
+        stored, origin = content["fat"], dict(content["fat"]["origin"])
+        prefix = "student."
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in content["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        check_finite(state)
         # Options that a checkpoint of an earlier version lacks have their defaults.
         stored_spec = QuantSpec.from_dict(stored["spec"]).to_dict()
     except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -240,7 +247,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
             f"{path} is no checkpoint of a FAT run, or it is damaged: {first_line(error)}"
         ) from error
     for what, theirs, ours in (
-        ("network", stored["origin"].get("name"), student.origin.get("name")),
+        ("network", origin.get("name"), student.origin.get("name")),
         ("quantization", stored_spec, student.spec.to_dict()),
     ):
         if theirs != ours:
@@ -248,10 +255,13 @@ def load_checkpoint(student: Student, path: Path) -> None:
                 f"{path} is of another {what} than the run: {_difference(theirs, ours)}. Give a "
                 "checkpoint from the run's own checkpoints/."
             )
-    prefix = "student."
-    student.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    )
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise FatError(
+            f"{path} does not fit the student of the run: {' '.join(str(error).split())[:300]} "
+            "Give a checkpoint from the run's own checkpoints/."
+        ) from error
 
 
 def set_up(trainer: TrainerConfig, seed: int) -> None:
@@ -289,12 +299,17 @@ def accelerator_of(trainer: TrainerConfig) -> str:
 
 
 def _target_of_run(origin: Mapping[str, Any]) -> Target:
-    classes = origin.get("classes")
-    return Target(
-        Preprocessing.from_dict(origin["preprocessing"]),
-        origin["num_classes"],
-        None if classes is None else tuple(classes),
-    )
+    try:
+        classes = origin.get("classes")
+        names = None if classes is None else tuple(map(str, classes))
+        return Target(
+            Preprocessing.from_dict(origin["preprocessing"]), int(origin["num_classes"]), names
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FatError(
+            f"The student of the run does not say which images it takes ({first_line(error)}): "
+            "its file was changed. Run it again."
+        ) from error
 
 
 def _difference(theirs: Any, ours: Any) -> str:
