@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 
 from fat.config import EvaluateConfig
 from fat.data.datamodule import FatDataModule
-from fat.errors import FatError
+from fat.errors import FatError, no_run
 from fat.export.artefact import judge
 from fat.export.target import Runtime
 from fat.export.targets import open_artefact
@@ -23,7 +22,7 @@ from fat.inputs import Target, for_images, make_data
 from fat.models import Preprocessing, load_float_network
 from fat.report.export import format_export
 from fat.report.run import format_figures, write_metrics
-from fat.runs import METRICS, open_run
+from fat.runs import METRICS, open_run, read_metrics
 
 __all__ = ["export_run", "judge_artefact"]
 
@@ -49,7 +48,9 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
     assert target is not None
     opened = open_run(config)
     check_writable(opened.directory)
-    metrics = _metrics(opened.directory)
+    metrics = read_metrics(opened.directory)
+    if metrics is None:
+        raise no_run(opened.directory, METRICS)
     unfinished = opened.config.train_spec().trains and metrics.get("training") is None
     if unfinished and not config.export.unfinished:
         raise FatError(
@@ -136,14 +137,3 @@ def _images_and_reference(
     count = len(classes) if classes else int(stored["fat.num_classes"])
     target = Target(preprocessing, count, None if classes is None else tuple(classes))
     return make_data(config.data, target, seed), None
-
-
-def _metrics(directory: Path) -> dict[str, Any]:
-    try:
-        content: Mapping[str, Any] = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FatError(
-            f"{directory / METRICS} cannot be read ({error}): the run did not come to its end. "
-            "Run it again."
-        ) from error
-    return dict(content)

@@ -130,6 +130,10 @@ def arguments(given: Sequence[str]) -> list[str]:
         ['model=resnet18']
     """
     words = list(given)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("resume", "sweep.resume") and "=" in word and not value.strip("'\""):
+            raise FatError(f"{word} names no directory: type {key}=DIR, or leave it out.")
     resume, sweep_resume = _value(words, "resume"), _value(words, "sweep.resume")
     multirun = any(word in ("-m", "--multirun") for word in words)
     if resume is not None:

@@ -341,6 +341,10 @@ class EvaluateConfig:
         _check_common(self.data, self.trainer, self.seed)
         _within("model.num_classes", self.model.num_classes, 1, MOST_CLASSES, 1000)
         _within("analysis_images", self.analysis_images, 1, MOST_IMAGES, 64)
+        alone = {"runtime": self.runtime, **{f"model.{k}": v for k, v in vars(self.model).items()}}
+        for key, value in alone.items():
+            if value is not None and self.artefact is None:
+                raise FatError(f"{key}={value} has no meaning without artefact=FILE: leave it out.")
 
 
 def _check_common(data: DataConfig, trainer: TrainerConfig, seed: int | None) -> None:

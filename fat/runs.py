@@ -107,9 +107,18 @@ def read_config(directory: Path) -> RunConfig:
     if not path.is_file():
         raise no_run(directory, CONFIG)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        # FAT writes none, and a few lines of them stand for more than any memory holds.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise FatError(f"{path} was changed: it holds YAML aliases (*name). Write them out.")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise FatError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise FatError(
+            f"{path} is damaged: it holds no options, but {str(content)[:50]!r}. Bring the file "
+            "back from a copy; .hydra/config.yaml beside it has what the run began with."
+        )
     return parse_run(content)
 
 
@@ -123,10 +132,39 @@ def read_metrics(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FatError(f"{path} cannot be read: {first_line(error)}.") from error
-    return metrics
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        _check_metrics(metrics)
+    except (OSError, ValueError, RecursionError) as error:
+        raise FatError(
+            f"{path} is damaged: {first_line(error)}. Bring it back from a copy, or run again in "
+            "another directory: hydra.run.dir=DIR."
+        ) from error
+    found: dict[str, Any] = metrics
+    return found
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Raise a ValueError unless what other files rely on is there, and of its kind."""
+    if not isinstance(metrics, dict):
+        raise ValueError(f"it holds no figures, but {str(metrics)[:50]!r}")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "status": str, "float": dict, "calibrated": dict, "seconds": dict,
+        "trained": (dict, type(None)), "command": (str, type(None)),
+        "accuracy_drop": (int, float, type(None)),
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if key not in metrics or not isinstance(metrics[key], kind):
+            raise ValueError(f"its {key} is {str(metrics.get(key, 'missing'))[:50]!r}")
+    numbers = {
+        f"seconds.{stage}": spent for stage, spent in metrics["seconds"].items()
+    } | {
+        f"{stage}.{key}": metrics[stage].get(key, "missing")
+        for stage, keys in (("float", ("top1",)), ("calibrated", ("top1", "agreement")))
+        for key in keys
+    }
+    for key, value in numbers.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"its {key} is {str(value)[:50]!r}")
 
 
 def objective(metrics: Mapping[str, Any]) -> float:
@@ -193,6 +231,11 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         data_config.cache = "none"  # that of training images, which may be gone
         if (directory / IMAGES).is_file():
             data_config.index = str(directory / IMAGES)
+    elif data_config.image_size is not None or data_config.crop_pct is not None:
+        raise FatError(
+            "data.image_size and data.crop_pct are those that the run was made with: leave them "
+            "out."
+        )
     data = make_data(data_config, _target_of_run(student.origin), seed)
     device = device_of(config.trainer)
     return FinishedRun(directory, stored, student.to(device), data, data_config, device)

@@ -447,7 +447,9 @@ def _asked(given: argparse.Namespace) -> tuple[list[str], int, int, Path]:
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
         words, seed, trials = list(notes["words"]), int(notes["seed"]), int(notes["trials"])
-    except (OSError, ValueError, KeyError) as error:
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("words are no texts")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FatError(
             f"{given.resume} is no directory of a search: {SEARCH} is missing or damaged. A "
             "search prints its directory at its start."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 from doors.trial import Case, Result, _program, command, run
 from PIL import Image
 
@@ -48,7 +51,7 @@ class Lab:
     def new(self, name: str = "place") -> Path:
         """A place that nothing is at yet."""
         self._made += 1
-        return self.folder / f"{self._made}-{name}"
+        return self.folder / f"{os.getpid()}-{self._made}-{name}"
 
     def copy(self, directory: Path) -> Path:
         """A copy of a run that may be damaged."""
@@ -104,4 +107,55 @@ class Lab:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         assert last.is_file(), "the run to cut off did not train"
+        return place
+
+    @functools.cached_property
+    def resumed(self) -> str:
+        """SHA-256 of the student that the run becomes when it goes on undisturbed."""
+        place = self.copy(self.cut_off)
+        self.command("train.py", f"resume={place}", "trainer.progress=false")
+        return hashlib.sha256((place / "student.safetensors").read_bytes()).hexdigest()
+
+    @functools.cached_property
+    def measured(self) -> Path:
+        """The finished run with a measured sensitivity."""
+        place = self.copy(self.finished)
+        self.command(
+            "evaluate.py", f"run={place}", "analysis=sensitivity", "analysis_images=4",
+            "data.workers=0", "trainer.progress=false",
+        )  # fmt: skip
+        return place
+
+    @functools.cached_property
+    def indexed(self) -> Path:
+        """A finished run on files, which images.csv names."""
+        place = self.folder / "indexed"
+        words = [word for word in TINY if not word.startswith(("data=", "model.num_classes"))]
+        self.command(
+            "train.py", *words, "data=folder", f"data.root={self.images}", "optim.epochs=0",
+            f"hydra.run.dir={place}",
+        )  # fmt: skip
+        return place
+
+    @functools.cached_property
+    def sweep(self) -> Path:
+        """A sweep of two runs, made of the finished one."""
+        place = self.folder / "sweep"
+        for name in ("0-a", "1-b"):
+            shutil.copytree(self.finished, place / name)
+        jobs = [{"directory": name, "overrides": ["seed=0"], "status": "finished"}
+                for name in ("0-a", "1-b")]  # fmt: skip
+        notes = {"id": "s", "command": "python train.py -m", "total": 2, "started": 0, "jobs": jobs}
+        (place / "sweep.json").write_text(json.dumps(notes))
+        hydra = {"overrides": {"task": ["seed=0,1"], "hydra": ["hydra.mode=MULTIRUN"]}}
+        (place / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+        return place
+
+    @functools.cached_property
+    def small_sweep(self) -> Path:
+        """A finished sweep of two jobs that only calibrate."""
+        place = self.folder / "small-sweep"
+        self.command(
+            "train.py", "-m", *TINY, "optim.epochs=0", "seed=0,1", f"hydra.sweep.dir={place}"
+        )
         return place

@@ -140,7 +140,9 @@ def _checkpoints(best: bytes, lab: Lab) -> Iterator[tuple[str, bytes, str]]:
     yield "a list of tensors", with_state(list(state.values())), MUST_REFUSE
     yield "a list", saved([1, 2]), MUST_REFUSE
     yield "nothing of FAT", saved({k: v for k, v in content.items() if k != "fat"}), MUST_REFUSE
-    for what, changed in json_damaged(content["fat"], lab.random("fat"), 60):
-        yield f"fat: {what}", saved({**content, "fat": changed}), "either"
+    notes = {key: content["fat"][key] for key in ("spec", "origin")}
+    for what, changed in json_damaged(notes, lab.random("fat"), 60):
+        merged = {**content["fat"], **changed} if isinstance(changed, dict) else changed
+        yield f"its notes: {what}", saved({**content, "fat": merged}), "either"
     for name, evil in evils(lab.canary).items():
         yield f"code, {name}", saved({**content, "callbacks": evil}), MUST_REFUSE
