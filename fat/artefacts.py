@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fat.config import EvaluateConfig
+from fat.config import MOST_CLASSES, EvaluateConfig
 from fat.data.datamodule import FatDataModule
-from fat.errors import FatError, no_run
+from fat.errors import FatError, first_line, no_run
 from fat.export.artefact import judge
 from fat.export.target import Runtime
 from fat.export.targets import open_artefact
@@ -132,8 +133,24 @@ def _images_and_reference(
             "The file does not say how its images are to be prepared. Type model=NAME or "
             "model.name=NAME, the float network that it was made of, or run=DIR."
         )
-    classes = json.loads(stored["fat.classes"]) if "fat.classes" in stored else None
-    preprocessing = Preprocessing.from_dict(json.loads(stored["fat.preprocessing"]))
-    count = len(classes) if classes else int(stored["fat.num_classes"])
-    target = Target(preprocessing, count, None if classes is None else tuple(classes))
-    return make_data(config.data, target, seed), None
+    return make_data(config.data, _stored_target(stored), seed), None
+
+
+def _stored_target(stored: Mapping[str, str]) -> Target:
+    """What the texts in a file say of its images and classes."""
+    try:
+        classes = json.loads(stored["fat.classes"]) if "fat.classes" in stored else None
+        if classes is not None and not (
+            isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
+        ):
+            raise ValueError(f"fat.classes is {str(classes)[:50]!r}")
+        preprocessing = Preprocessing.from_dict(json.loads(stored["fat.preprocessing"]))
+        count = len(classes) if classes else int(stored["fat.num_classes"])
+        if not 1 <= count <= MOST_CLASSES:
+            raise ValueError(f"fat.num_classes is {count}")
+    except (FatError, ValueError, KeyError, RecursionError) as error:
+        raise FatError(
+            f"What the file says of its images cannot be used ({first_line(error)}). Type "
+            "model=NAME or model.name=NAME, the float network that it was made of, or run=DIR."
+        ) from error
+    return Target(preprocessing, count, None if classes is None else tuple(classes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import multiprocessing
@@ -68,6 +69,9 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         schema: The dataclass of its config, for suggestions.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead of being printed
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.argv[1:] = arguments(sys.argv[1:])
         main()

@@ -357,6 +357,7 @@ def _check_common(data: DataConfig, trainer: TrainerConfig, seed: int | None) ->
     _within("data.image_size", data.image_size, 1, MOST_PIXELS, 224)
     _within("data.cache_side", data.cache_side, 1, MOST_PIXELS, 256)
     _within("data.distill.images", data.distill.images, 1, MOST_IMAGES, 192)
+    _within("data.crop_pct", data.crop_pct, 0.01, 1, 0.9)
     _within("data.flip", data.flip, 0, 1, 0.5)
     low, high = data.crop_scale if len(data.crop_scale) == 2 else (0.0, 0.0)
     if not 0 < low <= high <= 1:
@@ -377,7 +378,7 @@ def _check_common(data: DataConfig, trainer: TrainerConfig, seed: int | None) ->
         )
 
 
-def _within(key: str, value: float | None, least: int, most: int, example: float) -> None:
+def _within(key: str, value: float | None, least: float, most: int, example: float) -> None:
     """Raise a FatError unless a number lies in a range, both ends included, or is left open."""
     if value is not None and not least <= value <= most:
         raise FatError(f"{key} is {value}; allowed: {least} to {most}, as in {key}={example}.")

@@ -90,8 +90,9 @@ def _unwritable(target: Path, error: OSError) -> FatError:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text atomically."""
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text atomically; what names of files hold beyond it is written as an escape."""
+    content = text.encode("utf-8", errors="backslashreplace")
+    return write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_csv(

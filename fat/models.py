@@ -9,6 +9,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import re
 import threading
 from collections import Counter
@@ -97,23 +98,39 @@ class Preprocessing:
         """Build the value back from what `to_dict` returned.
 
         Raises:
-            FatError: If a field is missing or unknown.
+            FatError: If a field is missing, unknown, or holds what no network asks for.
         """
+        if not isinstance(fields, Mapping):
+            raise FatError(f"A preprocessing is a mapping of fields, not {str(fields)[:50]!r}.")
         given, known = set(fields), set(cls.__dataclass_fields__)
         if given != known:
             raise FatError(
                 f"A preprocessing has the fields {', '.join(sorted(known))}; "
                 f"missing: {sorted(known - given)}, unknown: {sorted(given - known)}."
             )
-        height, width = fields["size"]
-        return cls(
-            size=(int(height), int(width)),
-            mean=tuple(float(value) for value in fields["mean"]),
-            std=tuple(float(value) for value in fields["std"]),
-            interpolation=str(fields["interpolation"]),
-            crop_pct=float(fields["crop_pct"]),
-            crop_mode=str(fields["crop_mode"]),
-        )
+        try:
+            height, width = fields["size"]
+            found = cls(
+                size=(int(height), int(width)),
+                mean=tuple(float(value) for value in fields["mean"]),
+                std=tuple(float(value) for value in fields["std"]),
+                interpolation=str(fields["interpolation"]),
+                crop_pct=float(fields["crop_pct"]),
+                crop_mode=str(fields["crop_mode"]),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FatError(f"The preprocessing is damaged: {first_line(error)}.") from error
+        for what, fine in (
+            ("size", all(1 <= side <= 8192 for side in found.size)),
+            ("mean", len(found.mean) == 3 and all(map(math.isfinite, found.mean))),
+            ("std", len(found.std) == 3 and all(0 < value < math.inf for value in found.std)),
+            ("crop_pct", 0.01 <= found.crop_pct <= 2.0),
+        ):
+            if not fine:
+                raise FatError(
+                    f"The preprocessing is damaged: its {what} is {getattr(found, what)}."
+                )
+        return found
 
 
 @dataclass(frozen=True)

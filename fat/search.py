@@ -159,6 +159,8 @@ def _distribution(override: Override, word: str) -> BaseDistribution:
             return IntDistribution(low, high, log=log)
         return FloatDistribution(float(low), float(high), log=log)
     if isinstance(given, RangeSweep):
+        if not given.step:
+            raise FatError(f"{word} goes nowhere: range(FROM,TO,STEP) needs a step that is not 0.")
         row = sorted(float(value) for value in given.range())
         if not row:
             raise FatError(f"{word} is empty: range(FROM,TO) ends before TO.")

@@ -195,12 +195,13 @@ def _evaluate(config: EvaluateConfig, place: Path) -> str:
 
 
 def _export(lab: Lab, place: Path) -> str:
-    before = json.loads((place / "metrics.json").read_text())
+    stored = (place / "metrics.json").read_bytes()
     lab.command(
         "evaluate.py", f"run={place}", "export=onnx", "data.workers=0", "trainer.progress=false"
     )
     after = json.loads((place / "metrics.json").read_text())
-    (place / "metrics.json").write_text(json.dumps(before))  # the export's own figures aside
+    before = json.loads(stored)
+    (place / "metrics.json").write_bytes(stored)  # the export's own figures aside
     for key in ("float", "calibrated", "trained", "training", "seconds", "status"):
         assert after[key] == before[key], f"{key} was changed"
     return "the other figures stayed"

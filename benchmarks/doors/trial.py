@@ -135,6 +135,8 @@ def _child(cases: Sequence[Case], canary: Path, writing: int) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # No core files, and no more than a machine's worth of memory.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    here = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (here + 8_000_000_000, resource.RLIM_INFINITY))
     with tempfile.TemporaryFile() as output:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor in (1, 2):
