@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fat.errors import FatError, first_line, unknown_name
+from fat.files import torn_part
 
 __all__ = [
     "FloatNetwork",
@@ -479,6 +480,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if part := torn_part(path):
+                log.warning(
+                    "The weights file %s may be damaged: the checksum of %s is another. torch.save "
+                    "stores checksums unless told not to.", path, part,
+                )  # fmt: skip
     # A damaged file makes the readers raise nearly anything: OSError, RuntimeError, EOFError,
     # UnpicklingError, KeyError, SafetensorError, …
     except Exception as error:

@@ -20,7 +20,7 @@ from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
 from fat.errors import FatError, first_line, no_run, unknown_name
 from fat.evaluate import evaluate
-from fat.files import check_writable, write_text
+from fat.files import check_writable, torn_part, write_text
 from fat.inputs import Target, make_data
 from fat.memory import keep_freed_memory
 from fat.models import Preprocessing
@@ -274,6 +274,8 @@ def load_checkpoint(student: Student, path: Path) -> None:
     if not path.is_file():
         raise FatError(f"There is no checkpoint {path}; a run keeps its own under checkpoints/.")
     try:
+        if part := torn_part(path):
+            raise ValueError(f"its part {part} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         stored, origin = content["fat"], dict(content["fat"]["origin"])
         prefix = "student."
