@@ -93,7 +93,7 @@ def main() -> int:
             started = time.monotonic()
             results[name] = DOORS[name][1](lab)
             print(f"{name}: {summary(results[name])}, {time.monotonic() - started:.0f} s", flush=True)
-            for result in failures(results[name]):
+            for result in failures(results[name])[:30]:
                 print(f"  FAIL {result.case.row}: {result.case.what[:100]!r}: {result.text[:300]}")
         if given.only is None and given.share == 1.0:
             PAGE.write_text(page(results, given.seed, folder), encoding="utf-8")

@@ -152,7 +152,7 @@ def _replaced(config: Any, path: list[str], value: object) -> Any:
     return dataclasses.replace(config, **{first: inner})
 
 
-def options(lab: Lab, runs: int = 40) -> list[Result]:
+def options(lab: Lab, runs: int = 30) -> list[Result]:
     """Every value for every option, then runs with a sample of those that were accepted.
 
     Args:
@@ -198,6 +198,7 @@ def _runs(
         elif result.came == "worked" and not _endless(option, word):
             row = "real commands with values that were accepted"
             accepted[option.program, option.key, result.text] = dataclasses.replace(case, row=row)
+    assert lab.finished, lab.images  # made now, and not by each child
     rng = lab.random("runs")
     chosen = list(accepted.values())
     rng.shuffle(chosen)

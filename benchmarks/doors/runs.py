@@ -101,7 +101,7 @@ def _reports(lab: Lab) -> Iterator[Case]:
     for name in FILES:
         path = whole / name
         content = path.read_bytes() if path.is_file() else b'{"error": "x", "message": "y"}'
-        for what, broken in _texts(content, name, lab, 40):
+        for what, broken in _texts(content, name, lab, 20):
             yield _damaged_run(lab, whole, name, what, broken, "`fat.report` of a run", _report)
     for what, place in (("a file", whole / "metrics.json"), ("nothing", whole / "nowhere"),
                         ("/dev/null", Path("/dev/null")), ("an empty folder", lab.new("empty"))):  # fmt: skip
@@ -154,7 +154,7 @@ def _sweeps(lab: Lab) -> Iterator[Case]:
     for name in ("sweep.json", "multirun.yaml", "0-a/metrics.json", "0-a/failure.json"):
         path = whole / name
         content = path.read_bytes() if path.is_file() else b'{"error": "x", "message": "y"}'
-        for what, broken in _texts(content, name, lab, 20):
+        for what, broken in _texts(content, name, lab, 10):
             yield _damaged_run(lab, whole, name, what, broken, "`fat.report` of a sweep", _report)
 
 
@@ -243,13 +243,13 @@ def _resumed(lab: Lab) -> Iterator[Case]:
     for name in ("checkpoints/last.ckpt", "checkpoints/start.pt"):
         content = (whole / name).read_bytes()
         for number, (kind, where, broken) in enumerate(damaged(content, lab.random(name), cuts=0, flips=2)):
-            if number % 3 == 0:
+            if number % 5 == 0:
                 yield case(name, f"{kind}, {where}", broken)
         yield from (case(name, what, broken, must) for what, broken, must in _states(content, name, lab))
     for name in ("metrics.json", "config.yaml", "history.csv"):
         content = (whole / name).read_bytes()
         some = [*_texts(content, name, lab, 12)]
-        for what, broken in lab.random(f"resume {name}").sample(some, 8):
+        for what, broken in lab.random(f"resume {name}").sample(some, 4):
             yield case(name, what, broken)
     for what, broken in _yaml_code(lab.canary):
         yield case("config.yaml", what, broken, MUST_REFUSE)
@@ -270,16 +270,16 @@ def _states(content: bytes, name: str, lab: Lab) -> Iterator[tuple[str, bytes, s
         return stream.getvalue()
 
     for key in state:
-        if key != "pytorch-lightning_version":
+        if key in ("state_dict", "optimizer_states", "loops", "fat", "whose", "content"):
             yield f"without {key}", saved({k: v for k, v in state.items() if k != key}), "either"
     yield "a list", saved([1, 2]), MUST_REFUSE
     yield "an empty dict", saved({}), MUST_REFUSE
     inner = "content" if "content" in state else "state_dict"
-    for key in list(state[inner])[:3]:
+    for key in list(state[inner])[:1]:
         less = {k: v for k, v in state[inner].items() if k != key}
         yield f"without {inner}.{key}", saved({**state, inner: less}), "either"
         yield f"{inner}.{key} is a text", saved({**state, inner: {**state[inner], key: "x"}}), "either"
-    for function in ("os.system", "builtins.eval"):
+    for function in ("os.system",):
         evil = evils(lab.canary)[function]
         yield f"code, {function}", saved({**state, "callbacks": evil}), MUST_REFUSE
 
@@ -304,6 +304,7 @@ def _go_on(lab: Lab, whole: Path, name: str, broken: bytes | None, wanted: str) 
 
 def _continued(lab: Lab) -> Iterator[Case]:
     """sweep.resume= and fat.search --resume on damaged notes."""
+    assert lab.small_sweep  # made now, and not by each child
     for name, broken in (
         ("sweep.json", b""), ("sweep.json", b"[]"), ("sweep.json", b'{"command": 3, "total": "x"}'),
         ("0-test_efficientnet/metrics.json", b"{"), ("0-test_efficientnet/metrics.json", b"[]"),

@@ -75,63 +75,86 @@ class Result:
     seconds: float
 
 
-def run(cases: Sequence[Case], canary: Path, *, limit: float = LIMIT) -> list[Result]:
+def run(cases: Sequence[Case], canary: Path, *, jobs: int = 2, limit: float = LIMIT) -> list[Result]:
     """Do all cases, each in a process that it may bring down.
 
     Args:
         cases: In their order.
         canary: A file that code hidden in an input would make.
+        jobs: How many processes do them side by side.
         limit: Seconds that one case may take.
     """
-    results: list[Result] = []
-    while len(results) < len(cases):
-        results += _one_child(cases[len(results) :], canary, limit)
-    return results
+    rows = [_Row(cases[start::jobs], canary) for start in range(jobs)]
+    while open_rows := [row for row in rows if row.begin()]:
+        left = min(row.started + limit for row in open_rows) - time.monotonic()
+        ready, _, _ = select.select([row.reading for row in open_rows], [], [], max(left, 0.0))
+        for row in open_rows:
+            if row.reading in ready:
+                row.receive()
+            elif time.monotonic() > row.started + limit:
+                row.end(f"no answer within {limit:g} s")
+    found: list[Result | None] = [None] * len(cases)
+    for start, row in enumerate(rows):
+        found[start::jobs] = row.results
+    return [result for result in found if result is not None]
 
 
-def _one_child(cases: Sequence[Case], canary: Path, limit: float) -> list[Result]:
-    """What a child did until it ended; at least one case."""
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reading)
-        _child(cases, canary, writing)
-    os.close(writing)
-    results: list[Result] = []
-    buffer, started, end = b"", time.monotonic(), ""
-    while len(results) < len(cases):
-        left = started + limit - time.monotonic()
-        ready, _, _ = select.select([reading], [], [], max(left, 0.0))
-        if not ready:
-            end = f"no answer within {limit:g} s"
-            break
-        received = os.read(reading, 1 << 16)
+class _Row:
+    """Cases that one child after another does; the next takes over where one died."""
+
+    def __init__(self, cases: Sequence[Case], canary: Path) -> None:
+        self.cases, self.canary = cases, canary
+        self.results: list[Result] = []
+        self.pid = self.reading = 0
+        self.started, self._buffer = 0.0, b""
+
+    def begin(self) -> bool:
+        """See that a child is at work; whether there is anything left to do."""
+        if len(self.results) == len(self.cases):
+            if self.pid:
+                self.end("")
+            return False
+        if not self.pid:
+            self.reading, writing = os.pipe()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            self.pid = os.fork()
+            if self.pid == 0:
+                os.close(self.reading)
+                _child(self.cases[len(self.results) :], self.canary, writing)
+            os.close(writing)
+            self.started, self._buffer = time.monotonic(), b""
+        return True
+
+    def receive(self) -> None:
+        """Take what the child tells."""
+        received = os.read(self.reading, 1 << 16)
         if not received:
-            end = "the process died"
-            break
-        *lines, buffer = (buffer + received).split(b"\n")
+            self.end("the process died")
+            return
+        *lines, self._buffer = (self._buffer + received).split(b"\n")
         for line in lines:
-            now = time.monotonic()
-            told = json.loads(line)
-            case = cases[len(results)]
-            results.append(Result(case, told["came"], told["text"], now - started))
-            started = now
-    os.close(reading)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    if len(results) < len(cases):
-        if end == "the process died":
-            end += f" ({os.waitstatus_to_exitcode(status)})"
-        passed = time.monotonic() - started
-        results.append(Result(cases[len(results)], "FAIL", end, passed))
-    return results
+            now, told = time.monotonic(), json.loads(line)
+            case = self.cases[len(self.results)]
+            self.results.append(Result(case, told["came"], told["text"], now - self.started))
+            self.started = now
+
+    def end(self, why: str) -> None:
+        """Be done with the child; the case that it was at has failed, if any is left."""
+        os.close(self.reading)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        if len(self.results) < len(self.cases):
+            case, passed = self.cases[len(self.results)], time.monotonic() - self.started
+            text = f"{why} (status {os.waitstatus_to_exitcode(status)})"
+            self.results.append(Result(case, "FAIL", text, passed))
 
 
 def _child(cases: Sequence[Case], canary: Path, writing: int) -> None:
     os.setsid()
+    os.chdir(canary.parent)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # No core files, and no more than a machine's worth of memory.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -219,6 +242,8 @@ def command(program: str, *words: str, folder: Path) -> str:
         output.seek(0)
         text = output.read().decode(errors="replace")
     code = os.waitstatus_to_exitcode(status)
+    if (folder / "executed").exists():
+        raise AssertionError("code of the input was executed")
     if "Traceback (most recent call last)" in text:
         raise AssertionError(f"a traceback: {text.strip().splitlines()[-1]}")
     said = re.search(r"^(?:Error|[\w. -]+: error): (.*)", text, re.MULTILINE | re.DOTALL)
