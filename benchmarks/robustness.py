@@ -66,12 +66,12 @@ which wrote this page and ends with status 1 if any case fails. A case passes if
 with such a sentence (status 2 of the command, no traceback), or *works* and its result is right;
 if a file that hidden code would make is not there afterwards; if the results in the run directory
 have the SHA-256 they had; and if it took less than two minutes and 2 GB of memory. Every case
-runs in a process that it may bring down. Random bytes, places and texts follow `--seed` ({seed} here). A
-sample of all this is part of the tests.
+runs in a process that it may bring down. Random bytes, places and texts follow `--seed` ({seed}
+here). A sample of all this is part of the tests.
 
 What *works* where a bit was flipped: safetensors, images and ONNX have no checksum over their
-numbers, so a changed weight or pixel is a valid one. Checkpoints that FAT writes have checksums, and they are
-compared.
+numbers, so a changed weight or pixel is a valid one. Checkpoints that FAT writes have checksums,
+and they are compared.
 
 {total}
 
@@ -83,7 +83,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", choices=tuple(DOORS), help="one door; leaves the page alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--share", type=float, default=1.0, help="share of the cases; leaves the page alone")
+    parser.add_argument(
+        "--share", type=float, default=1.0, help="share of the cases; leaves the page alone"
+    )
     given = parser.parse_args()
     names = [given.only] if given.only else list(DOORS)
     results: dict[str, list[Result]] = {}
@@ -92,7 +94,9 @@ def main() -> int:
         for name in names:
             started = time.monotonic()
             results[name] = DOORS[name][1](lab)
-            print(f"{name}: {summary(results[name])}, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{name}: {summary(results[name])}, {time.monotonic() - started:.0f} s", flush=True
+            )
             for result in failures(results[name])[:30]:
                 print(f"  FAIL {result.case.row}: {result.case.what[:100]!r}: {result.text[:300]}")
         if given.only is None and given.share == 1.0:
@@ -134,8 +138,8 @@ def page(results: dict[str, list[Result]], seed: int, folder: Path) -> str:
     verdict = "none failed" if not failures(everything) else f"{len(failures(everything))} failed"
     lines = [TEXT.format(seed=seed, total=f"In all {summary(everything)}; {verdict}.")]
     for name, found in results.items():
-        lines += [f"## {DOORS[name][0]}\n", "| tried | cases | refused | worked | what came back, for example | verdict |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
+        head = "| tried | cases | refused | worked | what came back, for example | verdict |"
+        lines += [f"## {DOORS[name][0]}\n", head, "|---|---|---|---|---|---|"]
         for row in dict.fromkeys(result.case.row for result in found):
             lines.append(line(row, [result for result in found if result.case.row == row], folder))
         lines.append("")

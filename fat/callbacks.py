@@ -229,7 +229,9 @@ class History(pl.Callback):
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         whole = [line for line in lines[1:-1] if re.fullmatch(r"\d{1,15},[^,]+,[^,]+", line)]
         if len(whole) < len(lines) - 2:
-            logger.warning("%s: %d damaged lines are left out.", self.path, len(lines) - 2 - len(whole))
+            logger.warning(
+                "%s: %d damaged lines are left out.", self.path, len(lines) - 2 - len(whole)
+            )
         before = [f"{x}\n" for x in whole if int(x.partition(",")[0]) <= trainer.global_step]
         write_text(self.path, self.HEADER + "".join(dict.fromkeys(before)))
 

@@ -82,8 +82,9 @@ class Kept:
     def damaged(self, path: Path, error: BaseException) -> FatError:
         """What to say of a file that cannot be gone on from."""
         return FatError(
-            f"{path} cannot be gone on from: {first_line(error)[:200]} It is damaged, or was changed. "
-            f"Remove it, and the training begins anew from the calibrated student: rm '{path}'"
+            f"{path} cannot be gone on from: {first_line(error)[:200]} It is damaged, or was "
+            "changed. Remove it, and the training begins anew from the calibrated student: "
+            f"rm '{path}'"
         )
 
     def check(self, path: Path) -> None:

@@ -456,8 +456,8 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
     if odd:
         listed = _some([f"{key} ({kind})" for key, kind in odd.items()])
         raise FatError(
-            f"{path} holds {len(odd)} tensor(s) that are no plain numbers: {listed}. Save the float "
-            "weights as float32, float16 or bfloat16, and give that file with model.weights=PATH."
+            f"{path} holds {len(odd)} tensor(s) that are no plain numbers: {listed}. Save the "
+            "float weights as float32, float16 or bfloat16, and give that: model.weights=PATH."
         )
     # num_batches_tracked may be absent: it counts training steps and is unused in eval mode.
     network.load_state_dict({key: state[given] for key, given in names.items()}, strict=False)
@@ -467,10 +467,10 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict, never running code from the file."""
     try:
-        found, what = path.is_file(), "is a directory" if path.is_dir() else "does not exist"
+        there, what = path.is_file(), "is a directory" if path.is_dir() else "does not exist"
     except OSError as error:  # a name that is too long, for example
-        found, what = False, f"cannot be looked for ({error.strerror})"
-    if not found:
+        there, what = False, f"cannot be looked for ({error.strerror})"
+    if not there:
         raise FatError(
             f"The weights file {path} {what}. Type model.weights=PATH with a .safetensors or a "
             ".pth file, or model.weights=random."

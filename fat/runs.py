@@ -155,9 +155,7 @@ def _check_metrics(metrics: Any) -> None:
     for key, kind in kinds.items():
         if key not in metrics or not isinstance(metrics[key], kind):
             raise ValueError(f"its {key} is {str(metrics.get(key, 'missing'))[:50]!r}")
-    numbers = {
-        f"seconds.{stage}": spent for stage, spent in metrics["seconds"].items()
-    } | {
+    numbers = {f"seconds.{stage}": spent for stage, spent in metrics["seconds"].items()} | {
         f"{stage}.{key}": metrics[stage].get(key, "missing")
         for stage, keys in (("float", ("top1",)), ("calibrated", ("top1", "agreement")))
         for key in keys

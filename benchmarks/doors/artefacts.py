@@ -43,17 +43,47 @@ def artefacts(lab: Lab) -> list[Result]:
     for what, content, wanted in _models(whole, lab):
         add("`.onnx`: other networks", what, "other.onnx", content, wanted)
     for suffix in (".tflite", ".pte", ".xml", ".onnx.zip", "", ".pth", ".ONNX"):
-        for what, content in (("an ONNX file", whole), ("random bytes", lab.random(suffix).randbytes(2000)),
-                              ("empty", b"")):  # fmt: skip
-            add("other suffixes, whose runtimes may be missing", f"{what} named {suffix or 'nothing'}", f"x{suffix}", content, MUST_REFUSE)
-    for place in (lab.folder, lab.folder / "nowhere.onnx", Path("/dev/zero"), Path("a" * 5000 + ".onnx")):
-        cases.append(Case("no files", str(place)[-20:], functools.partial(_judge, config, place), MUST_REFUSE))
-    for words in (("runtime=nothing",), ("runtime=litert",), ("run=nowhere",), ("model.name=nothing",),
-                  ("data=imagenet", "data.root=/nowhere"), ("export=onnx",), ("analysis=sensitivity",)):  # fmt: skip
+        for what, content in (
+            ("an ONNX file", whole),
+            ("random bytes", lab.random(suffix).randbytes(2000)),
+            ("empty", b""),
+        ):
+            add(
+                "other suffixes, whose runtimes may be missing",
+                f"{what} named {suffix or 'nothing'}",
+                f"x{suffix}",
+                content,
+                MUST_REFUSE,
+            )
+    for place in (
+        lab.folder,
+        lab.folder / "nowhere.onnx",
+        Path("/dev/zero"),
+        Path("a" * 5000 + ".onnx"),
+    ):
+        cases.append(
+            Case(
+                "no files", str(place)[-20:], functools.partial(_judge, config, place), MUST_REFUSE
+            )
+        )
+    for words in (
+        ("runtime=nothing",),
+        ("runtime=litert",),
+        ("run=nowhere",),
+        ("model.name=nothing",),
+        ("data=imagenet", "data.root=/nowhere"),
+        ("export=onnx",),
+        ("analysis=sensitivity",),
+    ):
         call = functools.partial(
-            lab.command, "evaluate.py", f"artefact={lab.finished / 'student.onnx'}", "data=folder",
-            f"data.root={lab.images}", "trainer.progress=false", *words,
-        )  # fmt: skip
+            lab.command,
+            "evaluate.py",
+            f"artefact={lab.finished / 'student.onnx'}",
+            "data=folder",
+            f"data.root={lab.images}",
+            "trainer.progress=false",
+            *words,
+        )
         cases.append(Case("`evaluate.py artefact=`, its words", " ".join(words), call, MUST_REFUSE))
     return lab.run(cases)
 
@@ -85,13 +115,28 @@ def _metadata(whole: bytes, lab: Lab) -> Iterator[tuple[str, onnx.ModelProto, st
         return other
 
     yield "none at all", with_texts({}), MUST_REFUSE
-    for key, text in texts.items():
+    for key in texts:
         yield f"without {key}", with_texts({k: v for k, v in texts.items() if k != key}), "either"
-        for junk in ("", "{", "null", "[]", "3", '"x"', "NaN", "[" * 100_000, "x" * 1_000_000, "\ud7ff"):
+        for junk in (
+            "",
+            "{",
+            "null",
+            "[]",
+            "3",
+            '"x"',
+            "NaN",
+            "[" * 100_000,
+            "x" * 1_000_000,
+            "\ud7ff",
+        ):
             yield f"{key} is {junk[:10]!r}", with_texts({**texts, key: junk}), "either"
     stored = json.loads(texts["fat.preprocessing"])
     for what, changed in json_damaged(stored, lab.random("preprocessing"), 60):
-        yield f"preprocessing: {what}", with_texts({**texts, "fat.preprocessing": json.dumps(changed)}), "either"
+        yield (
+            f"preprocessing: {what}",
+            with_texts({**texts, "fat.preprocessing": json.dumps(changed)}),
+            "either",
+        )
     for size in ([0, 0], [1, 1], [-1, 32], [10**6, 10**6], [32], [32, 32, 32], [31, 33]):
         changed = json.dumps({**stored, "size": size})
         yield f"images of {size}", with_texts({**texts, "fat.preprocessing": changed}), MUST_REFUSE
@@ -136,35 +181,93 @@ def _models(whole: bytes, lab: Lab) -> Iterator[tuple[str, bytes, str]]:
         made = model([same], [value("input", shape, kind)], [value("logits", shape, kind)])
         yield f"an input of {what}", made.SerializeToString(), MUST_REFUSE
     same = helper.make_node("Identity", ["input"], ["logits"])
-    yield "images as its result", model([same], [image], [value("logits", ["n", 3, 32, 32])]).SerializeToString(), MUST_REFUSE
-    yield "two inputs", model(
-        [pool, flat], [image, value("other", [1])], [value("logits", ["n", 3])]
-    ).SerializeToString(), MUST_REFUSE
+    yield (
+        "images as its result",
+        model([same], [image], [value("logits", ["n", 3, 32, 32])]).SerializeToString(),
+        MUST_REFUSE,
+    )
+    yield (
+        "two inputs",
+        model(
+            [pool, flat], [image, value("other", [1])], [value("logits", ["n", 3])]
+        ).SerializeToString(),
+        MUST_REFUSE,
+    )
     yield "no result", model([pool, flat], [image], []).SerializeToString(), MUST_REFUSE
     shape = helper.make_node("Shape", ["input"], ["logits"])
-    yield "whole numbers as its result", model([shape], [image], [value("logits", [4], TensorProto.INT64)]).SerializeToString(), MUST_REFUSE
+    yield (
+        "whole numbers as its result",
+        model([shape], [image], [value("logits", [4], TensorProto.INT64)]).SerializeToString(),
+        MUST_REFUSE,
+    )
     one = numpy_helper.from_array(np.zeros((1, 3), np.float32), "logits_of_one")
     constant = helper.make_node("Identity", ["logits_of_one"], ["logits"])
-    yield "one row for any batch", model([constant, pool], [image], [value("logits", [1, 3])], (one,)).SerializeToString(), MUST_REFUSE
+    yield (
+        "one row for any batch",
+        model([constant, pool], [image], [value("logits", [1, 3])], (one,)).SerializeToString(),
+        MUST_REFUSE,
+    )
     none = helper.make_node("Slice", ["flat", "zero", "zero", "axis"], ["logits"])
-    ends = tuple(numpy_helper.from_array(np.array([n]), name) for n, name in ((0, "zero"), (1, "axis")))
+    ends = tuple(
+        numpy_helper.from_array(np.array([n]), name) for n, name in ((0, "zero"), (1, "axis"))
+    )
     flat_too = helper.make_node("Flatten", ["p"], ["flat"], axis=1)
-    yield "no logits", model([pool, flat_too, none], [image], [value("logits", ["n", 0])], ends).SerializeToString(), MUST_REFUSE
+    yield (
+        "no logits",
+        model(
+            [pool, flat_too, none], [image], [value("logits", ["n", 0])], ends
+        ).SerializeToString(),
+        MUST_REFUSE,
+    )
     zero = numpy_helper.from_array(np.zeros(1, np.float32), "z")
     divided = helper.make_node("Div", ["l", "z"], ["logits"])
     flat_l = helper.make_node("Flatten", ["p"], ["l"], axis=1)
-    yield "NaN and infinity as logits", model([pool, flat_l, divided], [image], [value("logits", ["n", 3])], (zero,)).SerializeToString(), "either"
-    for what, place in (("outside of its folder", "../secret.bin"), ("at an absolute path", str(secret)),
-                        ("that is not there", "nowhere.bin"), ("in /dev/zero", "/dev/zero"),
-                        ("in /etc/passwd", "../../../../../../etc/passwd")):  # fmt: skip
-        tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL)
+    yield (
+        "NaN and infinity as logits",
+        model(
+            [pool, flat_l, divided], [image], [value("logits", ["n", 3])], (zero,)
+        ).SerializeToString(),
+        "either",
+    )
+    for what, place in (
+        ("outside of its folder", "../secret.bin"),
+        ("at an absolute path", str(secret)),
+        ("that is not there", "nowhere.bin"),
+        ("in /dev/zero", "/dev/zero"),
+        ("in /etc/passwd", "../../../../../../etc/passwd"),
+    ):
+        tensor = TensorProto(
+            name="w", data_type=TensorProto.FLOAT, dims=[3], data_location=TensorProto.EXTERNAL
+        )
         tensor.external_data.add(key="location", value=place)
         added = helper.make_node("Add", ["l", "w"], ["logits"])
-        yield f"weights {what}", model([pool, flat_l, added], [image], [value("logits", ["n", 3])], (tensor,)).SerializeToString(), MUST_REFUSE
-    custom = helper.make_node("Execute", ["input"], ["logits"], domain="evil", command="touch executed")
-    yield "an unknown operator", model([custom], [image], [value("logits", ["n", 3])]).SerializeToString(), MUST_REFUSE
+        yield (
+            f"weights {what}",
+            model(
+                [pool, flat_l, added], [image], [value("logits", ["n", 3])], (tensor,)
+            ).SerializeToString(),
+            MUST_REFUSE,
+        )
+    custom = helper.make_node(
+        "Execute", ["input"], ["logits"], domain="evil", command="touch executed"
+    )
+    yield (
+        "an unknown operator",
+        model([custom], [image], [value("logits", ["n", 3])]).SerializeToString(),
+        MUST_REFUSE,
+    )
     loop = helper.make_node("Relu", ["logits"], ["logits"])
-    yield "an operator that reads itself", model([loop], [image], [value("logits", ["n", 3])]).SerializeToString(), MUST_REFUSE
+    yield (
+        "an operator that reads itself",
+        model([loop], [image], [value("logits", ["n", 3])]).SerializeToString(),
+        MUST_REFUSE,
+    )
     big = helper.make_node("Expand", ["l", "s"], ["logits"])
     size = numpy_helper.from_array(np.array([10**6, 10**6]), "s")
-    yield "a result of 4 TB", model([pool, flat_l, big], [image], [value("logits", ["a", "b"])], (size,)).SerializeToString(), MUST_REFUSE
+    yield (
+        "a result of 4 TB",
+        model(
+            [pool, flat_l, big], [image], [value("logits", ["a", "b"])], (size,)
+        ).SerializeToString(),
+        MUST_REFUSE,
+    )

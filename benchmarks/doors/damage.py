@@ -47,7 +47,11 @@ def damaged(
     for length in (64, 4096):
         at = rng.randrange(max(1, size - length))
         noise = rng.randbytes(length)
-        yield "random bytes inside", f"{length} at {at}", content[:at] + noise + content[at + length :]
+        yield (
+            "random bytes inside",
+            f"{length} at {at}",
+            content[:at] + noise + content[at + length :],
+        )
     yield "random bytes alone", "4096", rng.randbytes(4096)
     yield "zeros alone", "4096", bytes(4096)
     yield "text", "a sentence", b"This is no such file.\n" * 20

@@ -18,8 +18,6 @@ from doors.damage import damaged
 from doors.lab import TINY, Lab
 from doors.trial import MUST_REFUSE, MUST_WORK, Case, Result
 from PIL import Image
-from tests.data import fake_imagenet
-from tests.data.fake_imagenet import LABELS, TRAIN, TRAINING, VALIDATION, WNIDS, fake, pack
 
 from fat.data.cache import build_cache
 from fat.data.folders import FolderSource
@@ -28,6 +26,8 @@ from fat.data.index import ImageIndex
 from fat.data.listing import list_folder
 from fat.data.subset import choose
 from fat.files import cache_folder
+from tests.data import fake_imagenet
+from tests.data.fake_imagenet import LABELS, TRAIN, TRAINING, VALIDATION, WNIDS, fake, pack
 
 __all__ = ["archives", "images", "indexes"]
 
@@ -43,7 +43,9 @@ def images(lab: Lab) -> list[Result]:
     files.mkdir()
     cases: list[Case] = []
 
-    def add(row: str, what: str, name: str, content: bytes, call: Callable[[Path], str], wanted: str) -> None:
+    def add(
+        row: str, what: str, name: str, content: bytes, call: Callable[[Path], str], wanted: str
+    ) -> None:
         path = files / f"{len(cases)}-{name}"
         path.write_bytes(content)
         cases.append(Case(row, what, functools.partial(call, path), wanted))
@@ -113,7 +115,11 @@ def _unusual() -> Iterator[tuple[str, bytes, tuple[int, int]]]:
     exif = Image.Exif()
     exif[0x0112] = 6
     yield "turned by EXIF", saved(frames[0], "JPEG", exif=exif.tobytes()), (7, 9)
-    yield "EXIF of random bytes", saved(frames[0], "JPEG", exif=b"Exif\0\0" + bytes(range(256))), (9, 7)
+    yield (
+        "EXIF of random bytes",
+        saved(frames[0], "JPEG", exif=b"Exif\0\0" + bytes(range(256))),
+        (9, 7),
+    )
     yield "a JPEG named .png", saved(frames[0], "JPEG"), (9, 7)
     yield "LAB TIFF", saved(Image.new("LAB", (9, 7)), "TIFF"), (9, 7)
 
@@ -134,19 +140,26 @@ def _hostile() -> Iterator[tuple[str, bytes]]:
     yield "60,000 × 60,000 pixels, 50 MB in 50 kB", _png(60_000, 60_000, bomb)
     yield "2^31 pixels wide", _png(2**31 - 1, 1, zlib.compress(b"\0"))
     yield "no pixel wide", _png(0, 10, zlib.compress(b"\0"))
-    yield "a text chunk of 50 MB in 50 kB", _png(
-        9, 7, zlib.compress(bytes(7 * 28)), (b"zTXt", b"k\0\0" + bomb)
+    yield (
+        "a text chunk of 50 MB in 50 kB",
+        _png(9, 7, zlib.compress(bytes(7 * 28)), (b"zTXt", b"k\0\0" + bomb)),
     )
     yield "GIF of 65,535 × 65,535", b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(20)
-    yield "BMP of 10^9 × 10^9", b"BM" + struct.pack("<IIIIII", 54, 0, 54, 40, 10**9, 10**9) + bytes(28)
+    yield (
+        "BMP of 10^9 × 10^9",
+        b"BM" + struct.pack("<IIIIII", 54, 0, 54, 40, 10**9, 10**9) + bytes(28),
+    )
     stream = io.BytesIO()
     Image.new("F", (9, 7)).save(stream, "TIFF")
     yield "floating-point pixels", stream.getvalue()
     yield "a zip", _zip()
     yield "a script", b"#!/bin/sh\ntouch executed\n"
-    yield "PostScript, which Pillow would start Ghostscript for", (
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\n"
-        b"(touch executed) system\nshowpage\n%%EOF\n"
+    yield (
+        "PostScript, which Pillow would start Ghostscript for",
+        (
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 7\n%%EndComments\n"
+            b"(touch executed) system\nshowpage\n%%EOF\n"
+        ),
     )
     yield "SVG with an entity bomb", b'<!DOCTYPE x [<!ENTITY a "aaaa">]><svg>&a;</svg>'
 
@@ -247,7 +260,11 @@ def _damaged_archive(lab: Lab, root: Path, name: str, content: bytes) -> str:
     try:
         return _choose(place)
     finally:
-        outside = (lab.folder / "evil.JPEG", lab.folder.parent / "evil.JPEG", Path("/tmp/evil.JPEG"))
+        outside = (
+            lab.folder / "evil.JPEG",
+            lab.folder.parent / "evil.JPEG",
+            Path("/tmp/evil.JPEG"),
+        )
         written = [*place.rglob("evil*"), *(path for path in outside if path.exists())]
         assert not written, "a member was written"
         shutil.rmtree(place)
@@ -328,7 +345,10 @@ def _labels(lab: Lab) -> dict[str, Callable[[], str]]:
             content = path.read_bytes()
             rng = lab.random(f"{form} {name}")
             changed = [*damaged(content, rng, cuts=2, flips=10)]
-            changed += [("too many lines", "", content * 2), ("other numbers", "", content.replace(b"1", b"999"))]
+            changed += [
+                ("too many lines", "", content * 2),
+                ("other numbers", "", content.replace(b"1", b"999")),
+            ]
             changed += [("no UTF-8", "", b"\xff\xfe" + content), ("no line", "", b"\n\n")]
             if path.suffix == ".gz":
                 changed.append(("a bomb of 1 GB", "", _devkit_bomb()))
@@ -375,8 +395,10 @@ def indexes(lab: Lab) -> list[Result]:
         changed = [changes.get(column, cell) for column, cell in zip(columns, cells, strict=True)]
         return "\n".join([*lines[:first], ",".join(changed), *lines[first + 1 :]]).encode()
 
-    changed = [(f"{how}, {where}", broken, "either")
-               for how, where, broken in damaged(content, lab.random("index"), flips=80, head=900)]  # fmt: skip
+    changed = [
+        (f"{how}, {where}", broken, "either")
+        for how, where, broken in damaged(content, lab.random("index"), flips=80, head=900)
+    ]
     for column, values in {
         "path": ("/dev/zero", "/dev/stdin", str(fifo), "/etc/passwd", "../../../etc/passwd", "",
                  "nowhere.png", "a" * 5000, "."),
@@ -386,15 +408,31 @@ def indexes(lab: Lab) -> list[Result]:
     }.items():  # fmt: skip
         for value in values:
             changed.append((f"{column} is {value[:30]}", row(**{column: value}), "either"))
-    for key, value in (("images", "1"), ("format", "99"), ("root", '"/"'), ("root", "3"), ("seed", "null"),
-                       ("options", "[]"), ("options", '{"photo_tests": 10000000000}'), ("shared", "[[1]]"),
-                       ("shared", '[["train"]]'), ("options", "{" * 5000)):  # fmt: skip
+    for key, value in (
+        ("images", "1"),
+        ("format", "99"),
+        ("root", '"/"'),
+        ("root", "3"),
+        ("seed", "null"),
+        ("options", "[]"),
+        ("options", '{"photo_tests": 10000000000}'),
+        ("shared", "[[1]]"),
+        ("shared", '[["train"]]'),
+        ("options", "{" * 5000),
+    ):
         other = [f"# {key}: {value}" if line.startswith(f"# {key}:") else line for line in lines]
         changed.append((f"head: {key} is {value[:30]}", "\n".join(other).encode(), "either"))
     for number, (what, broken, wanted) in enumerate(changed):
         path = files / f"{number}.csv"
         path.write_bytes(broken)
-        cases.append(Case("`images.csv`", what.replace(str(files), ""), functools.partial(_index, path), wanted))
+        cases.append(
+            Case(
+                "`images.csv`",
+                what.replace(str(files), ""),
+                functools.partial(_index, path),
+                wanted,
+            )
+        )
     cases += [*_kept(lab)]
     return lab.run(cases)
 
@@ -422,14 +460,20 @@ def _kept(lab: Lab) -> Iterator[Case]:
     source = FolderSource(lab.images, progress=False)
     wanted = [source.name(n) for n in range(len(source))]
     for listing in sorted(cache_folder("listings").glob("*.sqlite")):
-        for how, where, broken in damaged(listing.read_bytes(), lab.random(listing.name), cuts=4, flips=24):
+        for how, where, broken in damaged(
+            listing.read_bytes(), lab.random(listing.name), cuts=4, flips=24
+        ):
             call = functools.partial(_list, lab, listing, broken, wanted)
             yield Case("listings of folders, `~/.cache/fat/listings`", f"{how}, {where}", call)
         break
     folder = lab.new("cache")
     for mode in ("jpeg", "pixels"):
-        built = build_cache(source, range(len(source)), mode=mode, short_side=32, folder=folder, progress=False)
-        for how, where, broken in damaged(built.file.read_bytes(), lab.random(mode), cuts=4, flips=24):
+        built = build_cache(
+            source, range(len(source)), mode=mode, short_side=32, folder=folder, progress=False
+        )
+        for how, where, broken in damaged(
+            built.file.read_bytes(), lab.random(mode), cuts=4, flips=24
+        ):
             call = functools.partial(_cached, lab, built.file, mode, broken)
             yield Case("caches of small images, `data.cache=`", f"{mode}, {how}, {where}", call)
 
@@ -449,7 +493,9 @@ def _cached(lab: Lab, file: Path, mode: str, broken: bytes) -> str:
     folder.mkdir()
     (folder / file.name).write_bytes(broken)
     source = FolderSource(lab.images, progress=False)
-    cached = build_cache(source, range(len(source)), mode=mode, short_side=32, folder=folder, progress=False)
+    cached = build_cache(
+        source, range(len(source)), mode=mode, short_side=32, folder=folder, progress=False
+    )
     for number in range(len(source)):
         assert cached.load(number).mode == "RGB"
     return "all images read"

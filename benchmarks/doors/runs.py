@@ -79,7 +79,10 @@ def _texts(content: bytes, name: str, lab: Lab, count: int) -> Iterator[tuple[st
 
 def _yaml_code(canary: Path) -> Iterator[tuple[str, bytes]]:
     command = f"touch '{canary}'"
-    yield "!!python/object/apply:os.system", f'!!python/object/apply:os.system ["{command}"]'.encode()
+    yield (
+        "!!python/object/apply:os.system",
+        f'!!python/object/apply:os.system ["{command}"]'.encode(),
+    )
     yield (
         "!!python/object/new:subprocess.Popen",
         f"a: !!python/object/new:subprocess.Popen [[touch, '{canary}']]".encode(),
@@ -97,22 +100,33 @@ def _yaml_code(canary: Path) -> Iterator[tuple[str, bytes]]:
 
 def _reports(lab: Lab) -> Iterator[Case]:
     whole = lab.measured
-    yield Case("`fat.report` of a run, as it was", "", functools.partial(_report, whole), MUST_WORK, whole)
+    yield Case(
+        "`fat.report` of a run, as it was", "", functools.partial(_report, whole), MUST_WORK, whole
+    )
     for name in FILES:
         path = whole / name
         content = path.read_bytes() if path.is_file() else b'{"error": "x", "message": "y"}'
         for what, broken in _texts(content, name, lab, 20):
             yield _damaged_run(lab, whole, name, what, broken, "`fat.report` of a run", _report)
-    for what, place in (("a file", whole / "metrics.json"), ("nothing", whole / "nowhere"),
-                        ("/dev/null", Path("/dev/null")), ("an empty folder", lab.new("empty"))):  # fmt: skip
+    for what, place in (
+        ("a file", whole / "metrics.json"),
+        ("nothing", whole / "nowhere"),
+        ("/dev/null", Path("/dev/null")),
+        ("an empty folder", lab.new("empty")),
+    ):
         if what == "an empty folder":
             place.mkdir()
         call = functools.partial(_report, place)
         yield Case("`fat.report` of what is no run", what, call, MUST_REFUSE)
     words = (
-        (), ("--out", "x.html", str(whole)), ("--out", "x.txt", str(whole), str(lab.finished)),
-        ("--nonsense",), ("",), ("a" * 5000,), ("--out", "/dev/null/x.html", str(whole), str(lab.finished)),
-    )  # fmt: skip
+        (),
+        ("--out", "x.html", str(whole)),
+        ("--out", "x.txt", str(whole), str(lab.finished)),
+        ("--nonsense",),
+        ("",),
+        ("a" * 5000,),
+        ("--out", "/dev/null/x.html", str(whole), str(lab.finished)),
+    )
     for asked in words:
         call = functools.partial(lab.command, "fat.report", *asked)
         yield Case("`python -m fat.report`, its words", " ".join(asked[:2]), call, MUST_REFUSE)
@@ -150,7 +164,13 @@ def _report(place: Path) -> str:
 
 def _sweeps(lab: Lab) -> Iterator[Case]:
     whole = lab.sweep
-    yield Case("`fat.report` of a sweep, as it was", "", functools.partial(_report, whole), MUST_WORK, whole)
+    yield Case(
+        "`fat.report` of a sweep, as it was",
+        "",
+        functools.partial(_report, whole),
+        MUST_WORK,
+        whole,
+    )
     for name in ("sweep.json", "multirun.yaml", "0-a/metrics.json", "0-a/failure.json"):
         path = whole / name
         content = path.read_bytes() if path.is_file() else b'{"error": "x", "message": "y"}'
@@ -175,7 +195,13 @@ def _evaluations(lab: Lab) -> Iterator[Case]:
             yield _damaged_run(
                 lab, whole, "metrics.json", what, broken, "`evaluate.py export=onnx`", export
             )
-    for place in (str(whole / "metrics.json"), str(whole / "nowhere"), "a" * 5000, "/dev/null", "''"):
+    for place in (
+        str(whole / "metrics.json"),
+        str(whole / "nowhere"),
+        "a" * 5000,
+        "/dev/null",
+        "''",
+    ):
         call = functools.partial(lab.command, "evaluate.py", f"run={place}")
         yield Case("`evaluate.py run=` what is no run", place[-20:], call, MUST_REFUSE)
 
@@ -219,7 +245,9 @@ def _mixed(lab: Lab) -> Iterator[Case]:
         path.write_bytes(broken)
         yield Case("`quant.mixed=`", what, functools.partial(_choose, path))
     for place in (folder, Path("a" * 5000), Path("/dev/null"), Path("/dev/zero")):
-        yield Case("`quant.mixed=`", str(place)[-20:], functools.partial(_choose, place), MUST_REFUSE)
+        yield Case(
+            "`quant.mixed=`", str(place)[-20:], functools.partial(_choose, place), MUST_REFUSE
+        )
 
 
 def _choose(path: Path) -> str:
@@ -237,15 +265,24 @@ def _resumed(lab: Lab) -> Iterator[Case]:
     assert {"checkpoints/last.ckpt", "checkpoints/start.pt"} <= {*kept}, kept
 
     def case(name: str, what: str, broken: bytes | None, must: str = "either") -> Case:
-        return Case(f"`resume=`, `{name}`", what, functools.partial(_go_on, lab, whole, name, broken, wanted), must)
+        return Case(
+            f"`resume=`, `{name}`",
+            what,
+            functools.partial(_go_on, lab, whole, name, broken, wanted),
+            must,
+        )
 
     yield case("config.yaml", "as it was", (whole / "config.yaml").read_bytes(), MUST_WORK)
     for name in ("checkpoints/last.ckpt", "checkpoints/start.pt"):
         content = (whole / name).read_bytes()
-        for number, (kind, where, broken) in enumerate(damaged(content, lab.random(name), cuts=0, flips=2)):
+        for number, (kind, where, broken) in enumerate(
+            damaged(content, lab.random(name), cuts=0, flips=2)
+        ):
             if number % 5 == 0:
                 yield case(name, f"{kind}, {where}", broken)
-        yield from (case(name, what, broken, must) for what, broken, must in _states(content, name, lab))
+        yield from (
+            case(name, what, broken, must) for what, broken, must in _states(content, name, lab)
+        )
     for name in ("metrics.json", "config.yaml", "history.csv"):
         content = (whole / name).read_bytes()
         some = [*_texts(content, name, lab, 12)]
@@ -278,7 +315,11 @@ def _states(content: bytes, name: str, lab: Lab) -> Iterator[tuple[str, bytes, s
     for key in list(state[inner])[:1]:
         less = {k: v for k, v in state[inner].items() if k != key}
         yield f"without {inner}.{key}", saved({**state, inner: less}), "either"
-        yield f"{inner}.{key} is a text", saved({**state, inner: {**state[inner], key: "x"}}), "either"
+        yield (
+            f"{inner}.{key} is a text",
+            saved({**state, inner: {**state[inner], key: "x"}}),
+            "either",
+        )
     for function in ("os.system",):
         evil = evils(lab.canary)[function]
         yield f"code, {function}", saved({**state, "callbacks": evil}), MUST_REFUSE
@@ -317,11 +358,18 @@ def _continued(lab: Lab) -> Iterator[Case]:
     for place in ("nowhere", "a" * 5000, "/dev/null", ""):
         call = functools.partial(lab.command, "train.py", "-m", "seed=0,1", f"sweep.resume={place}")
         yield Case("`sweep.resume=` what is no sweep", place[:20], call, MUST_REFUSE)
-    for number, junk in enumerate((b"", b"[]", b"{}", b'{"words": 3, "seed": 0, "trials": 1}',
-                                   b'{"words": [1], "seed": 0, "trials": 1}',
-                                   b'{"words": ["seed=0"], "seed": "x", "trials": 1}',
-                                   b'{"words": ["x=choice(1,2)"], "seed": 0, "trials": -1}',
-                                   b'{"words": ["x=choice(1,2)"], "seed": 0, "trials": 1e400}')):  # fmt: skip
+    for number, junk in enumerate(
+        (
+            b"",
+            b"[]",
+            b"{}",
+            b'{"words": 3, "seed": 0, "trials": 1}',
+            b'{"words": [1], "seed": 0, "trials": 1}',
+            b'{"words": ["seed=0"], "seed": "x", "trials": 1}',
+            b'{"words": ["x=choice(1,2)"], "seed": 0, "trials": -1}',
+            b'{"words": ["x=choice(1,2)"], "seed": 0, "trials": 1e400}',
+        )
+    ):
         folder = lab.new("search")
         folder.mkdir()
         (folder / "search.json").write_bytes(junk)
@@ -329,12 +377,26 @@ def _continued(lab: Lab) -> Iterator[Case]:
             lab.command, "fat.search", "--resume", str(folder), "--conf", str(ROOT / "conf")
         )
         yield Case("`python -m fat.search --resume`", f"{number}: {junk[:40]!r}", call, MUST_REFUSE)
-    for words in (("optim.lr=3",), ("optim.lr=interval(1,0)",), ("nothing=choice(1,2)",), ("((",),
-                  ("optim.lr=interval(0,inf)",), ("--trials", "0", "optim.lr=interval(1e-4,1e-3)"),
-                  ("optim.lr=choice(text,'')",), ("hydra.run.dir=choice(a,b)",), ("optim.lr=range(0,1,0)",)):  # fmt: skip
+    for words in (
+        ("optim.lr=3",),
+        ("optim.lr=interval(1,0)",),
+        ("nothing=choice(1,2)",),
+        ("((",),
+        ("optim.lr=interval(0,inf)",),
+        ("--trials", "0", "optim.lr=interval(1e-4,1e-3)"),
+        ("optim.lr=choice(text,'')",),
+        ("hydra.run.dir=choice(a,b)",),
+        ("optim.lr=range(0,1,0)",),
+    ):
         call = functools.partial(
-            lab.command, "fat.search", *words, "--conf", str(ROOT / "conf"), "--directory", str(lab.new("search")),
-        )  # fmt: skip
+            lab.command,
+            "fat.search",
+            *words,
+            "--conf",
+            str(ROOT / "conf"),
+            "--directory",
+            str(lab.new("search")),
+        )
         yield Case("`python -m fat.search`, its words", words[-1], call, MUST_REFUSE)
     for words in ((), ("x",), ("a/b/c",), ("a/b", "--sweep", "x' or 1"), ("a/b", "--nonsense"),
                   ("../..",), ("a" * 5000,), ("a/b",)):  # fmt: skip
@@ -348,9 +410,7 @@ def _sweep_on(lab: Lab, name: str, broken: bytes) -> str:
     (place / name).write_bytes(broken)
     before = results_of(place / "0-test_efficientnet")
     try:
-        lab.command(
-            "train.py", "-m", *TINY, "optim.epochs=0", "seed=0,1", f"sweep.resume={place}"
-        )
+        lab.command("train.py", "-m", *TINY, "optim.epochs=0", "seed=0,1", f"sweep.resume={place}")
     except Refused:
         assert results_of(place / "0-test_efficientnet") == before, "a refused sweep lost results"
         raise

@@ -130,13 +130,23 @@ def _checkpoints(best: bytes, lab: Lab) -> Iterator[tuple[str, bytes, str]]:
         return saved({**content, "state_dict": changed})
 
     yield "no tensors", with_state({}), MUST_REFUSE
-    yield "a tensor missing", with_state({k: v for k, v in state.items() if k != first}), MUST_REFUSE
+    yield (
+        "a tensor missing",
+        with_state({k: v for k, v in state.items() if k != first}),
+        MUST_REFUSE,
+    )
     yield "a tensor too many", with_state({**state, "student.x": state[first]}), MUST_REFUSE
     yield "another shape", with_state({**state, first: torch.zeros(3, 3)}), MUST_REFUSE
     yield "no tensor but a number", with_state({**state, first: 3.0}), MUST_REFUSE
-    nan = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in state.items()}
+    nan = {
+        k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in state.items()
+    }
     yield "NaN", with_state(nan), MUST_REFUSE
-    yield "complex numbers", with_state({k: v.to(torch.complex64) for k, v in state.items()}), MUST_REFUSE
+    yield (
+        "complex numbers",
+        with_state({k: v.to(torch.complex64) for k, v in state.items()}),
+        MUST_REFUSE,
+    )
     yield "a list of tensors", with_state(list(state.values())), MUST_REFUSE
     yield "a list", saved([1, 2]), MUST_REFUSE
     yield "nothing of FAT", saved({k: v for k, v in content.items() if k != "fat"}), MUST_REFUSE

@@ -75,7 +75,9 @@ class Result:
     seconds: float
 
 
-def run(cases: Sequence[Case], canary: Path, *, jobs: int = 2, limit: float = LIMIT) -> list[Result]:
+def run(
+    cases: Sequence[Case], canary: Path, *, jobs: int = 2, limit: float = LIMIT
+) -> list[Result]:
     """Do all cases, each in a process that it may bring down.
 
     Args:

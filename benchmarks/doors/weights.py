@@ -144,7 +144,7 @@ def _nested(content: object, depth: int) -> object:
 
 
 def _headers(whole: bytes) -> Iterator[tuple[str, bytes, str]]:
-    """safetensors files whose header lies."""
+    """Safetensors files whose header lies."""
     (length,) = struct.unpack("<Q", whole[:8])
     header, data = json.loads(whole[8 : 8 + length]), whole[8 + length :]
     names = [name for name in header if name != "__metadata__"]

@@ -478,7 +478,10 @@ def _record(row: Sequence[str]) -> Record:
         raise ValueError(f"unknown split {split!r}")
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"{sha256[:70]!r} is no SHA-256")
-    numbers = [int(cell) for cell in (offset, size, place, label)]
-    if not all(-1 <= number < 1 << 62 for number in numbers):
+    record = Record(
+        split, path, member, int(offset), int(size), int(place), name, int(label), sha256
+    )
+    numbers = (record.offset, record.size, record.row, record.label)
+    if not all(-(1 << 62) < number < 1 << 62 for number in numbers):
         raise ValueError(f"{numbers} are no offset, size, row and label")
-    return Record(split, path, member, *numbers[:3], name, numbers[3], sha256)
+    return record

@@ -183,6 +183,8 @@ def test_values_out_of_range_are_refused_before_anything_begins(
 
 
 def test_what_belongs_to_an_artefact_is_refused_beside_a_run() -> None:
-    with pytest.raises(FatError, match="model.name=resnet18 has no meaning without artefact=FILE"):
+    with pytest.raises(
+        FatError, match=r"model\.name=resnet18 has no meaning without artefact=FILE"
+    ):
         composed("run=x", "model.name=resnet18", name="evaluate")
     assert composed("artefact=x", "model.name=resnet18", name="evaluate")

@@ -97,8 +97,12 @@ def test_damaged_files(tmp_path: Path, index: ImageIndex) -> None:
         (text.replace(",-1,-1,-1,", ",-1,-1,", 1), "8 columns, wanted 9"),
         (text.replace(",-1,-1,-1,", ",-1,x,-1,", 1), "after 0 images: invalid literal"),
         (text.replace(",-1,-1,-1,", f",{9**30},-1,-1,", 1), "are no offset, size, row and label"),
-        (text.replace('[["calibration", "train"]]', "[]").replace("# shared: []", '# shared: [["train"]]'),
-         "its shared splits are"),
+        (
+            text.replace('[["calibration", "train"]]', "[]").replace(
+                "# shared: []", '# shared: [["train"]]'
+            ),
+            "its shared splits are",
+        ),
     ):
         path.write_text(broken)
         with pytest.raises(FatError, match=message):
