@@ -49,6 +49,13 @@ DOORS: dict[str, tuple[str, Callable[[Lab], list[Result]]]] = {
     "indexes": ("`images.csv`, listings and caches", indexes),
     "artefacts": ("Exported files, `artefact=`", artefacts),
 }
+TOGETHER = {
+    ": empty": ": no such file", ": random bytes alone": ": no such file",
+    ": zeros alone": ": no such file", ": text": ": no such file",
+    ": a page of HTML": ": no such file", ": bytes after the end": ": more after the end",
+    ": twice in one file": ": more after the end",
+}  # fmt: skip
+"""How rows of the page end that stand as one."""
 SHOWN = 170
 """Letters of a message that the page shows."""
 TEXT = """\
@@ -140,10 +147,18 @@ def page(results: dict[str, list[Result]], seed: int, folder: Path) -> str:
     for name, found in results.items():
         head = "| tried | cases | refused | worked | what came back, for example | verdict |"
         lines += [f"## {DOORS[name][0]}\n", head, "|---|---|---|---|---|---|"]
-        for row in dict.fromkeys(result.case.row for result in found):
-            lines.append(line(row, [result for result in found if result.case.row == row], folder))
+        rows: dict[str, list[Result]] = {}
+        for result in found:
+            rows.setdefault(grouped(result.case.row), []).append(result)
+        lines += [line(row, inside, folder) for row, inside in rows.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def grouped(row: str) -> str:
+    """The row of the page that a kind of input stands in."""
+    end = next((end for end in TOGETHER if row.endswith(end)), None)
+    return row if end is None else row.removesuffix(end) + TOGETHER[end]
 
 
 def line(row: str, results: Sequence[Result], folder: Path) -> str:
@@ -165,7 +180,9 @@ def line(row: str, results: Sequence[Result], folder: Path) -> str:
 def cell(text: str, folder: Path) -> str:
     """A text in one cell of a table, shortened, without places of this machine."""
     text = re.sub(rf"{re.escape(str(folder))}/(?:[^\s':]*/)?([^\s':/]*)", r"\1", text)
-    text = text.replace(str(ROOT), "").replace(str(Path.home()), "~")
+    text = (
+        text.replace(str(folder), "a folder").replace(str(ROOT), "").replace(str(Path.home()), "~")
+    )
     text = re.sub(r"\b\d+-\d+-([a-z]+)\b", r"\1", re.sub(r"\s+", " ", text)).strip()
     text = re.sub(r"(\S)\1{30,}", r"\1…", text)
     text = text if len(text) <= SHOWN else f"{text[:SHOWN].rstrip()} …"

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fat.cli import explain
 from fat.config import EvaluateConfig, RunConfig, parse
+from fat.errors import FatError
 
 __all__ = ["options"]
 
@@ -120,7 +121,11 @@ class Tree:
             else:
                 node = OmegaConf.select(changed, section)
                 kind = _kind(self.schema, section)
-                value = getattr(parse(kind, node), leaf)
+                try:
+                    value = getattr(parse(kind, node), leaf)
+                except FatError as error:  # a section alone does not know its own name
+                    text = str(error).replace(f"{leaf}: ", f"{key}: ", 1)
+                    raise FatError(text.replace(f" {leaf}=", f" {key}=")) from error
                 config = dataclasses.replace(self.parsed)
                 config = _replaced(config, key.split("."), value)
         except (HydraException, OmegaConfBaseException) as error:
