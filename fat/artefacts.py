@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from fat.config import EvaluateConfig
+from fat.config import MOST_CLASSES, EvaluateConfig
 from fat.data.datamodule import FatDataModule
-from fat.errors import FatError
+from fat.errors import FatError, first_line, no_run
 from fat.export.artefact import judge
 from fat.export.target import Runtime
 from fat.export.targets import open_artefact
@@ -23,7 +23,7 @@ from fat.inputs import Target, for_images, make_data
 from fat.models import Preprocessing, load_float_network
 from fat.report.export import format_export
 from fat.report.run import format_figures, write_metrics
-from fat.runs import METRICS, open_run
+from fat.runs import METRICS, open_run, read_metrics
 
 __all__ = ["export_run", "judge_artefact"]
 
@@ -49,7 +49,9 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
     assert target is not None
     opened = open_run(config)
     check_writable(opened.directory)
-    metrics = _metrics(opened.directory)
+    metrics = read_metrics(opened.directory)
+    if metrics is None:
+        raise no_run(opened.directory, METRICS)
     unfinished = opened.config.train_spec().trains and metrics.get("training") is None
     if unfinished and not config.export.unfinished:
         raise FatError(
@@ -131,19 +133,24 @@ def _images_and_reference(
             "The file does not say how its images are to be prepared. Type model=NAME or "
             "model.name=NAME, the float network that it was made of, or run=DIR."
         )
-    classes = json.loads(stored["fat.classes"]) if "fat.classes" in stored else None
-    preprocessing = Preprocessing.from_dict(json.loads(stored["fat.preprocessing"]))
-    count = len(classes) if classes else int(stored["fat.num_classes"])
-    target = Target(preprocessing, count, None if classes is None else tuple(classes))
-    return make_data(config.data, target, seed), None
+    return make_data(config.data, _stored_target(stored), seed), None
 
 
-def _metrics(directory: Path) -> dict[str, Any]:
+def _stored_target(stored: Mapping[str, str]) -> Target:
+    """What the texts in a file say of its images and classes."""
     try:
-        content: Mapping[str, Any] = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        classes = json.loads(stored["fat.classes"]) if "fat.classes" in stored else None
+        if classes is not None and not (
+            isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
+        ):
+            raise ValueError(f"fat.classes is {str(classes)[:50]!r}")
+        preprocessing = Preprocessing.from_dict(json.loads(stored["fat.preprocessing"]))
+        count = len(classes) if classes else int(stored["fat.num_classes"])
+        if not 1 <= count <= MOST_CLASSES:
+            raise ValueError(f"fat.num_classes is {count}")
+    except (FatError, ValueError, KeyError, RecursionError) as error:
         raise FatError(
-            f"{directory / METRICS} cannot be read ({error}): the run did not come to its end. "
-            "Run it again."
+            f"What the file says of its images cannot be used ({first_line(error)}). Type "
+            "model=NAME or model.name=NAME, the float network that it was made of, or run=DIR."
         ) from error
-    return dict(content)
+    return Target(preprocessing, count, None if classes is None else tuple(classes))

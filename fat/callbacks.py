@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -225,9 +226,13 @@ class History(pl.Callback):
         """Drop what a training that was cut off had written after its last checkpoint."""
         if not trainer.is_global_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]
-        whole = (line for line in lines if line.endswith("\n"))
-        before = [line for line in whole if int(line.partition(",")[0]) <= trainer.global_step]
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
+        whole = [line for line in lines[1:-1] if re.fullmatch(r"\d{1,15},[^,]+,[^,]+", line)]
+        if len(whole) < len(lines) - 2:
+            logger.warning(
+                "%s: %d damaged lines are left out.", self.path, len(lines) - 2 - len(whole)
+            )
+        before = [f"{x}\n" for x in whole if int(x.partition(",")[0]) <= trainer.global_step]
         write_text(self.path, self.HEADER + "".join(dict.fromkeys(before)))
 
     def on_train_batch_end(

@@ -33,12 +33,14 @@ from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, Q
 from fat.spec import Grid, QuantSpec
 from fat.student import Student, freeze
 
-__all__ = ["check_saveable", "load", "save"]
+__all__ = ["check_finite", "check_saveable", "load", "save"]
 
 FORMAT = "fat-student"
 VERSION = 3
 READABLE = (2, 3)
 """Version 2 has no constants."""
+MOST_PIXELS = 8192
+"""Images of more pixels a side are no images of a network."""
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module}.{function.__name__}": function
@@ -142,6 +144,7 @@ def load(path: str | os.PathLike[str]) -> Student:
     """
     content, tensors = _read(path)
     try:
+        check_finite(tensors)
         spec = QuantSpec.from_dict(content["spec"])
         for name, stored in content["aliases"].items():
             tensors[name] = tensors[stored]
@@ -151,12 +154,40 @@ def load(path: str | os.PathLike[str]) -> Student:
         _fill_teacher(teacher, _part(tensors, "teacher."))
         student = Student(network, teacher, spec)
         student.load_state_dict(_part(tensors, "student."))
-        student.origin = content["origin"]
+        student.origin = dict(content["origin"])
+        _check_runs(student)
     except FatError:
         raise
     except Exception as error:  # whatever a file holds that was damaged or tampered with
         raise FatError(f"{path} does not fit together: {first_line(error)}") from error
     return student
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError that names the first tensor that is no real, finite numbers."""
+    for name, tensor in tensors.items():
+        if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds what are no finite numbers")
+
+
+@torch.no_grad()
+def _check_runs(student: Student) -> None:
+    """Run a black image through both networks: what does not fit together fails now, not later."""
+    size = student.origin.get("preprocessing", {}).get("size")
+    if size is None or not student.is_calibrated:
+        return
+    height, width = size
+    if not (0 < height <= MOST_PIXELS and 0 < width <= MOST_PIXELS):
+        raise ValueError(f"its images are {height} by {width} pixels")
+    image = torch.zeros(1, 3, height, width)
+    logits, wanted = student(image), student.float_logits(image)
+    if logits.dim() != 2 or logits.shape != wanted.shape:
+        raise ValueError(
+            f"its logits are {list(logits.shape)}, the float network's {list(wanted.shape)}"
+        )
+    count = student.origin.get("num_classes", logits.shape[1])
+    if count != logits.shape[1]:
+        raise ValueError(f"it has {logits.shape[1]} logits for {count} classes")
 
 
 def _tensors(student: Student) -> tuple[dict[str, Tensor], dict[str, str]]:

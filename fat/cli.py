@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import multiprocessing
@@ -68,6 +69,9 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         schema: The dataclass of its config, for suggestions.
     """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead of being printed
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.argv[1:] = arguments(sys.argv[1:])
         main()
@@ -130,6 +134,10 @@ def arguments(given: Sequence[str]) -> list[str]:
         ['model=resnet18']
     """
     words = list(given)
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("resume", "sweep.resume") and "=" in word and not value.strip("'\""):
+            raise FatError(f"{word} names no directory: type {key}=DIR, or leave it out.")
     resume, sweep_resume = _value(words, "resume"), _value(words, "sweep.resume")
     multirun = any(word in ("-m", "--multirun") for word in words)
     if resume is not None:

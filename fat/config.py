@@ -35,6 +35,11 @@ __all__ = [
 T = TypeVar("T")
 
 TEACHERS = ("pretrained", "finetune")
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Lightning's names of those that training works in."""
+# Above these a value is a slip of the finger, and would take the machine before anything failed.
+MOST_IMAGES, MOST_PIXELS, MOST_CLASSES = 100_000_000, 8192, 1_000_000
+MOST_PROCESSES, MOST_SEED = 1024, 2**32 - 1
 
 
 @dataclass
@@ -266,6 +271,11 @@ class RunConfig:
     hub: str | None = None
     resume: str | None = None
 
+    def check(self) -> None:
+        """Raise a FatError if a value is out of its range, before anything slow begins."""
+        _check_common(self.data, self.trainer, self.seed)
+        _within("model.num_classes", self.model.num_classes, 1, MOST_CLASSES, 1000)
+
     def quant_spec(self) -> QuantSpec:
         """The frozen, checked form of ``quant`` and ``init``.
 
@@ -326,6 +336,53 @@ class EvaluateConfig:
     analysis: str | None = None
     analysis_images: int = 64
 
+    def check(self) -> None:
+        """Raise a FatError if a value is out of its range, before anything slow begins."""
+        _check_common(self.data, self.trainer, self.seed)
+        _within("model.num_classes", self.model.num_classes, 1, MOST_CLASSES, 1000)
+        _within("analysis_images", self.analysis_images, 1, MOST_IMAGES, 64)
+        alone = {"runtime": self.runtime, **{f"model.{k}": v for k, v in vars(self.model).items()}}
+        for key, value in alone.items():
+            if value is not None and self.artefact is None:
+                raise FatError(f"{key}={value} has no meaning without artefact=FILE: leave it out.")
+
+
+def _check_common(data: DataConfig, trainer: TrainerConfig, seed: int | None) -> None:
+    _within("seed", seed, 0, MOST_SEED, 0)
+    _within("data.batch_size", data.batch_size, 1, MOST_IMAGES, 16)
+    _within("data.workers", data.workers, 0, MOST_PROCESSES, 4)
+    for split in ("train", "calibration", "validation", "test"):
+        key = f"{split}_images"
+        _within(f"data.{key}", getattr(data, key), 1, MOST_IMAGES, 100)
+    _within("data.image_size", data.image_size, 1, MOST_PIXELS, 224)
+    _within("data.cache_side", data.cache_side, 1, MOST_PIXELS, 256)
+    _within("data.distill.images", data.distill.images, 1, MOST_IMAGES, 192)
+    _within("data.crop_pct", data.crop_pct, 0.01, 1, 0.9)
+    _within("data.flip", data.flip, 0, 1, 0.5)
+    low, high = data.crop_scale if len(data.crop_scale) == 2 else (0.0, 0.0)
+    if not 0 < low <= high <= 1:
+        raise FatError(
+            f"data.crop_scale is {data.crop_scale}; it must be two numbers above 0 and at most 1, "
+            "the lower first, as in data.crop_scale=[0.35,1.0]."
+        )
+    _within("trainer.devices", trainer.devices, 1, MOST_PROCESSES, 1)
+    _within("trainer.threads", trainer.threads, 1, MOST_PROCESSES, 4)
+    if not trainer.checkpoint_every >= 0:
+        raise FatError(
+            f"trainer.checkpoint_every is {trainer.checkpoint_every}; it must be a number of "
+            "seconds from 0, or inf for none, as in trainer.checkpoint_every=60."
+        )
+    if trainer.precision not in PRECISIONS:
+        raise unknown_name(
+            "precision", trainer.precision, PRECISIONS, "Type trainer.precision=32-true."
+        )
+
+
+def _within(key: str, value: float | None, least: float, most: int, example: float) -> None:
+    """Raise a FatError unless a number lies in a range, both ends included, or is left open."""
+    if value is not None and not least <= value <= most:
+        raise FatError(f"{key} is {value}; allowed: {least} to {most}, as in {key}={example}.")
+
 
 def _check_mixed(quant: QuantConfig) -> None:
     if (quant.mixed is None) != (quant.budget_mb is None):
@@ -349,17 +406,23 @@ def parse(schema: type[T], composed: DictConfig) -> T:
         composed: What Hydra gave.
 
     Raises:
-        FatError: For an unknown key (with the nearest ones) or a value of another type.
+        FatError: For an unknown key (with the nearest ones), a value of another type, or one out of
+            its range.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), composed)
-        return cast(T, OmegaConf.to_object(merged))
+        # Resolved first: what an interpolation stands for has to be of the right type too.
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), cast(Any, plain))
+        config = cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
         reason = str(getattr(error, "msg", error) or error).splitlines()[0]
         if "not in" in reason:
             raise FatError(suggest_key(key, schema)) from error
         raise FatError(f"{key}: {reason}. Type it as in conf/, for example {key}=VALUE.") from error
+    if isinstance(config, RunConfig | EvaluateConfig):
+        config.check()
+    return config
 
 
 def parse_run(stored: dict[str, Any]) -> RunConfig:

@@ -7,6 +7,8 @@ import io
 import json
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ __all__ = [
     "cache_folder",
     "check_writable",
     "put_in_place",
+    "torn_part",
     "write_atomic",
     "write_csv",
     "write_json",
@@ -90,8 +93,9 @@ def _unwritable(target: Path, error: OSError) -> FatError:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text atomically."""
-    return write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write UTF-8 text atomically; what names of files hold beyond it is written as an escape."""
+    content = text.encode("utf-8", errors="backslashreplace")
+    return write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
 
 def write_csv(
@@ -108,6 +112,20 @@ def write_csv(
 def write_json(path: str | os.PathLike[str], content: Any) -> Path:
     """Write strict JSON (no NaN or infinity) atomically, indented."""
     return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def torn_part(path: str | os.PathLike[str]) -> str:
+    """Which part of a zip file, as torch.save writes it, is not what was written; "" for none.
+
+    torch.load itself does not compare the checksums that are stored beside the parts.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() or ""
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        return str(error) or type(error).__name__
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:

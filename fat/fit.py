@@ -196,7 +196,7 @@ def fit(
     spec = replace(spec or TrainSpec(), **overrides)
     student.check_calibrated()
     train, validation = _split(images, validation)
-    keep, guard = KeepBest(), NanGuard(spec.nan_patience)
+    keep, guard, going = KeepBest(), NanGuard(spec.nan_patience), _Going()
     kept = Kept(checkpoints, student, spec)
     if not resume:
         with distributed.first():
@@ -216,7 +216,7 @@ def fit(
         **(trainer_options or {}),
     }
     bar = bool(options["enable_progress_bar"])
-    watchers: list[Callback] = [keep, guard, *callbacks, *([Progress()] if bar else [])]
+    watchers: list[Callback] = [going, keep, guard, *callbacks, *([Progress()] if bar else [])]
     if kept.folder is not None:  # last, so that what is kept is what the others left
         watchers += [_best_checkpoint(kept.folder), Snapshots(kept.folder / LAST, checkpoint_every)]
     pl.seed_everything(seed, verbose=False)
@@ -274,15 +274,27 @@ def fit(
                 )
             else:
                 module.look(split(next(iter(validation)))[0])
-                student.load_trained_state(begun["student"])
-                keep.load_state_dict(begun["best"])
-                reconstruction, correction = begun["reconstruction"], begun["correction"]
-                set_random_states(begun["random"])
+                try:
+                    student.load_trained_state(begun["student"])
+                    keep.load_state_dict(begun["best"])
+                    reconstruction = str(begun["reconstruction"])
+                    correction = str(begun["correction"])
+                    set_random_states(begun["random"])
+                except Exception as error:  # whatever another content of the file leads to
+                    assert kept.folder is not None
+                    raise kept.damaged(kept.folder / START, error) from error
             if spec.epochs:
                 last = kept.path(LAST)
                 if last is not None:
+                    kept.check(last)
                     logger.info("Going on from %s.", last)
-                trainer.fit(module, train, validation, ckpt_path=last, weights_only=True)
+                try:
+                    trainer.fit(module, train, validation, ckpt_path=last, weights_only=True)
+                except Exception as error:
+                    # Until the first step Lightning does nothing but put the state back.
+                    if last is None or going.on or isinstance(error, FatError):
+                        raise
+                    raise kept.damaged(last, error) from error
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
@@ -303,6 +315,15 @@ def fit(
         restored=guard.restored,
         interrupted=interrupted or trainer.interrupted,
     )
+
+
+class _Going(Callback):
+    """Notes that a training has all its states and takes its first step."""
+
+    on = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.on = True
 
 
 def _best_checkpoint(folder: Path) -> ModelCheckpoint:

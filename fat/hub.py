@@ -198,7 +198,14 @@ class _Run:
                 command = shlex.join(["python", "train.py", *typed])
             trains = config["optim"]["epochs"] or config["optim"]["reconstruction"]["steps"]
             judged = metrics["trained"] if trains else metrics["calibrated"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            yaml.YAMLError,
+        ) as error:
             raise FatError(
                 f"{directory} is damaged, or of another version of FAT: {type(error).__name__}, "
                 f"{first_line(error)}. Run train.py again."

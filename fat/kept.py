@@ -14,7 +14,7 @@ import torch
 
 from fat import distributed
 from fat.errors import FatError, first_line
-from fat.files import write_atomic
+from fat.files import torn_part, write_atomic
 from fat.spec import TrainSpec
 from fat.student import Student
 
@@ -79,6 +79,21 @@ class Kept:
             kept = {"whose": self._whose, "content": dict(content)}
             write_atomic(self.folder / name, lambda path: torch.save(kept, path))
 
+    def damaged(self, path: Path, error: BaseException) -> FatError:
+        """What to say of a file that cannot be gone on from."""
+        return FatError(
+            f"{path} cannot be gone on from: {first_line(error)[:200]} It is damaged, or was "
+            "changed. Remove it, and the training begins anew from the calibrated student: "
+            f"rm '{path}'"
+        )
+
+    def check(self, path: Path) -> None:
+        """Raise a FatError if a file's checksums say that it is damaged."""
+        try:
+            _check_whole(path)
+        except ValueError as error:
+            raise self.damaged(path, error) from error
+
     def load(self, name: str) -> dict[str, Any] | None:
         """What was kept, ``None`` where nothing was.
 
@@ -89,6 +104,7 @@ class Kept:
         if path is None:
             return None
         try:
+            _check_whole(path)
             kept = torch.load(path, map_location="cpu", weights_only=True)
             whose, content = kept["whose"], kept["content"]
         except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -103,6 +119,12 @@ class Kept:
                 )
         found: dict[str, Any] = content
         return found
+
+
+def _check_whole(path: Path) -> None:
+    part = torn_part(path)
+    if part:
+        raise ValueError(f"its part {part} is damaged")
 
 
 def random_states() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import copy
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import re
 import threading
 from collections import Counter
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from fat.errors import FatError, first_line, unknown_name
+from fat.files import torn_part
 
 __all__ = [
     "FloatNetwork",
@@ -97,23 +99,39 @@ class Preprocessing:
         """Build the value back from what `to_dict` returned.
 
         Raises:
-            FatError: If a field is missing or unknown.
+            FatError: If a field is missing, unknown, or holds what no network asks for.
         """
+        if not isinstance(fields, Mapping):
+            raise FatError(f"A preprocessing is a mapping of fields, not {str(fields)[:50]!r}.")
         given, known = set(fields), set(cls.__dataclass_fields__)
         if given != known:
             raise FatError(
                 f"A preprocessing has the fields {', '.join(sorted(known))}; "
                 f"missing: {sorted(known - given)}, unknown: {sorted(given - known)}."
             )
-        height, width = fields["size"]
-        return cls(
-            size=(int(height), int(width)),
-            mean=tuple(float(value) for value in fields["mean"]),
-            std=tuple(float(value) for value in fields["std"]),
-            interpolation=str(fields["interpolation"]),
-            crop_pct=float(fields["crop_pct"]),
-            crop_mode=str(fields["crop_mode"]),
-        )
+        try:
+            height, width = fields["size"]
+            found = cls(
+                size=(int(height), int(width)),
+                mean=tuple(float(value) for value in fields["mean"]),
+                std=tuple(float(value) for value in fields["std"]),
+                interpolation=str(fields["interpolation"]),
+                crop_pct=float(fields["crop_pct"]),
+                crop_mode=str(fields["crop_mode"]),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise FatError(f"The preprocessing is damaged: {first_line(error)}.") from error
+        for what, fine in (
+            ("size", all(1 <= side <= 8192 for side in found.size)),
+            ("mean", len(found.mean) == 3 and all(map(math.isfinite, found.mean))),
+            ("std", len(found.std) == 3 and all(0 < value < math.inf for value in found.std)),
+            ("crop_pct", 0.01 <= found.crop_pct <= 2.0),
+        ):
+            if not fine:
+                raise FatError(
+                    f"The preprocessing is damaged: its {what} is {getattr(found, what)}."
+                )
+        return found
 
 
 @dataclass(frozen=True)
@@ -434,6 +452,13 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
                 f"Type model.num_classes={found} (or null), or give other weights."
             )
         network = _build(name, found)
+    odd = {key: kind for key, given in names.items() if (kind := _odd(state[given], expected[key]))}
+    if odd:
+        listed = _some([f"{key} ({kind})" for key, kind in odd.items()])
+        raise FatError(
+            f"{path} holds {len(odd)} tensor(s) that are no plain numbers: {listed}. Save the "
+            "float weights as float32, float16 or bfloat16, and give that: model.weights=PATH."
+        )
     # num_batches_tracked may be absent: it counts training steps and is unused in eval mode.
     network.load_state_dict({key: state[given] for key, given in names.items()}, strict=False)
     return network
@@ -441,8 +466,11 @@ def _from_file(name: str, path: Path, num_classes: int | None) -> nn.Module:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict, never running code from the file."""
-    if not path.is_file():
-        what = "is a directory" if path.is_dir() else "does not exist"
+    try:
+        there, what = path.is_file(), "is a directory" if path.is_dir() else "does not exist"
+    except OSError as error:  # a name that is too long, for example
+        there, what = False, f"cannot be looked for ({error.strerror})"
+    if not there:
         raise FatError(
             f"The weights file {path} {what}. Type model.weights=PATH with a .safetensors or a "
             ".pth file, or model.weights=random."
@@ -452,6 +480,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             content: Any = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if part := torn_part(path):
+                log.warning(
+                    "The weights file %s may be damaged: the checksum of %s is another. torch.save "
+                    "stores checksums unless told not to.", path, part,
+                )  # fmt: skip
     # A damaged file makes the readers raise nearly anything: OSError, RuntimeError, EOFError,
     # UnpicklingError, KeyError, SafetensorError, …
     except Exception as error:
@@ -483,6 +516,19 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         for key, value in content.items()
         if isinstance(value, Tensor)
     }
+
+
+def _odd(given: Tensor, wanted: Tensor) -> str:
+    """What keeps a tensor from being copied into another with its values; "" for nothing."""
+    if given.is_quantized:
+        return "quantized"
+    if given.layout != torch.strided:
+        return "sparse"
+    if given.device.type == "meta":
+        return "without values"
+    if wanted.is_floating_point() and not given.is_floating_point():
+        return str(given.dtype).removeprefix("torch.")
+    return ""
 
 
 def _match(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, str] | None:

@@ -14,13 +14,13 @@ import torch
 import yaml
 
 from fat import distributed
-from fat.checkpoint import load
+from fat.checkpoint import check_finite, load
 from fat.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
 from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
 from fat.errors import FatError, first_line, no_run, unknown_name
 from fat.evaluate import evaluate
-from fat.files import check_writable, write_text
+from fat.files import check_writable, torn_part, write_text
 from fat.inputs import Target, make_data
 from fat.memory import keep_freed_memory
 from fat.models import Preprocessing
@@ -107,9 +107,18 @@ def read_config(directory: Path) -> RunConfig:
     if not path.is_file():
         raise no_run(directory, CONFIG)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8")
+        # FAT writes none, and a few lines of them stand for more than any memory holds.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise FatError(f"{path} was changed: it holds YAML aliases (*name). Write them out.")
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise FatError(f"{path} cannot be read: {first_line(error)}.") from error
+    if not isinstance(content, dict):
+        raise FatError(
+            f"{path} is damaged: it holds no options, but {str(content)[:50]!r}. Bring the file "
+            "back from a copy; .hydra/config.yaml beside it has what the run began with."
+        )
     return parse_run(content)
 
 
@@ -123,10 +132,37 @@ def read_metrics(directory: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FatError(f"{path} cannot be read: {first_line(error)}.") from error
-    return metrics
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        _check_metrics(metrics)
+    except (OSError, ValueError, RecursionError) as error:
+        raise FatError(
+            f"{path} is damaged: {first_line(error)}. Bring it back from a copy, or run again in "
+            "another directory: hydra.run.dir=DIR."
+        ) from error
+    found: dict[str, Any] = metrics
+    return found
+
+
+def _check_metrics(metrics: Any) -> None:
+    """Raise a ValueError unless what other files rely on is there, and of its kind."""
+    if not isinstance(metrics, dict):
+        raise ValueError(f"it holds no figures, but {str(metrics)[:50]!r}")
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "status": str, "float": dict, "calibrated": dict, "seconds": dict,
+        "trained": (dict, type(None)), "command": (str, type(None)),
+        "accuracy_drop": (int, float, type(None)),
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if key not in metrics or not isinstance(metrics[key], kind):
+            raise ValueError(f"its {key} is {str(metrics.get(key, 'missing'))[:50]!r}")
+    numbers = {f"seconds.{stage}": spent for stage, spent in metrics["seconds"].items()} | {
+        f"{stage}.{key}": metrics[stage].get(key, "missing")
+        for stage, keys in (("float", ("top1",)), ("calibrated", ("top1", "agreement")))
+        for key in keys
+    }
+    for key, value in numbers.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"its {key} is {str(value)[:50]!r}")
 
 
 def objective(metrics: Mapping[str, Any]) -> float:
@@ -193,6 +229,11 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         data_config.cache = "none"  # that of training images, which may be gone
         if (directory / IMAGES).is_file():
             data_config.index = str(directory / IMAGES)
+    elif data_config.image_size is not None or data_config.crop_pct is not None:
+        raise FatError(
+            "data.image_size and data.crop_pct are those that the run was made with: leave them "
+            "out."
+        )
     data = make_data(data_config, _target_of_run(student.origin), seed)
     device = device_of(config.trainer)
     return FinishedRun(directory, stored, student.to(device), data, data_config, device)
@@ -231,8 +272,17 @@ def load_checkpoint(student: Student, path: Path) -> None:
     if not path.is_file():
         raise FatError(f"There is no checkpoint {path}; a run keeps its own under checkpoints/.")
     try:
+        if part := torn_part(path):
+            raise ValueError(f"its part {part} is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        stored, state = content["fat"], content["state_dict"]
+        stored, origin = content["fat"], dict(content["fat"]["origin"])
+        prefix = "student."
+        state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in content["state_dict"].items()
+            if name.startswith(prefix)
+        }
+        check_finite(state)
         # Options that a checkpoint of an earlier version lacks have their defaults.
         stored_spec = QuantSpec.from_dict(stored["spec"]).to_dict()
     except Exception as error:  # torch.load raises nearly anything on a damaged file
@@ -240,7 +290,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
             f"{path} is no checkpoint of a FAT run, or it is damaged: {first_line(error)}"
         ) from error
     for what, theirs, ours in (
-        ("network", stored["origin"].get("name"), student.origin.get("name")),
+        ("network", origin.get("name"), student.origin.get("name")),
         ("quantization", stored_spec, student.spec.to_dict()),
     ):
         if theirs != ours:
@@ -248,10 +298,13 @@ def load_checkpoint(student: Student, path: Path) -> None:
                 f"{path} is of another {what} than the run: {_difference(theirs, ours)}. Give a "
                 "checkpoint from the run's own checkpoints/."
             )
-    prefix = "student."
-    student.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    )
+    try:
+        student.load_state_dict(state)
+    except RuntimeError as error:
+        raise FatError(
+            f"{path} does not fit the student of the run: {' '.join(str(error).split())[:300]} "
+            "Give a checkpoint from the run's own checkpoints/."
+        ) from error
 
 
 def set_up(trainer: TrainerConfig, seed: int) -> None:
@@ -289,12 +342,17 @@ def accelerator_of(trainer: TrainerConfig) -> str:
 
 
 def _target_of_run(origin: Mapping[str, Any]) -> Target:
-    classes = origin.get("classes")
-    return Target(
-        Preprocessing.from_dict(origin["preprocessing"]),
-        origin["num_classes"],
-        None if classes is None else tuple(classes),
-    )
+    try:
+        classes = origin.get("classes")
+        names = None if classes is None else tuple(map(str, classes))
+        return Target(
+            Preprocessing.from_dict(origin["preprocessing"]), int(origin["num_classes"]), names
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise FatError(
+            f"The student of the run does not say which images it takes ({first_line(error)}): "
+            "its file was changed. Run it again."
+        ) from error
 
 
 def _difference(theirs: Any, ours: Any) -> str:

@@ -159,6 +159,8 @@ def _distribution(override: Override, word: str) -> BaseDistribution:
             return IntDistribution(low, high, log=log)
         return FloatDistribution(float(low), float(high), log=log)
     if isinstance(given, RangeSweep):
+        if not given.step:
+            raise FatError(f"{word} goes nowhere: range(FROM,TO,STEP) needs a step that is not 0.")
         row = sorted(float(value) for value in given.range())
         if not row:
             raise FatError(f"{word} is empty: range(FROM,TO) ends before TO.")
@@ -447,7 +449,9 @@ def _asked(given: argparse.Namespace) -> tuple[list[str], int, int, Path]:
     try:
         notes = json.loads(path.read_text(encoding="utf-8"))
         words, seed, trials = list(notes["words"]), int(notes["seed"]), int(notes["trials"])
-    except (OSError, ValueError, KeyError) as error:
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError("words are no texts")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise FatError(
             f"{given.resume} is no directory of a search: {SEARCH} is missing or damaged. A "
             "search prints its directory at its start."

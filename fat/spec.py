@@ -346,8 +346,10 @@ class ReconstructSpec:
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("images", 1), ("batch_size", 1)):
             _whole(f"optim.reconstruction.{name}", getattr(self, name), least)
-        if not self.rate > 0.0:
-            raise FatError(f"optim.reconstruction.rate is {self.rate}; it must be above 0.")
+        if not 0.0 < self.rate < math.inf:
+            raise FatError(
+                f"optim.reconstruction.rate is {self.rate}; it must be above 0 and finite."
+            )
         if not 0.0 <= self.float_share <= 1.0:
             raise FatError(
                 f"optim.reconstruction.float_share is {self.float_share}; it must lie in 0…1."
@@ -462,8 +464,8 @@ class TrainSpec:
         rates = ("lr", "pointwise_lr", "rounding_lr", "bias_lr")
         for name in (*rates, "gradient_clip", "temperature"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise FatError(f"optim.{name} is {value}; it must be above 0.")
+            if value is not None and not 0 < value < math.inf:
+                raise FatError(f"optim.{name} is {value}; it must be above 0 and finite.")
         for name in ("feature_weight", "label_weight"):
             value = getattr(self, name)
             if not 0.0 <= value < float("inf"):

@@ -601,3 +601,36 @@ def test_realistic_networks_can_be_saved(tmp_path: Path) -> None:
         fat.calibrate(student, images)
         fat.save(student, tmp_path / act.__name__)
         same_outputs(student, fat.load(tmp_path / act.__name__), images)
+
+
+@pytest.mark.parametrize(
+    ("case", "wanted"),
+    [
+        (lambda c: c["student"]["modules"]["stem"]["options"]["map"].update(stride="x"), ""),
+        (lambda c: c["teacher"]["modules"]["stem"]["options"]["map"].update(groups=True), ""),
+        (lambda c: c["origin"].update(num_classes=7), "10 logits for 7 classes"),
+        (lambda c: c["origin"].update(preprocessing={"size": [10**6, 10**6]}), "its images are"),
+        (lambda c: c["origin"].update(preprocessing=3), ""),
+    ],
+)
+def test_a_student_that_cannot_run_is_refused_when_it_is_loaded(
+    path: Path, case: Callable[[dict[str, Any]], Any], wanted: str
+) -> None:
+    def with_size(content: dict[str, Any], _: Any) -> None:
+        content["origin"] = {"preprocessing": {"size": [16, 16]}}
+
+    rewrite(path, with_size)
+    assert fat.load(path)
+    rewrite(path, lambda content, _: case(content))
+    with pytest.raises(FatError, match=f"does not fit together: .*{wanted}"):
+        fat.load(path)
+
+
+def test_numbers_that_are_not_finite_are_named(path: Path) -> None:
+    def with_nan(_: Any, tensors: dict[str, Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith("weight"))
+        tensors[name] = torch.full_like(tensors[name], torch.nan)
+
+    rewrite(path, with_nan)
+    with pytest.raises(FatError, match="weight holds what are no finite numbers"):
+        fat.load(path)

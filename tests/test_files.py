@@ -6,9 +6,10 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from fat.errors import FatError
-from fat.files import check_writable, write_atomic, write_json, write_text
+from fat.files import check_writable, torn_part, write_atomic, write_json, write_text
 
 
 def test_makes_folders_and_returns_the_place(tmp_path: Path) -> None:
@@ -113,3 +114,20 @@ def test_check_writable(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FatError, match=r"Cannot write .*Choose another place"):
         check_writable(tmp_path / "file")
+
+
+def test_a_name_that_is_no_text_is_written_as_an_escape(tmp_path: Path) -> None:
+    write_text(tmp_path / "x", "cat\udcff.png")
+    assert (tmp_path / "x").read_bytes() == b"cat\\udcff.png"
+
+
+def test_a_zip_is_compared_with_its_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "x.pt"
+    torch.save({"x": torch.arange(1000)}, path)
+    assert torn_part(path) == ""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert torn_part(path).endswith("data/0")
+    path.write_bytes(b"no zip")
+    assert torn_part(path) == ""

@@ -431,3 +431,50 @@ def test_lite0_recognises_imagenet(lite0: FloatNetwork) -> None:
         logits = torch.cat([lite0.network(part) for part in images.split(25)])
     top1 = 100 * (logits.argmax(1) == labels).double().mean()
     assert 84 <= top1 <= 92
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (lambda t: t.to(torch.int64), "int64"),
+        (lambda t: t.to(torch.complex64), "complex64"),
+        (lambda t: t.to_sparse(), "sparse"),
+        (lambda t: t.to("meta"), "without values"),
+    ],
+)
+def test_tensors_that_are_no_plain_numbers_are_named(
+    tmp_path: Path, state: dict[str, torch.Tensor], change: Callable[..., torch.Tensor], kind: str
+) -> None:
+    key = next(key for key, value in state.items() if value.is_floating_point() and value.ndim == 4)
+    path = save(tmp_path / "w.pth", {**state, key: change(state[key])})
+    with pytest.raises(FatError, match=rf"no plain numbers: {key} \({kind}\)"):
+        load_float_network(SMALL, weights=path)
+
+
+def test_a_name_too_long_for_a_file_is_answered(tmp_path: Path) -> None:
+    with pytest.raises(FatError, match=r"cannot be looked for \(File name too long\)"):
+        load_float_network(SMALL, weights=str(tmp_path / ("a" * 5000)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        ("size", [32], "not enough values"),
+        ("size", [0, 32], "its size is"),
+        ("size", [10**6, 10**6], "its size is"),
+        ("mean", 3, "not iterable"),
+        ("mean", [0.5, 0.5], "its mean is"),
+        ("std", [0.0, 1.0, 1.0], "its std is"),
+        ("std", ["x", 1, 1], "could not convert"),
+        ("crop_pct", 1e12, "its crop_pct is"),
+        ("crop_pct", float("nan"), "its crop_pct is"),
+    ],
+)
+def test_a_preprocessing_that_no_network_has_is_refused(
+    field: str, value: object, wanted: str
+) -> None:
+    fields = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+              "crop_pct": 0.9, "crop_mode": "center"}  # fmt: skip
+    assert Preprocessing.from_dict(fields).size == (32, 32)
+    with pytest.raises(FatError, match=wanted):
+        Preprocessing.from_dict({**fields, field: value})

@@ -215,3 +215,46 @@ def test_what_is_kept_loads_no_code(
         content = torch.load(path, weights_only=True)  # raises on anything but plain containers
         if path.suffix == ".ckpt":
             assert QuantSpec.from_dict(content["fat"]["spec"]) == QuantSpec(bits=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (LAST, b""),
+        (LAST, b"no archive"),
+        (LAST, {"state_dict": {}}),
+        (LAST, "a bit"),
+        (START, "a bit"),
+        (START, {"whose": None, "content": {}}),
+    ],
+)
+def test_a_damaged_state_is_named_and_nothing_is_lost(
+    calibrated: Student, batches: list[Tensor], tmp_path: Path, name: str, content: Any
+) -> None:
+    train(calibrated, batches, tmp_path, epochs=1)
+    path = tmp_path / "checkpoints" / name
+    if content == "a bit":
+        changed = bytearray(path.read_bytes())
+        changed[len(changed) // 2] ^= 1
+        path.write_bytes(changed)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        if "whose" in content:
+            content["whose"] = torch.load(path, weights_only=True)["whose"]
+        torch.save(content, path)
+    before = checkpoints(tmp_path)
+    with pytest.raises(FatError, match=f"{name} cannot be"):
+        train(calibrated, batches, tmp_path, epochs=2 if name == START else 1, resume=True)
+    assert checkpoints(tmp_path) == before
+
+
+def test_damaged_lines_of_the_history_are_left_out(
+    calibrated: Student, batches: list[Tensor], tmp_path: Path
+) -> None:
+    train(calibrated, batches, tmp_path, epochs=1)
+    path = tmp_path / "history.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"\xff\xfe\nx,y,z\nstep,name,value\n3,cut off")
+    train(calibrated, batches, tmp_path, epochs=1, resume=True)
+    assert path.read_bytes() == whole

@@ -25,7 +25,11 @@ def config() -> RunConfig:
 
 def judged(directory: Path, status: str = "calibrated") -> dict[str, Any]:
     """Leave in a directory what a run leaves once it is calibrated."""
-    metrics = {"status": status, "seconds": {"load": 1.5}}
+    metrics = {
+        "status": status, "command": None, "float": {"top1": None}, "trained": None,
+        "calibrated": {"top1": None, "agreement": 90.0}, "accuracy_drop": None,
+        "seconds": {"load": 1.5},
+    }  # fmt: skip
     (directory / "metrics.json").write_text(json.dumps(metrics))
     return metrics
 
@@ -130,7 +134,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.json").write_text('{"a": 1')
     with pytest.raises(FatError, match=r"config\.yaml cannot be read"):
         read_config(tmp_path)
-    with pytest.raises(FatError, match=r"metrics\.json cannot be read"):
+    with pytest.raises(FatError, match=r"metrics\.json is damaged"):
         read_metrics(tmp_path)
     (tmp_path / "config.yaml").write_text("quant: {bitz: 4}\nmodel: {name: x}\n")
     with pytest.raises(FatError, match="bitz"):
@@ -156,3 +160,41 @@ def test_what_a_sweeper_makes_small(
         "trained": None if trained is None else {"agreement": trained},
     }
     assert objective(metrics) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", "holds no options, but 'None'"),
+        ("- a\n- b\n", "holds no options"),
+        ("model: !!python/object/apply:os.system [touch executed]\n", "cannot be read"),
+        ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "holds YAML aliases"),
+        ("&a {a: *a}\n", "holds YAML aliases"),
+    ],
+)
+def test_a_config_that_was_changed_is_refused(tmp_path: Path, text: str, wanted: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(FatError, match=wanted):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"status": None}, "its status is 'None'"),
+        ({"float": []}, "its float is"),
+        ({"calibrated": {"top1": None}}, "its calibrated.agreement is 'missing'"),
+        ({"seconds": {"load": "x"}}, "its seconds.load is 'x'"),
+        ({"accuracy_drop": "much"}, "its accuracy_drop is 'much'"),
+    ],
+)
+def test_metrics_that_were_changed_are_named(
+    tmp_path: Path, change: dict[str, Any], wanted: str
+) -> None:
+    metrics = judged(tmp_path) | change
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(FatError, match=wanted):
+        read_metrics(tmp_path)
+    (tmp_path / "metrics.json").write_text("[]")
+    with pytest.raises(FatError, match="it holds no figures"):
+        read_metrics(tmp_path)

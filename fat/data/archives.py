@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
                 count += 1
                 if found.isreg() and not found.issparse():
                     yield Member(found.name, found.offset_data, found.size)
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError) as error:  # sizes beyond any file
             raise _damaged(path, start, count, str(error)) from error
         # tarfile takes whatever is no header for the end.
         file.seek(tar.offset)
@@ -172,6 +173,13 @@ def _arrow_errors() -> tuple[type[Exception], ...]:
     return (pyarrow.ArrowException, OSError)
 
 
+def _regular(path: Path) -> BinaryIO:
+    """Open a file; what a pipe or a device gives has no end, so these are refused."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"{path} is no regular file")
+    return path.open("rb")
+
+
 class Reader:
     """Reads images below a root wherever they lie. Archives stay open, a few for each process.
 
@@ -209,12 +217,15 @@ class Reader:
         if place.row >= 0:
             return self._row(place)
         if place.offset < 0:
-            return (self.root / place.path).read_bytes()
+            with _regular(self.root / place.path) as file:
+                return file.read()
         # No position that threads, or processes after a fork, would share.
-        return os.pread(self._file(place.path).fileno(), place.size, place.offset)
+        archive = self._file(place.path).fileno()
+        left = max(0, os.fstat(archive).st_size - place.offset)
+        return os.pread(archive, min(place.size, left), place.offset) if left else b""
 
     def _file(self, path: str) -> BinaryIO:
-        file = self._files.pop(path, None) or (self.root / path).open("rb")
+        file = self._files.pop(path, None) or _regular(self.root / path)
         self._files[path] = file
         if len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)  # closed once no thread uses it any more

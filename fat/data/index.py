@@ -465,7 +465,8 @@ def _check_head(head: Mapping[str, Any]) -> None:
         raise ValueError(f"its format is {head['format']}, but {_FORMAT} is the one known here")
     if not isinstance(head["options"].get(PHOTO_TESTS, 1), int):
         raise ValueError(f"its option {PHOTO_TESTS} is {head['options'][PHOTO_TESTS]!r}")
-    if not all(isinstance(pair, list) and set(pair) <= set(SPLITS) for pair in head["shared"]):
+    pairs = [pair for pair in head["shared"] if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) < len(head["shared"]) or any(name not in SPLITS for p in pairs for name in p):
         raise ValueError(f"its shared splits are {head['shared']}")
 
 
@@ -477,4 +478,10 @@ def _record(row: Sequence[str]) -> Record:
         raise ValueError(f"unknown split {split!r}")
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"{sha256[:70]!r} is no SHA-256")
-    return Record(split, path, member, int(offset), int(size), int(place), name, int(label), sha256)
+    record = Record(
+        split, path, member, int(offset), int(size), int(place), name, int(label), sha256
+    )
+    numbers = (record.offset, record.size, record.row, record.label)
+    if not all(-(1 << 62) < number < 1 << 62 for number in numbers):
+        raise ValueError(f"{numbers} are no offset, size, row and label")
+    return record

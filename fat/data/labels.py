@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ LABEL_FILES = (
 
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
+_MOST_BYTES = 1 << 26  # a hundred times what the devkit's files have
 _WNID = re.compile(r"_n\d{8}$")
 
 Lines = Iterator[tuple[str, str]]  # stem and wnid (or class index) of each image
@@ -88,7 +90,10 @@ def _labels(path: Path, read: Callable[[Path], Lines], index: Mapping[str, int])
                 )
             labels[name] = index[given] if given in index else int(given)
     # Text in another encoding, a damaged tar.gz, or a meta.mat of other contents.
-    except (OSError, EOFError, ValueError, KeyError, TypeError, tarfile.TarError) as error:
+    except (
+        OSError, EOFError, ValueError, LookupError, TypeError, AttributeError, tarfile.TarError,
+        zlib.error, csv.Error,
+    ) as error:  # fmt: skip
         raise FatError(
             f"The label file {path} cannot be read: {error or type(error).__name__}. Copy it "
             "again, or remove it and bring another: " + "; ".join(LABEL_FILES) + "."
@@ -127,6 +132,9 @@ def _packed_devkit(path: Path) -> Lines:
         truth, meta = (tar.extractfile(f"{_DEVKIT}/data/{name}") for name in (_TRUTH, _META))
         assert truth is not None
         assert meta is not None
+        for name in (_TRUTH, _META):
+            if tar.getmember(f"{_DEVKIT}/data/{name}").size > _MOST_BYTES:
+                raise ValueError(f"{name} in it is larger than the devkit's")
         return _truth(truth.read().decode(), io.BytesIO(meta.read()))
 
 

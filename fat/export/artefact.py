@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fat.batches import Images, as_batches, split
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.evaluate import accuracy_drop
 from fat.export.target import Runtime
 from fat.metrics import Comparison
@@ -47,13 +47,18 @@ def judge(
     for batch in tqdm(as_batches(images), progress, disable=progress is None, leave=False):
         pixels, labels = split(batch)
         _check_size(runtime, pixels)
-        logits = runtime.run(pixels)[0]
+        logits = _logits(runtime, pixels)
         wanted = logits if reference is None else reference(pixels)
-        if logits.dim() != 2 or logits.shape != wanted.shape:
+        if logits.shape != wanted.shape:
             raise FatError(
                 f"The file gives results of shape {list(logits.shape)}, the float network "
                 f"{list(wanted.shape)} for the same images: they are not of one network, or not of "
                 "one number of classes."
+            )
+        if labels is not None and int(labels.max()) >= logits.shape[1]:
+            raise FatError(
+                f"The images have the class {int(labels.max())}, and the file gives "
+                f"{logits.shape[1]} logits: it is not of a network for these classes."
             )
         file.update(logits, wanted, labels)
         floats.update(wanted, wanted, labels)
@@ -69,6 +74,27 @@ def judge(
         "accuracy_drop": accuracy_drop(float_figures["top1"], figures["top1"]),
         "seconds": time.perf_counter() - started,
     }
+
+
+def _logits(runtime: Runtime, pixels: Tensor) -> Tensor:
+    """The file's first result, which must be numbers [N, classes]."""
+    try:
+        results = runtime.run(pixels)
+    except FatError:
+        raise
+    except Exception as error:  # runtimes have exceptions of their own, without a common class
+        raise FatError(
+            f"The file cannot be run on these images, {runtime.name} says: {first_line(error)} "
+            "It is damaged, or of another kind of network."
+        ) from error
+    found = "nothing" if not results else f"{results[0].dtype} {list(results[0].shape)}"
+    fits = bool(results) and results[0].dim() == 2 and len(results[0]) == len(pixels)
+    if not fits or not results[0].is_floating_point() or not results[0].shape[1]:
+        raise FatError(
+            f"The file gives {found} for {len(pixels)} images; a classifier gives float logits "
+            "[N, classes]."
+        )
+    return results[0]
 
 
 def _check_size(runtime: Runtime, pixels: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from fat.errors import FatError, unknown_name
+from fat.errors import FatError, first_line, unknown_name
 from fat.export.onnx import INT4_OPSET, Onnx
 from fat.export.target import Runtime, Target
 
@@ -64,6 +64,10 @@ def open_artefact(path: Path, runtime: str | None = None, *, threads: int | None
         raise unknown_name(f"runtime for {path.suffix} files", runtime, allowed)
     target = make_target(runtime or allowed[0])
     target.check()
+    try:
+        path.is_file()
+    except OSError as error:  # a name that is too long, for example
+        raise FatError(f"{first_line(error)}. Give the file with artefact=FILE.") from error
     return target.open(path, threads=threads)
 
 

@@ -68,9 +68,9 @@ def _constants(module: fx.GraphModule, counts: Mapping[fx.Node, Any]) -> dict[fx
         if node in known or not (node.op == "get_attr" or node.op.startswith("call")):
             continue
         reads = node.all_input_nodes
-        if reads or node.op in ("get_attr", "call_function"):
-            if all(source in known for source in reads):
-                known[node] = run_node(module, node, known)
+        made = reads or node.op in ("get_attr", "call_function")
+        if made and all(source in known for source in reads):
+            known[node] = run_node(module, node, known)
     return known
 
 

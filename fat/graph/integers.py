@@ -22,7 +22,7 @@ them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +31,18 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fat.graph.patterns import is_value_preserving, module_of
+from fat.graph.trace import layer_name
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 
-__all__ = ["IntegerInterpreter", "OnGrid", "in_integers", "requantize", "run_integers"]
+__all__ = [
+    "IntegerInterpreter",
+    "OnGrid",
+    "averages_pixels",
+    "in_integers",
+    "real_operations",
+    "requantize",
+    "run_integers",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,31 @@ class _Pair:
     kind: str
     first: OnGrid
     second: OnGrid
+
+
+def real_operations(network: fx.GraphModule) -> list[str]:
+    """Names of the operations that compute on real values, in the order of the graph.
+
+    Args:
+        network: A student's graph on which :func:`fat.graph.trace.mark_data` was run.
+    """
+    return [
+        layer_name(node)
+        for node in network.graph.nodes
+        if node.op.startswith("call")
+        and node.meta.get("data")
+        and not isinstance(module_of(network, node), (ActivationQuantizer, QuantLayer))
+        and not is_value_preserving(network, node)
+        and not _has_integer_form(network, node)
+    ]
+
+
+def _has_integer_form(network: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a sum, a product or a mean is one of those of the module's text."""
+    reads = node.all_input_nodes
+    if node.target in (operator.add, operator.mul):
+        return len(reads) == 2 and all(source.op != "get_attr" for source in reads)
+    return averages_pixels(node, module_of(network, node), reads[0].meta.get("shape") or ())
 
 
 def in_integers(quantizers: Iterable[ActivationQuantizer], layers: Iterable[QuantLayer]) -> bool:
@@ -108,7 +142,7 @@ class IntegerInterpreter(fx.Interpreter):
                 return _layer(module, first)
             if is_value_preserving(self.module, n):  # type: ignore[arg-type]
                 return _moved(self._call(n, lambda value: _values(value)), first)
-            if _is_global_mean(n, module, first):
+            if averages_pixels(n, module, first.values.shape):
                 return _pooled(n, first)
             second = given[1] if len(given) > 1 else None
             if isinstance(second, OnGrid) and n.target in (operator.add, operator.mul):
@@ -172,9 +206,9 @@ def _layer(layer: QuantLayer, x: OnGrid) -> _Accumulated:
     return _Accumulated(sums, scale)
 
 
-def _is_global_mean(node: fx.Node, module: nn.Module | None, x: OnGrid) -> bool:
-    """Whether a node averages over all of height and width."""
-    if x.values.dim() != 4:
+def averages_pixels(node: fx.Node, module: nn.Module | None, shape: Sequence[int]) -> bool:
+    """Whether a node averages what it reads, of some shape, over all of height and width."""
+    if len(shape) != 4:
         return False
     if isinstance(module, nn.AdaptiveAvgPool2d):
         return module.output_size in (1, (1, 1))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fat.errors import FatError
+from fat.errors import FatError, first_line
 from fat.report.reading import Run, find_runs, is_run, is_sweep, read_run, read_sweep
 from fat.report.run_page import write_run
 from fat.report.sweep_page import write_comparison, write_sweep
@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(page)
     except FatError as error:
         print(f"\nError: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        print(f"\nError: {first_line(error)}. Give the directory of a run.", file=sys.stderr)
         return 2
     return 0
 

@@ -94,8 +94,12 @@ def read_sensitivity(path: str | os.PathLike[str]) -> SensitivityReport:
         FatError: If there is none, or it is damaged, of another kind or of another version.
     """
     file = Path(path).expanduser()
-    file = file / JSON if file.is_dir() else file
-    if not file.is_file():
+    try:
+        file = file / JSON if file.is_dir() else file
+        found = file.is_file()
+    except OSError:  # a name that is too long, for example
+        found = False
+    if not found:
         raise FatError(
             f"There is no {file}. Measure a run of the network first: "
             "python evaluate.py run=DIR analysis=sensitivity."
@@ -103,7 +107,7 @@ def read_sensitivity(path: str | os.PathLike[str]) -> SensitivityReport:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         kind, version = content["format"], content["version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(file, error) from error
     if (kind, version) != (FORMAT, VERSION):
         raise FatError(
@@ -125,6 +129,9 @@ def read_sensitivity(path: str | os.PathLike[str]) -> SensitivityReport:
 def _row(stored: Mapping[str, Any]) -> TensorSensitivity:
     fields = {name: stored[name] for name in TensorSensitivity.__dataclass_fields__}
     fields["bits_db"] = {int(bits): float(db) for bits, db in stored["bits_db"].items()}
+    for name in ("position", "bits", "parameters", "biases"):
+        if type(fields[name]) is not int or fields[name] < 0:
+            raise ValueError(f"{name} of {stored['layer']} is {fields[name]!r}")
     if stored["kind"] == "weight" and set(fields["bits_db"]) != set(BITS):
         raise ValueError(f"bits_db of {stored['layer']} has {sorted(fields['bits_db'])}")
     return TensorSensitivity(**fields)

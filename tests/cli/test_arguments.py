@@ -124,3 +124,9 @@ def test_of_torchruns_processes_the_first_alone_has_a_directory(
     assert arguments(words) == [
         "seed=1", "hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", ["resume=", "sweep.resume=", "resume=''"])
+def test_an_empty_directory_is_a_shell_variable_that_was_not_set(word: str) -> None:
+    with pytest.raises(FatError, match="names no directory: type"):
+        arguments([word])

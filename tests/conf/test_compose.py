@@ -156,3 +156,35 @@ def test_every_job_of_every_sweep_composes(name: str) -> None:
         config = composed(f"sweep={name}", *job, *given)
         assert config.quant_spec().bits in range(2, 9)
         assert config.train_spec().trains
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["seed=-1"], "seed is -1; allowed: 0 to 4294967295, as in seed=0"),
+        (["data.workers=1000000000"], "data.workers is 1000000000; allowed: 0 to 1024"),
+        (["data.image_size=1000000"], "data.image_size is 1000000; allowed: 1 to 8192"),
+        (["data.flip=nan"], "data.flip is nan; allowed: 0 to 1"),
+        (["data.crop_scale=[0.5]"], r"data.crop_scale is \[0.5\]; it must be two numbers"),
+        (["data.crop_scale=${oc.env:HOME}"], "data.crop_scale: Invalid value assigned"),
+        (["data.batch_size=???"], "data.batch_size: Missing mandatory value"),
+        (["model.num_classes=0"], "model.num_classes is 0; allowed: 1 to 1000000"),
+        (["trainer.devices=0"], "trainer.devices is 0; allowed: 1 to 1024"),
+        (["trainer.threads=-1"], "trainer.threads is -1"),
+        (["trainer.checkpoint_every=nan"], "it must be a number of seconds from 0, or inf"),
+        (["trainer.precision=32"], "Unknown precision '32'. Did you mean '32-true'"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_begins(
+    words: list[str], wanted: str
+) -> None:
+    with pytest.raises(FatError, match=wanted):
+        composed(*words)
+
+
+def test_what_belongs_to_an_artefact_is_refused_beside_a_run() -> None:
+    with pytest.raises(
+        FatError, match=r"model\.name=resnet18 has no meaning without artefact=FILE"
+    ):
+        composed("run=x", "model.name=resnet18", name="evaluate")
+    assert composed("artefact=x", "model.name=resnet18", name="evaluate")

@@ -244,3 +244,21 @@ def test_a_fork_reads_the_same(tar: Path, parquet: Path) -> None:
         assert other.poll(30)
         assert other.recv() == [expected] * 20
         worker.join(30)
+
+
+def test_a_size_beyond_the_file_takes_no_memory(tar: Path) -> None:
+    (first, *_) = tar_members(tar)
+    rest = tar.stat().st_size - first.offset
+    found = Reader(tar.parent).read(Place("x.tar", offset=first.offset, size=1 << 60))
+    assert len(found) == rest
+    assert Reader(tar.parent).read(Place("x.tar", offset=1 << 60, size=1 << 60)) == b""
+
+
+def test_a_header_that_no_file_could_have_is_damage(tar: Path) -> None:
+    broken = bytearray(tar.read_bytes())
+    broken[124:136] = b"\x80" + b"\xff" * 11  # the first member's size
+    broken[148:156] = b" " * 8
+    broken[148:156] = f"{sum(broken[:512]):06o}\0 ".encode()
+    tar.write_bytes(broken)
+    with pytest.raises(FatError, match="damaged after"):
+        read_tar(tar)

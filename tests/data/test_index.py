@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -95,6 +96,13 @@ def test_damaged_files(tmp_path: Path, index: ImageIndex) -> None:
         (text.replace(sha, sha.upper()), "after 3 images: .* is no SHA-256"),
         (text.replace(",-1,-1,-1,", ",-1,-1,", 1), "8 columns, wanted 9"),
         (text.replace(",-1,-1,-1,", ",-1,x,-1,", 1), "after 0 images: invalid literal"),
+        (text.replace(",-1,-1,-1,", f",{9**30},-1,-1,", 1), "are no offset, size, row and label"),
+        (
+            text.replace('[["calibration", "train"]]', "[]").replace(
+                "# shared: []", '# shared: [["train"]]'
+            ),
+            "its shared splits are",
+        ),
     ):
         path.write_text(broken)
         with pytest.raises(FatError, match=message):
@@ -298,3 +306,11 @@ def test_copies_are_left_out_in_order_of_precedence() -> None:
     assert [r.name for r in gone] == ["2", "4"]
     assert [r.name for r in kept.records] == ["0", "1", "3", "5", "6"]
     kept.check_disjoint()
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "fifo"])
+def test_what_has_no_end_is_not_read(tmp_path: Path, place: str) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    endless = replace(record("train", "a"), path=place)
+    with pytest.raises(UnreadableImage, match="is no regular file"):
+        IndexSource([endless], tmp_path).load(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from students import structured, tiny_student
 
 import fat
 from fat import FatError, Student
+from fat.artefacts import _stored_target
 from fat.export.artefact import judge
 from fat.export.onnx import Onnx, OnnxRuntime
 from fat.export.target import Program
@@ -107,5 +109,30 @@ def test_a_file_that_gives_no_logits_is_refused(ours: OnnxRuntime, tmp_path: Pat
         onnx.helper.make_tensor_value_info(features.output[0], onnx.TensorProto.UINT8, None)
     )
     onnx.save(model, tmp_path / "features.onnx")
-    with pytest.raises(FatError, match=r"results of shape \[4, 3, 16, 16\]"):
+    with pytest.raises(FatError, match=r"gives torch.uint8 \[4, 3, 16, 16\] for 4"):
         judge(OnnxRuntime(tmp_path / "features.onnx"), structured(4, 16))
+
+
+def test_classes_beyond_the_logits_are_refused(ours: OnnxRuntime) -> None:
+    with pytest.raises(FatError, match="have the class 10, and the file gives 10 logits"):
+        judge(ours, [(structured(4, 16), torch.arange(7, 11))])
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        ({"fat.num_classes": "x"}, "invalid literal"),
+        ({"fat.num_classes": "-1"}, "fat.num_classes is -1"),
+        ({"fat.classes": "{}"}, "fat.classes is '{}'"),
+        ({"fat.preprocessing": "{"}, "property name"),
+        ({"fat.preprocessing": "[" * 100_000}, "recursion"),
+        ({"fat.preprocessing": "3"}, "is a mapping of fields"),
+    ],
+)
+def test_texts_in_a_file_are_checked(texts: dict[str, str], wanted: str) -> None:
+    fields = {"size": [16, 16], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+              "crop_pct": 0.9, "crop_mode": "center"}  # fmt: skip
+    stored = {"fat.preprocessing": json.dumps(fields), "fat.num_classes": "10"}
+    assert _stored_target(stored).num_classes == 10
+    with pytest.raises(FatError, match=wanted):
+        _stored_target({**stored, **texts})

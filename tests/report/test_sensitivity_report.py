@@ -70,6 +70,8 @@ def test_the_table_has_a_row_for_each_tensor(report: SensitivityReport, tmp_path
         (lambda text: text.replace('"alone_db"', '"alone"'), "'alone_db'"),
         (lambda text: text.replace('"8": ', '"9": '), "bits_db of blocks.0.conv_dw has"),
         (lambda text: text.replace('"bits_db": {}', '"bits_db": 3'), "AttributeError"),
+        (lambda text: text.replace('"biases": 0', '"biases": [1]', 1), r"biases of .* is \[1\]"),
+        (lambda text: "[" * 100_000, "RecursionError"),
     ],
 )
 def test_other_files_are_refused(
