@@ -7,7 +7,7 @@ inference each is one of a few plain layers, the ones that the passes know.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import timm.layers
 import timm.utils.model
@@ -34,7 +34,6 @@ __all__ = [
 
 _timm: Any = timm.layers  # only partly typed
 _utils: Any = timm.utils.model
-T = TypeVar("T", nn.Conv2d, nn.Linear)
 PARAMETERS = ("weight", "bias")
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 TOLERANCE = 1e-4
@@ -95,7 +94,8 @@ def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear |
     Returns:
         The layer; ``None`` if the weight is computed from images.
     """
-    given = {**dict(zip(("input", *PARAMETERS, *GEOMETRY), node.args, strict=False)), **node.kwargs}
+    names = ("input", *PARAMETERS, *GEOMETRY)
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     tensors = {key: constant_of(module, given.get(key)) for key in PARAMETERS}
     geometry = {key: given[key] for key in GEOMETRY if key in given}
     weight, bias = tensors["weight"], tensors["bias"]
@@ -104,28 +104,21 @@ def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear |
     if any(isinstance(value, fx.Node) for value in geometry.values()):
         return None
     if node.target is F.linear:
-        return _filled(nn.Linear(weight.shape[1], weight.shape[0], bias is not None), weight, bias)
-    channels = weight.shape[1] * geometry.get("groups", 1)
-    kernel: Any = tuple(weight.shape[2:])
-    layer = nn.Conv2d(channels, weight.shape[0], kernel, bias=bias is not None, **geometry)
-    return _filled(layer, weight, bias)
+        return _linear(weight, bias)
+    return _convolution(weight, bias, **geometry)
 
 
 def conv2d_of(layer: nn.Conv1d) -> nn.Conv2d:
     """The convolution of [N, C, 1, L] that a convolution of [N, C, L] amounts to."""
-    padding: Any = layer.padding if isinstance(layer.padding, str) else (0, *layer.padding)
-    wide = nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        (1, *layer.kernel_size),
-        (1, *layer.stride),
-        padding,
-        (1, *layer.dilation),
-        layer.groups,
-        layer.bias is not None,
-        layer.padding_mode,
+    return _convolution(
+        layer.weight.unsqueeze(2),
+        layer.bias,
+        stride=(1, *layer.stride),
+        padding=layer.padding if isinstance(layer.padding, str) else (0, *layer.padding),
+        dilation=(1, *layer.dilation),
+        groups=layer.groups,
+        padding_mode=layer.padding_mode,
     )
-    return _filled(wide, layer.weight.unsqueeze(2), layer.bias)
 
 
 def forward_of(layer: nn.ConvTranspose2d) -> nn.Conv2d:
@@ -137,18 +130,13 @@ def forward_of(layer: nn.ConvTranspose2d) -> nn.Conv2d:
     weight = layer.weight.detach()
     grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
     turned = grouped.reshape(layer.out_channels, -1, *weight.shape[2:]).flip(2, 3)
-    geometry: Any = {"dilation": layer.dilation, "groups": layer.groups}
-    channels: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
-    plain = nn.Conv2d(*channels, bias=layer.bias is not None, **geometry)
-    return _filled(plain, turned, layer.bias)
+    return _convolution(turned, layer.bias, dilation=layer.dilation, groups=layer.groups)
 
 
 def unpadded(layer: nn.Conv2d) -> nn.Conv2d:
     """The same convolution without its padding."""
-    geometry: Any = {key: getattr(layer, key) for key in GEOMETRY if key != "padding"}
-    channels: Any = (layer.in_channels, layer.out_channels, layer.kernel_size)
-    plain = nn.Conv2d(*channels, bias=layer.bias is not None, **geometry)
-    return _filled(plain, layer.weight, layer.bias)
+    geometry = {key: getattr(layer, key) for key in GEOMETRY if key != "padding"}
+    return _convolution(layer.weight, layer.bias, **geometry)
 
 
 @torch.no_grad()
@@ -190,28 +178,36 @@ def _built(
     layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, options: dict[str, Any], _: Tensor
 ) -> nn.Conv2d | nn.Linear | None:
     bias = options.get("bias")
-    plain: nn.Conv2d | nn.Linear
     if isinstance(layer, nn.Linear):
-        plain = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
-    else:
-        same = options["input"].shape != x.shape
-        geometry = {key: options.get(key, getattr(layer, key)) for key in GEOMETRY}
-        if same:
-            geometry["padding"] = 0
-        channels = weight.shape[1] * geometry["groups"]
-        kernel: Any = tuple(weight.shape[2:])
-        plain = nn.Conv2d(channels, weight.shape[0], kernel, bias=bias is not None, **geometry)
-        if same:
-            plain = SameConv2d(plain)
-            steps = (plain.stride, plain.dilation)
-            if options["input"].shape != pad_same(x, kernel, *steps).shape:  # type: ignore[arg-type]
-                return None
-    return _filled(plain, weight, bias)
+        return _linear(weight, bias)
+    geometry = {key: options.get(key, getattr(layer, key)) for key in GEOMETRY}
+    padded = options["input"].shape
+    if padded == x.shape:
+        return _convolution(weight, bias, **geometry)
+    plain = SameConv2d(_convolution(weight, bias, **{**geometry, "padding": 0}))
+    kernel, stride, dilation = (
+        (pair[0], pair[1]) for pair in (plain.kernel_size, plain.stride, plain.dilation)
+    )
+    return plain if padded == pad_same(x, kernel, stride, dilation).shape else None
 
 
-def _filled(layer: T, weight: Tensor, bias: Tensor | None) -> T:
+def _convolution(weight: Tensor, bias: Tensor | None, **geometry: Any) -> nn.Conv2d:
+    channels = weight.shape[1] * geometry.get("groups", 1)
+    kernel = (weight.shape[2], weight.shape[3])
+    layer = nn.Conv2d(channels, len(weight), kernel, bias=bias is not None, **geometry)
+    _fill(layer, weight, bias)
+    return layer
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+    _fill(layer, weight, bias)
+    return layer
+
+
+def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     layer.load_state_dict({"weight": weight} if bias is None else {"weight": weight, "bias": bias})
-    return layer.to(weight).eval().requires_grad_(False)
+    layer.to(weight).eval().requires_grad_(False)
 
 
 @torch.no_grad()

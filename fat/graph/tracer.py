@@ -14,7 +14,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import timm.layers
 import torch
@@ -49,10 +49,10 @@ class _Answers:
     """What a stand-in answers to questions about sizes."""
 
     node: fx.Node
-    tracer: SizeTracer
+    tracer: Any  # a SizeTracer
 
     def __getattr__(self, name: str) -> Any:
-        return _Attribute(self, name)
+        return _Attribute(cast(fx.Proxy, self), name)
 
     def __len__(self) -> int:
         return len(self._value())
@@ -66,10 +66,10 @@ class _Answers:
     def __float__(self) -> float:
         return float(self._value())
 
-    def __ceil__(self) -> int:
+    def __ceil__(self) -> Any:
         return math.ceil(self._value())
 
-    def __floor__(self) -> int:
+    def __floor__(self) -> Any:
         return math.floor(self._value())
 
     def __round__(self, digits: int | None = None) -> Any:
@@ -103,7 +103,8 @@ class SizeTracer(fx.Tracer):
     def __init__(self, size: tuple[int, int] | None = None) -> None:
         # timm's lists of what asks for sizes, and cannot be traced without them.
         functions = () if size else tuple(_timm.get_notrace_functions())
-        super().__init__(() if size else (math,), functions)
+        modules: Any = () if size else (math,)
+        super().__init__(modules, functions)
         self._whole = (nn.Conv2d, nn.Linear, _BatchNorm, *FROZEN_NORMS)
         self._whole += () if size else tuple(_timm.get_notrace_modules())
         self._size = size
@@ -143,7 +144,8 @@ class SizeTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Answer ``for``: as many stand-ins as there are items."""
-        return (obj[index] for index in range(len(self.ask(obj.node))))
+        items: Any = obj
+        return (items[index] for index in range(len(self.ask(obj.node))))
 
     def ask(self, node: fx.Node) -> Any:
         """What a node gives, for the network's forward, which goes another way without it."""
@@ -260,8 +262,8 @@ def _factories() -> Iterator[None]:
                 return original(*args, **kwargs)
             tracer = found[0].tracer
             assert isinstance(tracer, SizeTracer)
-            args, kwargs = fx.node.map_aggregate((args, kwargs), tracer.literal)  # type: ignore[assignment,arg-type]
-            return tracer.create_proxy("call_function", original, args, dict(kwargs))
+            told: Any = fx.node.map_aggregate((args, kwargs), tracer.literal)
+            return tracer.create_proxy("call_function", original, told[0], dict(told[1]))
 
         return call
 

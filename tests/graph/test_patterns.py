@@ -91,7 +91,7 @@ def test_operations_that_compute(name: str) -> None:
     [
         (nn.MaxPool2d(2), True), (nn.Flatten(), True), (nn.ZeroPad2d(1), True),
         (nn.ConstantPad2d(1, 0), True), (nn.ConstantPad2d(1, 2.0), False),
-        (nn.ReflectionPad2d(1), False), (nn.AvgPool2d(2), False), (nn.Conv2d(4, 4, 1), False),
+        (nn.ReflectionPad2d(1), True), (nn.AvgPool2d(2), False), (nn.Conv2d(4, 4, 1), False),
         (nn.PixelShuffle(2), True), (nn.Hardswish(), False), (nn.AdaptiveMaxPool2d(1), True),
     ],
 )  # fmt: skip
