@@ -1,6 +1,6 @@
 """Where a float network and its preprocessing come from: a file, a wheel, or timm's hub.
 
-The tracer aside, this is the only file that imports timm.
+The tracer and the plain layers aside, this is the only file that imports timm.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ ORDER = [
     "quant/functional", "quant/observers", "quant/init", "quant/thresholds", "quant/placement",
     "quant/quantizers",
     "models",
-    "graph/patterns",  # knows torch and the layers; the passes below ask it
-    "graph/trace", "graph/fold", "graph/insert", "graph/integers",
+    "graph/constants", "graph/patterns",  # knows torch and the layers; the passes below ask it
+    "graph/tracer", "graph/plain", "graph/trace", "graph/fold", "graph/insert", "graph/integers",
     "graph/groups", "graph/sensitivity", "graph/balance", "graph/equalize",
     "graph/features",
     "losses", "schedule", "metrics",
@@ -36,7 +36,7 @@ ORDER = [
 WHERE = {
     "hydra": {"fat/config.py", "fat/cli.py", "fat/search.py", "train.py", "evaluate.py"},
     "omegaconf": {"fat/config.py", "fat/cli.py", "fat/search.py", "train.py", "evaluate.py"},
-    "timm": {"fat/models.py", "fat/graph/trace.py"},
+    "timm": {"fat/models.py", "fat/graph/tracer.py", "fat/graph/plain.py"},
     "pytorch_lightning": {
         "fat/data/datamodule.py", "fat/module.py", "fat/callbacks.py", "fat/fit.py",
         "fat/finetune.py", "fat/loggers.py", "fat/runs.py", "fat/experiment.py",

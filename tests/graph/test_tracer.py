@@ -1,0 +1,133 @@
+"""Questions about sizes are answered, those about values are not; constants are computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fat.errors import FatError
+from fat.graph.trace import trace
+
+
+class Net(nn.Module):
+    """A forward that is a function, with a weight and a table to play with."""
+
+    def __init__(self, function: Callable[[Net, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.table = nn.Parameter(torch.randn(7))
+        self.register_buffer("index", torch.tensor([0, 2, 4, 6]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def branch(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return y[:, :, 1:] if y.shape[2] % 2 else F.pad(y, (1, 1))
+
+
+def loop(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    return torch.stack([y[:, :, row].mean(-1) for row in range(x.shape[2])], 1)
+
+
+def unpacked(net: Net, x: Tensor) -> Tensor:
+    n, c, h, w = net.conv(x).shape
+    assert h == w, "square images only"
+    return net.conv(x).reshape(n, c, h * w).transpose(1, 2)
+
+
+def counted(net: Net, x: Tensor) -> Tensor:
+    rows = math.ceil(x.shape[2] / 5) * 5
+    return F.interpolate(net.conv(x), size=(rows, int(x.size(3) * 0.5)))
+
+
+def listed(net: Net, x: Tensor) -> Tensor:
+    return net.conv(x).flatten(1) if len(x.shape) == 4 else x
+
+
+def positions(net: Net, x: Tensor) -> Tensor:
+    grid = torch.arange(x.shape[2], device=x.device, dtype=torch.float32).cos()
+    return net.conv(x) + grid[:, None]
+
+
+def counted_positions(net: Net, x: Tensor) -> Tensor:
+    ones = torch.ones(x.shape[0], 1, x.shape[2], x.shape[3])
+    return torch.cat([net.conv(x), ones.cumsum(2)], 1)
+
+
+def looked_up(net: Net, x: Tensor) -> Tensor:
+    return net.conv(x) * net.table[net.index].sigmoid().reshape(1, -1, 1, 1)
+
+
+ASKING = (branch, loop, unpacked, counted, listed, positions, counted_positions, looked_up)
+
+
+@pytest.mark.parametrize("function", ASKING)
+@pytest.mark.parametrize("side", [8, 9])
+def test_networks_that_ask_for_sizes_compute_the_same(
+    function: Callable[[Net, Tensor], Tensor], side: int
+) -> None:
+    torch.manual_seed(0)
+    net = Net(function).eval()
+    images = torch.randn(5, 3, side, side)
+    graph = trace(net, images)
+    for batch in (images, images[:1]):  # for any number of images
+        torch.testing.assert_close(graph(batch), net(batch))
+
+
+def test_a_network_that_asks_nothing_is_traced_for_any_size() -> None:
+    net = Net(lambda net, x: net.conv(x).mean((2, 3))).eval()
+    graph = trace(net, torch.randn(2, 3, 8, 8))
+    images = torch.randn(2, 3, 12, 10)
+    torch.testing.assert_close(graph(images), net(images))
+
+
+def test_what_sizes_tell_leaves_no_trace_in_the_graph() -> None:
+    graph = trace(Net(unpacked).eval(), torch.randn(2, 3, 8, 8))
+    (reshape,) = (node for node in graph.graph.nodes if node.target == "reshape")
+    assert reshape.args[2:] == (4, 64)
+    assert isinstance(reshape.args[1], torch.fx.Node)  # the number of images stays open
+
+
+@pytest.mark.parametrize("function", [positions, looked_up])
+def test_constants_are_one_tensor(function: Callable[[Net, Tensor], Tensor]) -> None:
+    graph = trace(Net(function).eval(), torch.randn(2, 3, 8, 8))
+    kinds = [node.op for node in graph.graph.nodes]
+    assert kinds == ["placeholder", "call_module", "get_attr", "call_function", "output"]
+    assert {name for name, _ in graph.named_buffers()} == {
+        str(node.target) for node in graph.graph.nodes if node.op == "get_attr"
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda net, x: net.conv(x) if x.max() > 0 else x, "decides on values"),
+        (lambda net, x: net.conv(x)[: int(x.mean())], "decides on values"),
+        (lambda net, x: net.conv(x) if x.shape[0] > 2 else x, "number of images"),
+        (lambda net, x: net.conv(x).reshape(x.shape[1], math.ceil(x.shape[0] / 2)), "number of im"),
+    ],
+)
+def test_other_questions_are_refused(function: Callable[[Net, Tensor], Tensor], said: str) -> None:
+    with pytest.raises(FatError, match=f"cannot be traced: .*{said}"):
+        trace(Net(function).eval(), torch.randn(2, 3, 8, 8))
+
+
+def test_without_a_size_the_question_is_named() -> None:
+    with pytest.raises(FatError, match="asks for sizes, and no size of images is known"):
+        trace(Net(branch).eval())
+
+
+def test_torch_is_as_it_was_afterwards() -> None:
+    before = torch.arange
+    with pytest.raises(FatError):
+        trace(Net(branch).eval())
+    assert torch.arange is before
