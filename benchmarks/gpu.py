@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--model mobilenet_v2] [--batch 128] [--dollars 2.50] [--full]
 
-* **Ceilings** of this device, measured first: bf16 matrix products (8192³) in TFLOP/s, and copies of
-  1 GB in GB/s. Mobile networks do few operations per byte, so it is the second that binds them.
+* **Ceilings** of this device, measured first: bf16 matrix products (8192³) in TFLOP/s, and copies
+  of 1 GB in GB/s. Mobile networks do few operations per byte, so it is the second that binds them.
 * **Steps** as in step.py, by turns, medians: float fine-tuning, the student's, the teacher's
   forward pass. ``of bytes`` is the least traffic a step could have, each layer's input, output and
   weight once forward and twice back in bf16, over what copies reach in that time; ``of FLOPs`` is
@@ -38,9 +38,7 @@ def main() -> None:
     options = parse()
     print(machine(options))
     flops, copied = ceilings(options)
-    print(
-        f"ceilings: {flops / 1e12:.1f} TFLOP/s in matrix products, {copied / 1e9:.0f} GB/s copied"
-    )
+    print(f"ceilings: {flops / 1e12:.3g} TFLOP/s of products, {copied / 1e9:.3g} GB/s of copies")
     print(FORM.format(*HEADINGS), flush=True)
     for model in options.model:
         given = setting(model, options)
@@ -87,7 +85,7 @@ def parse() -> argparse.Namespace:
 
 
 def ceilings(options: argparse.Namespace) -> tuple[float, float]:
-    """FLOP/s of matrix products and bytes/s of copies, read and written, that the device reaches."""
+    """FLOP/s of matrix products, and bytes/s that copies read and write, on this device."""
     cuda = options.device == "cuda"
     side, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a = torch.randn(side, side, device=options.device, dtype=dtype)

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -342,3 +343,22 @@ def test_onnxruntimes_own_tool_quantizes_the_same_network(
     times = export.medians(files, images[:1], repeats=1)
     assert set(times) == set(files)
     assert all(value > 0.0 for value in times.values())
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
+    result = subprocess.run(
+        [sys.executable, FOLDER / "gpu.py", "--device", "cpu", "--batch", "2", "--size", "32",
+         "--repeats", "1", "--model", "mobilenet_v2", "--threads", "1", "--dollars", "6"],
+        env={**os.environ, "PYTHONPATH": str(FOLDER.parent)},
+        capture_output=True, text=True, timeout=500, check=True,
+    )  # fmt: skip
+    lines = result.stdout.splitlines()
+    milliseconds = {line[20:42].strip(): float(line[42:52]) for line in lines[3:6]}
+    both = milliseconds["student, rounding"] + milliseconds["teacher alone"]
+    judged = 2 * 50_000 * milliseconds["teacher alone"]
+    minutes = 1e-3 * (250_000 * both + judged) / 60
+    told = re.search(r"computed: ([\d.]+) min, \$([\d.]+)", lines[6])
+    assert told is not None
+    assert float(told[1]) == pytest.approx(minutes, rel=0.02)
+    assert float(told[2]) == pytest.approx(float(told[1]) / 10, rel=0.01)
