@@ -108,8 +108,8 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
 
 
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    yield from imported("peers", monkeypatch)
+def qat_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from imported("qat_peers", monkeypatch)
 
 
 @pytest.fixture
@@ -126,10 +126,10 @@ def layers(module: nn.Module) -> list[nn.Module]:
 
 
 def test_peers_get_the_same_network(
-    peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor]
+    qat_peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor]
 ) -> None:
     network, images = same_padded
-    plain = peers._plain(network, images)
+    plain = qat_peers._plain(network, images)
     assert any(isinstance(layer, SameConv2d) for layer in layers(network))
     assert not any(isinstance(layer, SameConv2d) for layer in layers(plain))
     assert torch.equal(plain(images), network(images))
@@ -138,11 +138,11 @@ def test_peers_get_the_same_network(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "library"), [("Brevitas", "brevitas"), ("torchao", "torchao")])
 def test_a_peer_quantizes_every_layer(
-    peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor], name: str, library: str
+    qat_peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor], name: str, library: str
 ) -> None:
     pytest.importorskip(library)
     network, images = same_padded
-    model = peers.PEERS[name](network, images)
+    model = qat_peers.PEERS[name](network, images)
     result, expected = model(images), network(images)
     assert 0.0 < (result - expected).norm() / expected.norm() < 0.5
     result.square().mean().backward()
