@@ -24,6 +24,7 @@ at will. Results gather in ``--results``, from which the report is written.
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import os
@@ -38,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers_report import markdown, plot
 from tools.common import LOGITS, RESULT, SHIPPED
 
 import fat
@@ -53,6 +55,7 @@ from fat.models import load_float_network
 ROOT = Path(__file__).parents[1]
 TOOLS_FOLDER = Path(__file__).parent / "tools"
 RESULTS = Path(__file__).parent / "results" / "peers.json"
+PAGE, FIGURE = ROOT / "docs" / "benchmarks.md", Path("figures", "benchmarks.png")
 MODELS = {
     "efficientnet_lite0": "tf_efficientnet_lite0",
     "efficientnet_lite2": "tf_efficientnet_lite2",
@@ -397,6 +400,24 @@ def run_all(cells: Sequence[tuple[str, str, str]], options: argparse.Namespace) 
         print(f"    {said(cell)}", flush=True)
 
 
+def write_report(options: argparse.Namespace) -> None:
+    """docs/benchmarks.md and its figure, of all results."""
+    results = load_results(options.results)
+    labels = {name: tool.label for name, tool in TOOLS.items()}
+    scripts = dict.fromkeys(tool.script for tool in TOOLS.values())
+    recipes = {
+        name: ast.get_docstring(ast.parse((TOOLS_FOLDER / f"{name}.py").read_text())) or ""
+        for name in scripts
+    }
+    text = markdown(results, labels, MODELS, list(SETTINGS), PINS, recipes)
+    write_atomic(options.page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"Written: {options.page}")
+    try:
+        plot(results, labels, list(MODELS), list(SETTINGS), options.page.parent / FIGURE)
+    except ImportError:
+        print("No figure: pip install -e '.[plot]' brings matplotlib.")
+
+
 def machine(threads: int) -> str:
     """The processor, and how much of it a cell gets."""
     from step import machine_name
@@ -431,12 +452,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/peers"))
     parser.add_argument("--venvs", type=Path, help="where the environments lie; OUT/venvs")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE, help="the report")
     parser.add_argument("--retry", action="store_true", help="try failed cells once more")
     parser.add_argument("--report-only", action="store_true", help="write the report, run nothing")
     options = parser.parse_args(arguments)
     if options.data is None and not options.report_only:
         parser.error("--data DIR is needed: a folder with train/ and val/")
-    options.out = options.out.resolve()
+    options.out, options.page = options.out.resolve(), options.page.resolve()
     options.venvs = (options.venvs or options.out / "venvs").absolute()
     if options.data is not None:
         options.data = options.data.expanduser().resolve()
@@ -455,6 +477,7 @@ def main() -> None:
             for tool in options.tools
         ]
         run_all(cells, options)
+    write_report(options)
 
 
 if __name__ == "__main__":

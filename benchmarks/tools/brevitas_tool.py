@@ -78,14 +78,10 @@ def replace_relu6(example) -> None:
     """Quantize ReLU6 as ReLU6."""
     import brevitas.nn as qnn
     import torch
-    from brevitas.nn.quant_layer import QuantNonLinearActLayer
 
-    class QuantReLU6(QuantNonLinearActLayer):
-        def __init__(self, act_quant=qnn.QuantReLU, return_quant_tensor=False, **others) -> None:
-            super().__init__(
-                act_impl=torch.nn.ReLU6, passthrough_act=True, input_quant=None,
-                act_quant=act_quant, return_quant_tensor=return_quant_tensor, **others,
-            )  # fmt: skip
+    class QuantReLU6(qnn.QuantReLU):
+        def forward(self, images):
+            return super().forward(torch.clamp(images, max=6.0))
 
     original = example.create_quant_maps
 

@@ -73,6 +73,14 @@ class Job:
             peak_before_mb=before,
         )
 
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """CPU seconds of a part of it."""
+        cpu = time.process_time()
+        yield
+        stages = self.result.setdefault("stages", {})
+        stages[name] = time.process_time() - cpu  # type: ignore[index]
+
     def logits(self, values, name: str = LOGITS) -> None:
         """Keep logits [N, classes]."""
         import numpy as np

@@ -30,7 +30,7 @@ def main(job: Job) -> None:
     from nncf.quantization.advanced_parameters import QuantizationParameters
 
     core = ov.Core()
-    model = core.read_model(job.inputs / "float.onnx")
+    model = ov.convert_model(job.inputs / "float.onnx")
     images = job.array("train")[:IMAGES]
     path = job.out / "quantized.xml"
     other = job.bits != (8, 8) or not job.vector

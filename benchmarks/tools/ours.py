@@ -40,17 +40,21 @@ def main(job: Job) -> None:
     spec, recipe = config.quant_spec(), config.train_spec()
     path = job.out / "student.onnx"
     with job.timed():
-        examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
-        student = fat.prepare(source.network, examples or data.example_batch()[0], spec)
-        student.memo = LogitsMemo(student.teacher)
-        fat.calibrate(student, data.calibration_dataloader())
+        with job.stage("prepare"):
+            examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
+            student = fat.prepare(source.network, examples or data.example_batch()[0], spec)
+            student.memo = LogitsMemo(student.teacher)
+        with job.stage("calibrate"):
+            fat.calibrate(student, data.calibration_dataloader())
         if recipe.trains:
-            result = fat.fit(
-                student, data.train_dataloader(), validation=data.val_dataloader(), spec=recipe,
-                progress=False, seed=config.seed,
-            )  # fmt: skip
+            with job.stage("train"):
+                result = fat.fit(
+                    student, data.train_dataloader(), validation=data.val_dataloader(),
+                    spec=recipe, progress=False, seed=config.seed,
+                )  # fmt: skip
             job.note(training=asdict(result))
-        fat.export_onnx(student, path, data.val_dataloader())
+        with job.stage("export"):
+            fat.export_onnx(student, path, data.val_dataloader())
     images = torch.from_numpy(job.array("val"))
     with torch.no_grad():
         job.logits(torch.cat([student(batch) for batch in torch.split(images, 20)]))
