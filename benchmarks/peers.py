@@ -200,9 +200,12 @@ def python_of(venv: str | None, options: argparse.Namespace) -> str:
         "    name, _, wanted = pin.partition('==')\n"
         "    assert m.version(name).split('+')[0] == wanted, pin\n"
     )
-    if Path(python).exists() and not subprocess.run(
-        [python, "-c", check, *pins], capture_output=True, check=False
-    ).returncode:
+    if (
+        Path(python).exists()
+        and not subprocess.run(
+            [python, "-c", check, *pins], capture_output=True, check=False
+        ).returncode
+    ):
         return python
     print(f"{venv}: installing {', '.join(pins)} into {folder}", flush=True)
     for command in (
@@ -220,7 +223,10 @@ def python_of(venv: str | None, options: argparse.Namespace) -> str:
 
 def command(tool: str, model: str, setting: str) -> str:
     """What gives one cell again."""
-    return f"python benchmarks/peers.py --data DIR --tools {tool} --models {model} --settings {setting}"
+    return (
+        f"python benchmarks/peers.py --data DIR --tools {tool} --models {model} "
+        f"--settings {setting}"
+    )
 
 
 def run_cell(

@@ -60,7 +60,7 @@ def markdown(
         recipes: Name of a script → its docstring.
     """
     cells = list(results["cells"].values())
-    lines = [*HEAD, f"* **Machine**: {results['machine']}.", "", *summary(cells, models, settings)]
+    lines = [HEAD, f"* **Machine**: {results['machine']}.", "", *summary(cells, models, settings)]
     for model in models:
         for setting in settings:
             rows = [
@@ -87,33 +87,34 @@ def markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
-HEAD = (
-    "# Beside other tools",
-    "",
-    "<!-- written by benchmarks/peers.py; edit benchmarks/peers_report.py -->",
-    "",
-    "```bash",
-    "pip install -e '.[lite,plot]'",
-    "python benchmarks/peers.py --data DIR            # everything, for a day of one core; goes on where it was cut off",
-    "python benchmarks/peers.py --report-only         # this page again, from benchmarks/results/peers.json",
-    "```",
-    "",
-    "![Agreement and SQNR of every tool, by setting](figures/benchmarks.png)",
-    "",
-    "What every figure here was measured with:",
-    "",
-    "* **Networks**: EfficientNet-Lite0 and -Lite2 with their ImageNet weights, the same float network for all.",
-    "* **Images**: the same 500 of ImageNet's training set, without labels, for every tool; judged on 200 of the",
-    "  validation set, which nothing is chosen on. `DIR` holds `train/<wnid>/*.jpg` and `val/<wnid>/*.jpg`.",
-    "* **Figures**: top-1, its loss against float, agreement with the float network (± its standard error) and SQNR of the",
-    "  logits, all of the tool's own *simulation*; then the *file* that ships in its runtime (ONNX Runtime with",
-    "  `session.x64quantprecision=1`, or OpenVINO): agreement, SQNR, and how many of the convolutions and linear layers",
-    "  run as integer kernels. One image is half a point: rows within it are a tie.",
-    "* **Time**: CPU seconds on one core, from the loaded float network to the file that ships; the machine is shared, so",
-    "  its wall seconds say less (they are in the results file). Ours includes decoding its JPEG files and proving",
-    "  in ONNX Runtime that the file equals the simulation; *of that* tells the proof. Others get decoded images in memory.",
-    "* **Memory**: the largest resident set of the process until then, libraries included.",
-)  # fmt: skip
+HEAD = """# Beside other tools
+
+<!-- written by benchmarks/peers.py; edit benchmarks/peers_report.py -->
+
+```bash
+pip install -e '.[lite,plot]'
+python benchmarks/peers.py --data DIR      # goes on where it was cut off; a day of one core
+python benchmarks/peers.py --report-only   # this page, from benchmarks/results/peers.json
+```
+
+![SQNR of the logits of every tool against its CPU seconds, by setting](figures/benchmarks.png)
+
+What every figure here was measured with:
+
+* **Networks**: EfficientNet-Lite0 and -Lite2 with their ImageNet weights, the same for all tools.
+* **Images**: the same 500 of ImageNet's training set, without labels, for every tool; judged on 200
+  of the validation set, which nothing is chosen on. `DIR` holds `train/<wnid>/*.jpg` and
+  `val/<wnid>/*.jpg`.
+* **Figures**: top-1, what it lost against float, agreement with the float network (± its standard
+  error) and SQNR of the logits, all of the tool's own *simulation*; then the *file* that ships, in
+  its runtime (ONNX Runtime with `session.x64quantprecision=1`, or OpenVINO): agreement, SQNR, and
+  how many convolutions and linear layers run as integer kernels. One image is half a point: rows
+  within one image of the best are ties, and bold like it.
+* **Time**: CPU seconds on one core, from the loaded float network to the file that ships. The
+  machine is shared, so wall seconds say less (`seconds` in the results file). Ours includes
+  decoding JPEG files, and the proof in ONNX Runtime that the file equals the simulation; others get
+  decoded images in memory, and prove nothing.
+* **Memory**: the largest resident set of the process until then, libraries included."""
 
 
 def summary(
@@ -123,7 +124,7 @@ def summary(
     lines = [
         "## In short",
         "",
-        "| network, setting | best of the others | FAT, best | FAT within the time of the slowest other |",
+        "| network, setting | best of the others | FAT | FAT in the time of the slowest other |",
         "|---|---|---|---|",
     ]
     for model in models:
@@ -144,7 +145,11 @@ def summary(
                 rival += f"; {agree['simulation']['agreement']:.1f} % ({agree['tool']})"
             lines.append(
                 f"| {model}, {setting} | {rival} | {short(own)} ({own['tool']}) | "
-                + (f"{short(quick)} ({quick['tool']}, {quick['cpu_seconds']:.0f} s" if quick else "(none")
+                + (
+                    f"{short(quick)} ({quick['tool']}, {quick['cpu_seconds']:.0f} s"
+                    if quick
+                    else "(none"
+                )
                 + f" of {limit:.0f} s) |"
             )
     return lines
@@ -170,7 +175,8 @@ def spelled(setting: str) -> str:
 def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
     """A row for each recipe; the best of a column in bold, ties with it too."""
     lines = [
-        "| tool | top-1 | lost | agreement | SQNR | file: agreement | SQNR | integer layers | CPU s | MB |",
+        "| tool | top-1 | lost | agreement, % | SQNR, dB | file: agreement | SQNR | integer layers "
+        "| CPU s | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     found = [judged(cell) for cell in rows]
@@ -179,7 +185,9 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[
     for cell, figures in zip(rows, found, strict=True):
         name = labels[cell["tool"]]
         if figures is None:
-            what = f"refused: {cell['refused']}" if "refused" in cell else f"failed: {cell['failed']}"
+            what = (
+                f"refused: {cell['refused']}" if "refused" in cell else f"failed: {cell['failed']}"
+            )
             lines.append(f"| {name} | {escaped(what)} | | | | | | | | |")
             continue
         image = 100.0 / figures["images"]
@@ -250,7 +258,10 @@ def plot(
         before = sum(other.partition("-")[0] == family for other in marks)
         marks[tool] = markers[before % len(markers)]
     figure, axes = plt.subplots(
-        len(shown), len(used), figsize=(2.5 * len(used) + 1.9, 2.6 * len(shown) + 0.5), squeeze=False
+        len(shown),
+        len(used),
+        figsize=(2.5 * len(used) + 1.9, 2.6 * len(shown) + 0.5),
+        squeeze=False,
     )
     handles: dict[str, Any] = {}
     for row, model in enumerate(shown):

@@ -1,7 +1,7 @@
 """AIMET (aimet-torch), after its user guide "Post Training Quantization", by its calls.
 
-* All recipes: ``fold_all_batch_norms`` and cross-layer equalization by ``equalize_model``, which its
-  guide puts first (with ReLU6 it says that it leaves conv-ReLU6-conv alone), then
+* All recipes: ``equalize_model`` (batch norms folded, cross-layer equalization), which its guide
+  puts first (with ReLU6 it says that it leaves conv-ReLU6-conv alone), then
   ``QuantizationSimModel`` with the scheme ``min_max`` (its default), and ``compute_encodings`` on
   500 images. Vector: its file ``default_config_per_channel.json``; scalar: ``default_config.json``
   without its per-channel entries.
@@ -10,7 +10,9 @@
 * ``adaround``: ``Adaround.apply_adaround`` on 500 images in batches of 20, its encodings of weights
   frozen in the simulation. Iterations: 200 for each layer. Its default is 10,000 (15,000 under 8
   bits), which on one core takes most of a day.
-* What ships: ``sim.onnx.export``, its ONNX export with quantize and dequantize operators. A network
+* It puts no activation into one group with a depthwise convolution, so a quantizer sits before the
+  ReLU6 of each; that is its own design, and costs it most of what it loses at 8 bits.
+* What ships: ``aimet_torch.onnx.export``, its ONNX export with quantize and dequantize operators. A network
   that this fails for is judged by its simulation alone.
 """
 

@@ -5,11 +5,11 @@
   ``per_channel`` for one threshold per filter. For 4 bits its types QUInt4 and QInt4.
 * ``reduce_range`` stays off: it is advised for AVX2 without VNNI against saturation, which costs a
   bit of every weight; the files run with ``session.x64quantprecision=1`` instead, which is exact.
-* Recipes: ``minmax`` (the default), ``entropy`` and ``percentile``, the latter two with their default
-  numbers of bins and ``CalibPercentile`` 99.999.
+* Recipes: ``minmax`` (the default), ``entropy`` and ``percentile``, these with their default numbers
+  of bins and ``CalibPercentile`` 99.999.
 * One image at a time, ``CalibStridedMinMax`` 25: its calibrators otherwise hold every activation of
-  every image in memory. ``minmax`` sees all 500; ``entropy`` and ``percentile`` the first 100, since
-  their histograms take 1.5 s an image and 500 gave no more (percentile: 19.3 dB both).
+  every image in memory. ``minmax`` sees all 500; ``entropy`` and ``percentile`` the first 100: 500
+  took percentile five times as long and gave the same 97.0 %, 19.3 dB (Lite0, W8A8 vector).
 """
 
 from __future__ import annotations
