@@ -175,7 +175,7 @@ def spelled(setting: str) -> str:
 def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
     """A row for each recipe; the best of a column in bold, ties with it too."""
     lines = [
-        "| tool | top-1 | lost | agreement, % | SQNR, dB | file: agreement | SQNR | integer layers "
+        "| tool | top-1 | lost | agreement | SQNR | file: agreement | SQNR | integer layers "
         "| CPU s | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -199,8 +199,8 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[
         if figures["sqnr_db"] >= loudest - 0.05:
             noise = f"**{noise}**"
         lines.append(
-            f"| {name} | {figures['top1']:.1f} | {figures['top1_drop']:.1f} | {agreement} | {noise} "
-            f"| {shipped(cell)} | {seconds(cell)} | {cell['peak_mb']:.0f} |"
+            f"| {name} | {figures['top1']:.1f} | {figures['top1_drop']:.1f} | {agreement} "
+            f"| {noise} | {shipped(cell)} | {seconds(cell)} | {cell['peak_mb']:.0f} |"
         )
     return lines
 

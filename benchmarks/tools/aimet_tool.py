@@ -12,8 +12,8 @@
   bits), which on one core takes most of a day.
 * It puts no activation into one group with a depthwise convolution, so a quantizer sits before the
   ReLU6 of each; that is its own design, and costs it most of what it loses at 8 bits.
-* What ships: ``aimet_torch.onnx.export``, its ONNX export with quantize and dequantize operators. A network
-  that this fails for is judged by its simulation alone.
+* What ships: ``aimet_torch.onnx.export``, its ONNX export with quantize and dequantize operators.
+  Where it fails, the simulation alone is judged.
 """
 
 from __future__ import annotations

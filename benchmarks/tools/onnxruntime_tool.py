@@ -5,7 +5,7 @@
   ``per_channel`` for one threshold per filter. For 4 bits its types QUInt4 and QInt4.
 * ``reduce_range`` stays off: it is advised for AVX2 without VNNI against saturation, which costs a
   bit of every weight; the files run with ``session.x64quantprecision=1`` instead, which is exact.
-* Recipes: ``minmax`` (the default), ``entropy`` and ``percentile``, these with their default numbers
+* Recipes: ``minmax`` (the default), ``entropy`` and ``percentile``, these with their default number
   of bins and ``CalibPercentile`` 99.999.
 * One image at a time, ``CalibStridedMinMax`` 25: its calibrators otherwise hold every activation of
   every image in memory. ``minmax`` sees all 500; ``entropy`` and ``percentile`` the first 100: 500
