@@ -278,6 +278,9 @@ def plot(
                     color=colours[tool.partition("-")[0]], edgecolor="black", linewidth=0.5,
                 )  # fmt: skip
             axis.set_xscale("log")
+            axis.set_xlim(20, 2000)
+            axis.set_xticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+            axis.minorticks_off()
             axis.set_title(setting if row == 0 else "", fontsize=9)
             axis.grid(alpha=0.25)
             axis.tick_params(labelsize=7)

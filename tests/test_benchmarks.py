@@ -382,7 +382,7 @@ def test_our_recipes_compose(peers: ModuleType) -> None:
 
     with initialize_config_dir(str(FOLDER.parent / "conf"), version_base="1.3"):
         for setting, (weights, activations, granularity) in peers.SETTINGS.items():
-            for recipe in ("calibration", "paper", "quick", "best"):
+            for recipe in ("calibration", "paper", "swift", "quick", "best"):
                 quant = compose("train", overrides=peers.ours(recipe, setting)).quant
                 assert (quant.weight.bits or quant.bits) == weights, (recipe, setting)
                 assert (quant.activation.bits or quant.bits) == activations, (recipe, setting)
