@@ -121,8 +121,9 @@ TOOLS = _tools()
 
 
 SHORTER = {"swift": (10, 128), "quick": (40, 256)}
-"""The presets ``best_*`` with so many steps for each block, half as many again at 4 bits, on so many
-crops. Chosen by the loss on the 50 images that decide, which are of the training set."""
+"""Steps for each block, half as many again at 4 bits, and crops: otherwise the presets ``best_*``.
+
+The loss on the 50 training images that decide says that they are enough."""
 
 
 def ours(recipe: str, setting: str) -> list[str]:
