@@ -77,7 +77,10 @@ PINS = {
         "aimet-torch==2.42.0", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", *TORCH,
     ),
     "torchao": ("torchao==0.18.0", *TORCH),
-    "brevitas": ("brevitas==0.13.4", "onnx==1.23.2", "onnxscript==0.7.2", *TORCH),
+    "brevitas": (
+        "brevitas==0.13.4", "onnx==1.23.2", "onnxscript==0.7.2", "onnxoptimizer==0.4.2",
+        *TORCH,
+    ),
 }  # fmt: skip
 """What each environment has, beside what these need."""
 

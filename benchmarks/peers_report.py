@@ -71,6 +71,8 @@ def markdown(
             ]
             if rows:
                 lines += ["", f"## {model}, {spelled(setting)}", "", *table(rows, labels)]
+    done = {(cell["tool"], cell["model"], cell["setting"]) for cell in cells}
+    lines += ["", "## Not measured yet", "", *missing(done, labels, models, settings)]
     lines += ["", "## Commands", "", "Each cell by itself; `DIR` as above.", ""]
     order = [(tool, m, s) for m in models for s in settings for tool in labels]
     known = {(c["tool"], c["model"], c["setting"]): c for c in cells}
@@ -114,7 +116,13 @@ What every figure here was measured with:
   machine is shared, so wall seconds say less (`seconds` in the results file). Ours includes
   decoding JPEG files, and the proof in ONNX Runtime that the file equals the simulation; others get
   decoded images in memory, and prove nothing.
-* **Memory**: the largest resident set of the process until then, libraries included."""
+* **Memory**: the largest resident set of the process until then, libraries included.
+* **How recipes of ours were chosen**: `quick` was set before any of its figures was known. `swift` was
+  added, once and without a search, after the 200 images had judged `quick` and the others, to fit
+  into the time that those take. No step count was tried out on the 200.
+* **What is missing**: cells that were not measured are listed below; *best* and *slowest of the others*
+  are of those that were. AIMET's AdaRound and SeqMSE and Brevitas' GPTQ are the ones to expect more
+  of. Cells ran beside other work on the same two cores, some beside this repository's own tests."""
 
 
 def summary(
@@ -153,6 +161,22 @@ def summary(
                 + f" of {limit:.0f} s) |"
             )
     return lines
+
+
+def missing(
+    done: set[tuple[str, str, str]],
+    labels: Mapping[str, str],
+    models: Mapping[str, str],
+    settings: Sequence[str],
+) -> list[str]:
+    """What no figure here says anything about, the slowest and the best other among it perhaps."""
+    lines = []
+    for model in models:
+        for setting in settings:
+            left = [tool for tool in labels if (tool, model, setting) not in done]
+            if left:
+                lines.append(f"* {model}, {setting}: {', '.join(left)}")
+    return lines or ["Nothing is missing."]
 
 
 def short(cell: Mapping[str, Any]) -> str:
