@@ -126,7 +126,8 @@ TOOLS = _tools()
 SHORTER = {"swift": (10, 128), "quick": (40, 256)}
 """Steps for each block, half as many again at 4 bits, and crops: otherwise the presets ``best_*``.
 
-The loss on the 50 training images that decide says that they are enough."""
+Loss on the 50 images that decide, Lite0: W8A8 0.061 (quick), 0.074 (swift), 0.114 calibrated; W4A8
+0.41, 0.59, 1.49."""
 
 
 def ours(recipe: str, setting: str) -> list[str]:

@@ -117,12 +117,12 @@ What every figure here was measured with:
   decoding JPEG files, and the proof in ONNX Runtime that the file equals the simulation; others get
   decoded images in memory, and prove nothing.
 * **Memory**: the largest resident set of the process until then, libraries included.
-* **How recipes of ours were chosen**: `quick` was set before any of its figures was known. `swift` was
-  added, once and without a search, after the 200 images had judged `quick` and the others, to fit
-  into the time that those take. No step count was tried out on the 200.
-* **What is missing**: cells that were not measured are listed below; *best* and *slowest of the others*
-  are of those that were. AIMET's AdaRound and SeqMSE and Brevitas' GPTQ are the ones to expect more
-  of. Cells ran beside other work on the same two cores, some beside this repository's own tests."""
+* **How recipes of ours were chosen**: `quick` was set before any of its figures was known. `swift`
+  was added, once and without a search, after the 200 images had judged `quick` and the others, to
+  fit into the time that those take. No step count was tried out on the 200.
+* **What is missing**: cells that were not measured are listed below; *best of the others* and
+  *slowest other* are of those that were. AIMET's AdaRound and SeqMSE and Brevitas' GPTQ are the
+  ones to expect more of. Cells ran beside other work on the same two cores."""
 
 
 def summary(
