@@ -108,7 +108,7 @@ def _tools() -> dict[str, Tool]:
         "nncf": ("nncf_tool", ("fast", "accurate")),
         "aimet": ("aimet_tool", ("minmax", "adaround", "seqmse")),
         "torchao": ("torchao_tool", ("x86",)),
-        "brevitas": ("brevitas_tool", ("ptq", "gptq", "learnedround")),
+        "brevitas": ("brevitas_tool", ("ptq", "gptq")),
     }
     found = {
         f"{name}-{recipe}": Tool(script, recipe, name, f"{name} {recipe}")

@@ -11,7 +11,7 @@
   frozen in the simulation. Iterations: 200 for each layer. Its default is 10,000 (15,000 under 8
   bits), which on one core takes most of a day.
 * It puts no activation into one group with a depthwise convolution, so a quantizer sits before the
-  ReLU6 of each; that is its own design, and costs it most of what it loses at 8 bits.
+  ReLU6 of each; that is its own design. What it costs was not measured apart.
 * What ships: ``aimet_torch.onnx.export``, its ONNX export with quantize and dequantize operators.
   Where it fails, the simulation alone is judged.
 """
