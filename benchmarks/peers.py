@@ -1,106 +1,499 @@
-"""Networks as other frameworks prepare them for quantization-aware training, for step.py.
+"""What people quantize with today, beside FAT: same float networks, same images, one scorer.
 
-    pip install -e '.[peers]'
+    pip install -e '.[lite,plot]'
+    python benchmarks/peers.py --data DIR
+    python benchmarks/peers.py --data DIR --tools nncf-accurate --settings w8a8-vector
+    python benchmarks/peers.py --report-only
 
-Both get the folded float network and do what their documentation says: 8 bits, one threshold per
-filter for weights and one per tensor for activations, as the student's default.
+``DIR`` holds ``train/<wnid>/*.jpg``, which every tool may use in full and without labels, and
+``val/<wnid>/*.jpg``, which nothing is chosen on. Each tool gets an environment of its own with
+pinned versions (``--venvs``) and a script of ``tools/``, whose docstring says which of the tool's
+documented recipes it follows. A cell is one recipe on one network in one setting: a process of its
+own with ``--threads`` cores, stopped after ``--limit`` seconds.
+
+* Time: from the float network and the images in memory to the file that ships. Starting Python,
+  loading and judging are not counted. FAT reads its images from their JPEG files instead.
+* Memory: the most that the process held until then, Python and libraries included.
+* *simulation*: the tool's own fake-quantized network; *file*: what ships, in its runtime.
+* Both are scored here with :class:`fat.metrics.Comparison` against the float network's logits.
+
+Finished cells, failures too, are not run again (``--retry`` tries failures once more), so interrupt
+at will. Results gather in ``--results``, from which the report is written.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import argparse
+import ast
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from peers_report import markdown, plot
+from tools.common import LOGITS, RESULT, SHIPPED
 
-from fat.graph.patterns import module_of, source
-from fat.graph.trace import mark_data
-from fat.layers import SameConv2d, pad_same
+import fat
+from fat.config import DataConfig
+from fat.errors import FatError
+from fat.export.onnx import Onnx, OnnxRuntime
+from fat.export.target import Program
+from fat.files import write_atomic, write_json
+from fat.inputs import Target, make_data
+from fat.metrics import Comparison
+from fat.models import load_float_network
 
-__all__ = ["PEERS"]
+ROOT = Path(__file__).parents[1]
+TOOLS_FOLDER = Path(__file__).parent / "tools"
+RESULTS = Path(__file__).parent / "results" / "peers.json"
+PAGE, FIGURE = ROOT / "docs" / "benchmarks.md", Path("figures", "benchmarks.png")
+MODELS = {
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    "efficientnet_lite2": "tf_efficientnet_lite2",
+}
+SETTINGS = {
+    "w8a8-vector": (8, 8, "vector"),
+    "w8a8-scalar": (8, 8, "scalar"),
+    "w6a6-vector": (6, 6, "vector"),
+    "w4a8-vector": (4, 8, "vector"),
+    "w4a4-vector": (4, 4, "vector"),
+}
+"""Name → bits of weights, bits of activations, one threshold per filter (vector) or tensor."""
+
+TORCH = ("torch==2.14.1", "torchvision==0.29.1", "timm==1.0.31", "safetensors==0.8.0")
+PINS = {
+    "onnxruntime": ("onnxruntime==1.32.0", "onnx==1.23.2", "sympy==1.14.0"),
+    "nncf": ("nncf==3.4.0", "openvino==2026.4.1"),
+    "aimet": (
+        "aimet-torch==2.42.0", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", *TORCH,
+    ),
+    "torchao": ("torchao==0.18.0", *TORCH),
+    "brevitas": (
+        "brevitas==0.13.4", "onnx==1.23.2", "onnxscript==0.7.2", "onnxoptimizer==0.4.2",
+        *TORCH,
+    ),
+}  # fmt: skip
+"""What each environment has, beside what these need."""
 
 
-def brevitas(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """Graph flow of Brevitas: ``preprocess_for_quantize``, ``quantize``, calibration.
+@dataclass(frozen=True)
+class Tool:
+    """One recipe of one tool.
 
-    Weights have a scale per filter instead of its default, one per tensor. ReLU6 stays itself
-    instead of becoming ReLU, so that the network is the same. After calibration the scales of
-    activations are learned, biases are on the int32 grid.
+    Attributes:
+        script: The file of tools/ that runs it, without its suffix.
+        recipe: What the script calls it.
+        venv: The environment, a key of PINS; ``None`` is FAT's own.
+        label: What the report calls it.
     """
-    from brevitas.graph.calibrate import calibration_mode
-    from brevitas.graph.quantize import COMPUTE_LAYER_MAP, preprocess_for_quantize, quantize
-    from brevitas.quant import Int8WeightPerChannelFloat
 
-    layers = dict(COMPUTE_LAYER_MAP)
-    for kind in (nn.Conv2d, nn.Linear):
-        quantized, options = layers[kind]
-        layers[kind] = (quantized, {**options, "weight_quant": Int8WeightPerChannelFloat})
-    model = preprocess_for_quantize(_plain(network, images), relu6_to_relu=False)
-    model = quantize(model, compute_layer_map=layers).to(images.device)
-    with torch.no_grad(), calibration_mode(model):
-        model(images)
-    return model.train()
+    script: str
+    recipe: str
+    venv: str | None
+    label: str
 
 
-def torchao(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """PT2E flow of torchao: ``torch.export``, ``prepare_qat_pt2e`` with its x86 quantizer.
+def _tools() -> dict[str, Tool]:
+    peers = {
+        "onnxruntime": ("onnxruntime_tool", ("minmax", "entropy", "percentile")),
+        "nncf": ("nncf_tool", ("fast", "accurate")),
+        "aimet": ("aimet_tool", ("minmax", "adaround", "seqmse")),
+        "torchao": ("torchao_tool", ("x86",)),
+        "brevitas": ("brevitas_tool", ("ptq", "gptq")),
+    }
+    found = {
+        f"{name}-{recipe}": Tool(script, recipe, name, f"{name} {recipe}")
+        for name, (script, recipes) in peers.items()
+        for recipe in recipes
+    }
+    for recipe in ("calibration", "paper", "swift", "quick", "best"):
+        found[f"ours-{recipe}"] = Tool("ours", recipe, None, f"**FAT {recipe}**")
+    return found
 
-    Its moving averages of ranges stay on, as throughout a training by its documentation.
+
+TOOLS = _tools()
+
+
+SHORTER = {"swift": (10, 128), "quick": (40, 256)}
+"""Steps for each block, half as many again at 4 bits, and crops: otherwise the presets ``best_*``.
+
+Loss on the 50 images that decide, Lite0: W8A8 0.061 (quick), 0.074 (swift), 0.114 calibrated; W4A8
+0.41, 0.59, 1.49."""
+
+
+def ours(recipe: str, setting: str) -> list[str]:
+    """Overrides of train.py for one of our recipes."""
+    weights, activations, granularity = SETTINGS[setting]
+    given = {
+        "quant.bits": str(weights),
+        "quant.activation.bits": str(activations),
+        "quant.granularity": granularity,
+    }
+    if recipe == "best":
+        name = setting.removesuffix("-vector").replace("-", "_")
+        return [f"experiment=best_{name}"]
+    if recipe in SHORTER:
+        steps, images = SHORTER[recipe]
+        return [
+            *ours("best", setting),
+            f"optim.reconstruction.steps={steps * 3 // 2 if weights == 4 else steps}",
+            f"optim.reconstruction.images={images}",
+        ]
+    experiment = "calibration_only" if recipe == "calibration" else f"paper_{granularity}"
+    return [f"experiment={experiment}", *(f"{key}={value}" for key, value in given.items())]
+
+
+# ------------------------------------------------------------------------------------------ inputs
+
+
+def prepare(model: str, options: argparse.Namespace) -> Path:
+    """What all tools start from, as files: made once for each network.
+
+    ``train.npy`` and ``val.npy``, float32 [N, 3, H, W], normalised, the network's own evaluation
+    crop; ``labels.npy`` and ``float.npy`` (logits) of val; the float network as ``float.onnx``
+    (batch norms folded) and as ``weights.safetensors`` with timm's names.
     """
-    from torchao.quantization.pt2e import move_exported_model_to_train
-    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
-        X86InductorQuantizer,
-        get_default_x86_inductor_quantization_config,
+    from safetensors.torch import save_file
+
+    folder: Path = options.out / "inputs" / model
+    about = {"model": MODELS[model], "data": str(options.data), "seed": options.seed}
+    try:
+        if json.loads((folder / "inputs.json").read_text()) == about:
+            return folder
+    except (OSError, ValueError):
+        pass
+    folder.mkdir(parents=True, exist_ok=True)
+    source = load_float_network(MODELS[model])
+    config = DataConfig(
+        source="folder", root=str(options.data), calibration_images=10**6, workers=0
+    )
+    data = make_data(config, Target.of(source), options.seed)
+    train = [x for loader in (data.calibration_dataloader(), data.val_dataloader()) for x in loader]
+    val = list(data.test_dataloader())
+    with torch.no_grad():
+        logits = torch.cat([source.network(images) for images, _ in val])
+    student = fat.prepare(source.network, val[0][0][:2])
+    Onnx().write(Program(student.teacher, val[0][0]), folder / "float.onnx")
+    save_file(source.network.state_dict(), folder / "weights.safetensors")
+    np.save(folder / "train.npy", torch.cat([images for images, _ in train]).numpy())
+    np.save(folder / "val.npy", torch.cat([images for images, _ in val]).numpy())
+    np.save(folder / "labels.npy", torch.cat([labels for _, labels in val]).numpy())
+    np.save(folder / "float.npy", logits.numpy())
+    write_json(folder / "inputs.json", about)
+    return folder
+
+
+def python_of(venv: str | None, options: argparse.Namespace) -> str:
+    """The interpreter of an environment, which is made first where a pinned version is missing."""
+    if venv is None:
+        return sys.executable
+    folder = options.venvs / venv
+    python = str(folder / "bin" / "python")
+    pins = PINS[venv]
+    check = (
+        "import sys, importlib.metadata as m\n"
+        "for pin in sys.argv[1:]:\n"
+        "    name, _, wanted = pin.partition('==')\n"
+        "    assert m.version(name).split('+')[0] == wanted, pin\n"
+    )
+    if (
+        Path(python).exists()
+        and not subprocess.run(
+            [python, "-c", check, *pins], capture_output=True, check=False
+        ).returncode
+    ):
+        return python
+    print(f"{venv}: installing {', '.join(pins)} into {folder}", flush=True)
+    for command in (
+        [sys.executable, "-m", "venv", str(folder)],
+        [python, "-m", "pip", "install", "--quiet", *pins],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise FatError(f"{venv} cannot be installed: {last_line(done.stderr or done.stdout)}")
+    return python
+
+
+# ------------------------------------------------------------------------------------------- cells
+
+
+def command(tool: str, model: str, setting: str) -> str:
+    """What gives one cell again."""
+    return (
+        f"python benchmarks/peers.py --data DIR --tools {tool} --models {model} "
+        f"--settings {setting}"
     )
 
-    exported = torch.export.export(_plain(network, images), (images,)).module()
-    quantizer = X86InductorQuantizer()
-    quantizer.set_global(get_default_x86_inductor_quantization_config(is_qat=True))
-    model = prepare_qat_pt2e(exported, quantizer).to(images.device)
-    move_exported_model_to_train(model)
-    with torch.no_grad():
-        model(images)
-    return model
 
-
-PEERS: dict[str, Callable[[fx.GraphModule, Tensor], nn.Module]] = {
-    "Brevitas": brevitas,
-    "torchao": torchao,
-}
-"""Name → (folded float network, images) → network ready to be trained."""
-
-
-def _plain(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
-    """A copy in which "same" convolutions, which peers do not know, pad by fixed amounts."""
-    plain = copy.deepcopy(network)
-    mark_data(plain, images[:1])
-    for node in plain.graph.nodes:
-        layer, before = module_of(plain, node), source(node)
-        if not isinstance(layer, SameConv2d) or before is None:
-            continue
-        size = before.meta["shape"][2:]
-        padded = pad_same(
-            torch.empty(1, 1, *size), layer.kernel_size, layer.stride, layer.dilation
-        ).shape[2:]
-        rows, columns = padded[0] - size[0], padded[1] - size[1]
-        pad = nn.ZeroPad2d((columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        conv = nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            layer.stride,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
+def run_cell(
+    tool: str, model: str, setting: str, inputs: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Run one cell in a process of its own and score what it leaves; a failure is a cell too."""
+    about = TOOLS[tool]
+    weights, activations, granularity = SETTINGS[setting]
+    out = options.out / "cells" / f"{tool}-{model}-{setting}"
+    out.mkdir(parents=True, exist_ok=True)
+    for name in (RESULT, LOGITS, SHIPPED):
+        (out / name).unlink(missing_ok=True)
+    overrides = [
+        "data=folder", f"data.root={options.data}", f"model={model}", f"seed={options.seed}",
+        *(ours(about.recipe, setting) if about.venv is None else ()),
+    ]  # fmt: skip
+    job = {
+        "recipe": about.recipe,
+        "weight_bits": weights,
+        "activation_bits": activations,
+        "granularity": granularity,
+        "model": MODELS[model],
+        "inputs": str(inputs),
+        "out": str(out),
+        "threads": options.threads,
+        "seed": options.seed,
+        "overrides": overrides,
+    }
+    write_json(out / "job.json", job)
+    cell: dict[str, Any] = {
+        "tool": tool, "model": model, "setting": setting, "command": command(tool, model, setting),
+    }  # fmt: skip
+    if about.venv is None:
+        cell["train"] = " ".join(
+            ["python train.py data=folder data.root=DIR export=onnx", *overrides[2:]]
         )
-        conv.load_state_dict(layer.state_dict())
-        name = str(node.target)
-        plain.set_submodule(name, conv.to(layer.weight))
-        plain.set_submodule(f"{name}_pad", pad)
-        node.meta.pop("nn_module_stack", None)  # it names the old layer's class, torchao asks it
-        with plain.graph.inserting_before(node):
-            node.args = (plain.graph.call_module(f"{name}_pad", node.args),)
-    plain.recompile()
-    return plain
+    started = time.perf_counter()
+    try:
+        python = python_of(about.venv, options)
+        with (out / "output.log").open("w") as log:
+            done = subprocess.run(
+                [python, TOOLS_FOLDER / f"{about.script}.py", out / "job.json"],
+                cwd=out, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=options.limit,
+                env=environment(about, options.threads),
+            )  # fmt: skip
+        if done.returncode:
+            text = (out / "output.log").read_text(errors="replace")
+            return cell | {"failed": f"{last_line(text)} (exit status {done.returncode})"}
+        found = json.loads((out / RESULT).read_text())
+        if "refused" in found:
+            return cell | {"refused": found["refused"]}
+        return cell | found | score(out, inputs, found, options.threads)
+    except subprocess.TimeoutExpired:
+        return cell | {"failed": f"not finished after {options.limit:g} s", "timeout": True}
+    except (FatError, OSError, ValueError) as error:
+        return cell | {"failed": last_line(str(error))}
+    finally:
+        cell["process_seconds"] = time.perf_counter() - started
+
+
+def environment(tool: Tool, threads: int) -> dict[str, str]:
+    """Of a cell's process: no more threads than asked for, and FAT for FAT alone."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+    given = {**os.environ, **dict.fromkeys(names, str(threads))}
+    if tool.venv is None:
+        given["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])
+    else:
+        given.pop("PYTHONPATH", None)
+    return given
+
+
+def last_line(text: str) -> str:
+    """The last line that says something, in one line of at most 300 characters."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    line = (errors or lines or ["no output"])[-1]
+    return re.sub(r"\s+", " ", re.sub(r"(/[\w.+-]+){2,}/", "", line))[:300]
+
+
+def score(out: Path, inputs: Path, found: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """Figures of the simulation, and of the file that ships in its runtime."""
+    reference, labels = np.load(inputs / "float.npy"), np.load(inputs / "labels.npy")
+    simulated = np.load(out / LOGITS)
+    shipped: dict[str, Any] | None = None
+    if found.get("runtime") == "onnxruntime":
+        try:
+            file = OnnxRuntime(out / found["file"], threads=threads)
+        except FatError as error:  # a file that does not open costs the simulation nothing
+            unopened = {"export_failed": last_line(str(error)), "shipped": None}
+            return {"simulation": figures(simulated, reference, labels), **unopened}
+        images = torch.from_numpy(np.load(inputs / "val.npy"))
+        logits = torch.cat([file.run(part)[0] for part in torch.split(images, 1)]).numpy()
+        kernels = file.kernels()
+        shipped = {
+            "runtime": file.name,
+            "integer_layers": kernels.integer_layers,
+            "float_layers": len(kernels.float_layers),
+            "size_mb": (out / found["file"]).stat().st_size / 1e6,
+        }
+    elif (out / SHIPPED).is_file():  # run by the tool's own script
+        logits, shipped = np.load(out / SHIPPED), dict(found["shipped"])
+    if shipped is not None:
+        shipped |= figures(logits, reference, labels)
+        shipped["agrees_with_simulation"] = figures(logits, simulated, labels)["agreement"]
+    return {"simulation": figures(simulated, reference, labels), "shipped": shipped}
+
+
+def figures(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """What the report shows of logits [N, classes] beside the float network's."""
+    judged, exact = Comparison(), Comparison()
+    tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (logits, reference, labels)]
+    judged.update(*tensors)
+    exact.update(tensors[1], tensors[1], tensors[2])
+    found, floats = judged.compute(), exact.compute()
+    drop = None if found["top1"] is None else floats["top1"] - found["top1"]
+    return {
+        "top1": found["top1"], "top1_drop": drop, "agreement": found["agreement"],
+        "sqnr_db": found["sqnr_db"], "images": len(labels),
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------- results
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """What is known: ``cells`` by key, and the ``machine``."""
+    if not path.is_file():
+        return {"machine": "", "cells": {}}
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def key_of(tool: str, model: str, setting: str) -> str:
+    """A cell's name in the results."""
+    return f"{model} {setting} {tool}"
+
+
+def save_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write them, sorted, so that a diff shows what is new."""
+    text = json.dumps(rounded(results), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def rounded(value: Any) -> Any:
+    """Numbers with four decimals, which is more than they are good for."""
+    if isinstance(value, float):
+        return round(value, 4) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: rounded(child) for key, child in value.items()}
+    return [rounded(child) for child in value] if isinstance(value, list | tuple) else value
+
+
+def is_done(cell: Mapping[str, Any] | None, *, retry: bool) -> bool:
+    """Whether a cell needs no run."""
+    return cell is not None and not (retry and "failed" in cell)
+
+
+def run_all(cells: Sequence[tuple[str, str, str]], options: argparse.Namespace) -> None:
+    """Run what is missing, each result written as it comes."""
+    results = load_results(options.results)
+    waiting = [
+        cell
+        for cell in cells
+        if not is_done(results["cells"].get(key_of(*cell)), retry=options.retry)
+    ]
+    print(f"{len(cells)} cells, {len(cells) - len(waiting)} of them finished before.", flush=True)
+    spent: list[float] = []
+    for number, (tool, model, setting) in enumerate(waiting, 1):
+        left = ""
+        if spent:
+            minutes = sum(spent) / len(spent) * (len(waiting) - number + 1) / 60
+            left = f", about {minutes:.0f} min left"
+        print(f"{number} of {len(waiting)}{left}: {key_of(tool, model, setting)}", flush=True)
+        started = time.perf_counter()
+        cell = run_cell(tool, model, setting, prepare(model, options), options)
+        spent.append(time.perf_counter() - started)
+        results = load_results(options.results)  # another process may have added some
+        results["machine"] = machine(options.threads)
+        results["cells"][key_of(tool, model, setting)] = cell
+        save_results(options.results, results)
+        print(f"    {said(cell)}", flush=True)
+
+
+def write_report(options: argparse.Namespace) -> None:
+    """docs/benchmarks.md and its figure, of all results."""
+    results = load_results(options.results)
+    labels = {name: tool.label for name, tool in TOOLS.items()}
+    scripts = dict.fromkeys(tool.script for tool in TOOLS.values())
+    recipes = {
+        name: ast.get_docstring(ast.parse((TOOLS_FOLDER / f"{name}.py").read_text())) or ""
+        for name in scripts
+    }
+    text = markdown(results, labels, MODELS, list(SETTINGS), PINS, recipes)
+    write_atomic(options.page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"Written: {options.page}")
+    try:
+        plot(results, labels, list(MODELS), list(SETTINGS), options.page.parent / FIGURE)
+    except ImportError:
+        print("No figure: pip install -e '.[plot]' brings matplotlib.")
+
+
+def machine(threads: int) -> str:
+    """The processor, and how much of it a cell gets."""
+    from step import machine_name
+
+    return f"{machine_name()}, {threads} core{'s' if threads > 1 else ''} for each cell"
+
+
+def said(cell: Mapping[str, Any]) -> str:
+    """A cell in one line."""
+    if "simulation" not in cell:
+        return str(cell.get("refused") or cell.get("failed"))
+    judged = cell["simulation"]
+    return (
+        f"top-1 {judged['top1']:.1f}, agreement {judged['agreement']:.1f} %, "
+        f"{judged['sqnr_db']:.1f} dB, {cell['seconds']:.0f} s, {cell['peak_mb']:.0f} MB"
+    )
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/")
+    for name, known in (("tools", TOOLS), ("models", MODELS), ("settings", SETTINGS)):
+        parser.add_argument(f"--{name}", nargs="+", default=list(known), choices=known, metavar="X",
+                            help=", ".join(known))  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="cores that a cell gets")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=1800, help="seconds that a cell may take")
+    parser.add_argument("--out", type=Path, default=Path("outputs/peers"))
+    parser.add_argument("--venvs", type=Path, help="where the environments lie; OUT/venvs")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE, help="the report")
+    parser.add_argument("--retry", action="store_true", help="try failed cells once more")
+    parser.add_argument("--report-only", action="store_true", help="write the report, run nothing")
+    options = parser.parse_args(arguments)
+    if options.data is None and not options.report_only:
+        parser.error("--data DIR is needed: a folder with train/ and val/")
+    options.out, options.page = options.out.resolve(), options.page.resolve()
+    options.venvs = (options.venvs or options.out / "venvs").absolute()
+    if options.data is not None:
+        options.data = options.data.expanduser().resolve()
+    return options
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    options = parse()
+    if not options.report_only:
+        torch.set_num_threads(options.threads)
+        cells = [
+            (tool, model, setting)
+            for model in options.models
+            for setting in options.settings
+            for tool in options.tools
+        ]
+        run_all(cells, options)
+    write_report(options)
+
+
+if __name__ == "__main__":
+    main()

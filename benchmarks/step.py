@@ -11,7 +11,7 @@ weights: the cost does not depend on them).
 * ``student, W``: thresholds, biases and what ``--weights`` names are trained, with optimizer and
   projection as in :class:`fat.module.DistillModule`. The targets are known already.
 * ``teacher alone``: the forward pass that gives such targets, which a distillation adds.
-* ``--peers``: the training steps of Brevitas and torchao, see peers.py; they train all weights.
+* ``--peers``: the training steps of Brevitas and torchao, see qat_peers.py; they train all weights.
 
 Time: medians over ``--repeats`` rounds in this process; in each round the steps take turns, and the
 first round only warms up. The ratio is the median of each round's own ratio to float fine-tuning:
@@ -42,7 +42,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from peers import PEERS
+from qat_peers import PEERS
 from torch import Tensor, fx, nn
 from torch.optim import Adam, Optimizer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -109,8 +110,8 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
 
 
 @pytest.fixture
-def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    yield from imported("peers", monkeypatch)
+def qat_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from imported("qat_peers", monkeypatch)
 
 
 @pytest.fixture
@@ -127,10 +128,10 @@ def layers(module: nn.Module) -> list[nn.Module]:
 
 
 def test_peers_get_the_same_network(
-    peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor]
+    qat_peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor]
 ) -> None:
     network, images = same_padded
-    plain = peers._plain(network, images)
+    plain = qat_peers._plain(network, images)
     assert any(isinstance(layer, SameConv2d) for layer in layers(network))
     assert not any(isinstance(layer, SameConv2d) for layer in layers(plain))
     assert torch.equal(plain(images), network(images))
@@ -139,11 +140,11 @@ def test_peers_get_the_same_network(
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "library"), [("Brevitas", "brevitas"), ("torchao", "torchao")])
 def test_a_peer_quantizes_every_layer(
-    peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor], name: str, library: str
+    qat_peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor], name: str, library: str
 ) -> None:
     pytest.importorskip(library)
     network, images = same_padded
-    model = peers.PEERS[name](network, images)
+    model = qat_peers.PEERS[name](network, images)
     result, expected = model(images), network(images)
     assert 0.0 < (result - expected).norm() / expected.norm() < 0.5
     result.square().mean().backward()
@@ -362,3 +363,130 @@ def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
     assert told is not None
     assert float(told[1]) == pytest.approx(minutes, rel=0.02)
     assert float(told[2]) == pytest.approx(float(told[1]) / 10, rel=0.01)
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    for name in ("peers_report", "tools", "tools.common"):
+        sys.modules.pop(name, None)
+    yield from imported("peers", monkeypatch)
+
+
+def asked(peers: ModuleType, folder: Path, *arguments: str) -> argparse.Namespace:
+    options: argparse.Namespace = peers.parse([
+        "--data", str(folder), "--out", str(folder / "out"), "--results", str(folder / "r.json"),
+        "--page", str(folder / "page.md"), *arguments,
+    ])  # fmt: skip
+    return options
+
+
+def a_cell(tool: str, **figures: float) -> dict[str, object]:
+    """A finished one."""
+    judged = {"top1": 88.0, "top1_drop": 2.0, "agreement": 97.0, "sqnr_db": 19.0, "images": 200}
+    return {
+        "tool": tool, "model": "efficientnet_lite0", "setting": "w8a8-vector", "command": "again",
+        "seconds": 9.0, "cpu_seconds": 8.0, "peak_mb": 700.0,
+        "simulation": {**judged, **figures}, "shipped": None,
+    }  # fmt: skip
+
+
+def test_every_peer_is_pinned(peers: ModuleType) -> None:
+    used = {tool.venv for tool in peers.TOOLS.values()} - {None}
+    assert used == set(peers.PINS)
+    assert all("==" in pin for pins in peers.PINS.values() for pin in pins)
+    assert all((FOLDER / "tools" / f"{t.script}.py").is_file() for t in peers.TOOLS.values())
+
+
+def test_our_recipes_compose(peers: ModuleType) -> None:
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(FOLDER.parent / "conf"), version_base="1.3"):
+        for setting, (weights, activations, granularity) in peers.SETTINGS.items():
+            for recipe in ("calibration", "paper", "swift", "quick", "best"):
+                quant = compose("train", overrides=peers.ours(recipe, setting)).quant
+                assert (quant.weight.bits or quant.bits) == weights, (recipe, setting)
+                assert (quant.activation.bits or quant.bits) == activations, (recipe, setting)
+                assert quant.granularity == granularity, (recipe, setting)
+
+
+def test_the_scorer_counts_images_and_noise(peers: ModuleType) -> None:
+    reference = torch.eye(4).numpy() * 10
+    logits = reference.copy()
+    logits[3] = [1, 0, 0, 0]
+    found = peers.figures(logits, reference, torch.tensor([0, 1, 2, 3]).numpy())
+    assert (found["top1"], found["top1_drop"], found["agreement"]) == (75.0, 25.0, 75.0)
+    assert found["sqnr_db"] == pytest.approx(10 * math.log10(400 / 101))
+
+
+def test_finished_cells_are_not_run_again(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+
+    def run_cell(tool: str, *_: object) -> dict[str, object]:
+        runs.append(tool)
+        return {"tool": tool, "failed": "broken"} if tool == "nncf-fast" else a_cell(tool)
+
+    monkeypatch.setattr(peers, "run_cell", run_cell)
+    monkeypatch.setattr(peers, "prepare", lambda *_: tmp_path)
+    cells = [(t, "efficientnet_lite0", "w8a8-vector") for t in ("nncf-fast", "ours-quick")]
+    peers.run_all(cells, asked(peers, tmp_path))
+    peers.run_all(cells, asked(peers, tmp_path))
+    assert runs == ["nncf-fast", "ours-quick"]
+    peers.run_all(cells, asked(peers, tmp_path, "--retry"))
+    assert runs == ["nncf-fast", "ours-quick", "nncf-fast"]
+    assert peers.load_results(tmp_path / "r.json")["machine"].endswith("1 core for each cell")
+
+
+@pytest.mark.parametrize(
+    ("script", "key", "wanted"),
+    [
+        ("raise ValueError('no such bits\\nat all')", "failed", "ValueError: no such bits"),
+        ("import os; os.kill(os.getpid(), 9)", "failed", "no output (exit status -9)"),
+        ("import time; time.sleep(60)", "failed", "not finished after 1 s"),
+        (
+            "import json, pathlib, sys\njob = json.loads(pathlib.Path(sys.argv[1]).read_text())\n"
+            "pathlib.Path(job['out'], 'result.json').write_text(json.dumps({'refused': 'no W3'}))",
+            "refused", "no W3",
+        ),
+    ],
+)  # fmt: skip
+def test_a_failure_is_a_cell_with_its_message(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    script: str, key: str, wanted: str,
+) -> None:  # fmt: skip
+    (tmp_path / "ours.py").write_text(script)
+    monkeypatch.setattr(peers, "TOOLS_FOLDER", tmp_path)
+    options = asked(peers, tmp_path, "--limit", "1" if "sleep" in script else "60")
+    cell = peers.run_cell("ours-quick", "efficientnet_lite0", "w8a8-vector", tmp_path, options)
+    assert str(cell[key]).startswith(wanted)
+    assert "--tools ours-quick --models efficientnet_lite0" in cell["command"]
+
+
+def test_a_message_is_one_line_without_folders(peers: ModuleType) -> None:
+    text = "Traceback\n  File x\ntorch.SomeError: cannot open /home/me/x/y.onnx: bad\nwarning: late"
+    assert peers.last_line(text) == "torch.SomeError: cannot open y.onnx: bad"
+
+
+def test_the_report_tells_ties_failures_and_who_is_first(peers: ModuleType, tmp_path: Path) -> None:
+    cells = [
+        a_cell("nncf-fast", agreement=98.0, sqnr_db=18.0),
+        a_cell("ours-quick", agreement=98.5, sqnr_db=24.0) | {"cpu_seconds": 8.0},
+        a_cell("ours-best", agreement=99.0, sqnr_db=26.0) | {"cpu_seconds": 600.0},
+        {**a_cell("aimet-minmax"), "simulation": None, "failed": "a | b"},
+    ]
+    results = {"machine": "a machine", "cells": {str(c["tool"]): c for c in cells}}
+    peers.save_results(tmp_path / "r.json", results)
+    options = asked(peers, tmp_path, "--report-only")
+    peers.write_report(options)
+    page = options.page.read_text()
+    rows = {line.split(" | ")[0]: line for line in page.splitlines() if line.startswith("| ")}
+    assert "failed: a \\| b" in rows["| aimet minmax"]
+    assert "| **98.5 ± 0.9** | 24.0 |" in rows["| **FAT quick**"]  # within an image of the best
+    assert "| **99.0 ± 0.7** | **26.0** |" in rows["| **FAT best**"]
+    assert rows["| efficientnet_lite0, w8a8-vector"].endswith(
+        "| 98.0 %, 18.0 dB (nncf-fast) | 99.0 %, 26.0 dB (ours-best) | 98.5 %, 24.0 dB (ours-quick,"
+        " 8 s of 8 s) |"
+    )
+    assert "nncf==" in page
+    assert (tmp_path / "figures" / "benchmarks.png").stat().st_size > 1000

@@ -302,8 +302,7 @@ class Unsaveable(nn.Module):
         super().__init__()
         self.kind = kind
         self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
-        self.norm = nn.GroupNorm(2, 4)
-        self.gamma = nn.Parameter(torch.ones(4, 1, 1))
+        self.norm = nn.LocalResponseNorm(2)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
@@ -313,10 +312,8 @@ class Unsaveable(nn.Module):
             x = x.cumsum(1)
         elif self.kind == "module":
             x = self.norm(x)
-        elif self.kind == "tensor":
-            x = x * self.gamma
         elif self.kind == "attribute":
-            x = x.mT
+            x = x.real
         return self.head(x.mean((2, 3)))
 
 
@@ -325,8 +322,7 @@ class Unsaveable(nn.Module):
     [
         ("function", "'erf' is the function erf"),
         ("method", "'cumsum' is the tensor method cumsum"),
-        ("module", "'norm' is a GroupNorm"),
-        ("tensor", "'gamma' is a tensor of the network"),
+        ("module", "'norm' is a LocalResponseNorm"),
         ("attribute", "is the function getattr"),
     ],
 )
@@ -339,6 +335,36 @@ def test_an_operation_that_cannot_be_stored_is_named(
     with pytest.raises(FatError, match=names):
         fat.save(student, tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
+
+
+class Mixed(nn.Module):
+    """Real arithmetic, tensors by themselves and attributes, such as transformers have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.group, self.layer = nn.GroupNorm(2, 4), nn.LayerNorm(4)
+        self.gamma = nn.Parameter(torch.randn(4, 1, 1))
+        self.slope = nn.PReLU(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.slope(self.group(self.conv(x)) * self.gamma)
+        rows = self.layer(x.flatten(2).mT)
+        weights = torch.softmax(rows @ rows.transpose(1, 2), -1)
+        return self.head((weights @ rows).mean(1))
+
+
+def test_layers_that_compute_in_real_values_are_saved(images: Tensor, tmp_path: Path) -> None:
+    student = fat.prepare(Mixed().eval(), images)
+    fat.calibrate(student, images)
+    assert {name for name, _ in student.named_buffers()} >= {
+        "network.gamma", "network.group.weight", "network.layer.bias", "network.slope.weight",
+    }  # fmt: skip
+    fat.save(student, tmp_path / "s.safetensors")
+    loaded = fat.load(tmp_path / "s.safetensors")
+    with torch.no_grad():
+        assert torch.equal(loaded(images), student(images))
+        assert torch.equal(loaded.float_logits(images), student.float_logits(images))
 
 
 def test_what_can_be_saved_passes_the_check(student: Student) -> None:

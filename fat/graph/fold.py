@@ -88,6 +88,7 @@ def folded_into_next(
     return (wide * of_filters(factor)).to(weight.dtype), new_bias.to(weight.dtype)
 
 
+@torch.random.fork_rng(devices=[])  # new layers draw weights before they are given theirs
 def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
     """Fold in place and return what was done.
 

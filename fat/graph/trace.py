@@ -74,6 +74,7 @@ ARITHMETIC: dict[Callable[..., Any] | str, Callable[..., Any]] = {
 }
 
 
+@torch.random.fork_rng(devices=[])  # new layers draw weights before they are given theirs
 def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Return a canonical graph of a copy of the network.
 

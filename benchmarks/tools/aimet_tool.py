@@ -1,0 +1,107 @@
+"""AIMET (aimet-torch), after its user guide "Post Training Quantization", by its calls.
+
+* All recipes: ``equalize_model`` (batch norms folded, cross-layer equalization), which its guide
+  puts first (with ReLU6 it says that it leaves conv-ReLU6-conv alone), then
+  ``QuantizationSimModel`` with the scheme ``min_max`` (its default), and ``compute_encodings`` on
+  500 images. Vector: its file ``default_config_per_channel.json``; scalar: ``default_config.json``
+  without its per-channel entries.
+* ``minmax``: just that.
+* ``seqmse``: ``apply_seq_mse`` with its 20 candidates on 100 images, then ``compute_encodings``.
+* ``adaround``: ``Adaround.apply_adaround`` on 500 images in batches of 20, its encodings of weights
+  frozen in the simulation. Iterations: 200 for each layer. Its default is 10,000 (15,000 under 8
+  bits), which on one core takes most of a day.
+* It puts no activation into one group with a depthwise convolution, so a quantizer sits before the
+  ReLU6 of each; that is its own design. What it costs was not measured apart.
+* What ships: ``aimet_torch.onnx.export``, its ONNX export with quantize and dequantize operators.
+  Where it fails, the simulation alone is judged.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from common import Job, run
+
+BATCH = 20
+SEQMSE_IMAGES = 100
+ITERATIONS = 200
+
+
+def main(job: Job) -> None:
+    """Quantize, write, judge."""
+    import aimet_torch
+    import torch
+    from aimet_torch import onnx as aimet_onnx
+    from aimet_torch.adaround.adaround_weight import Adaround, AdaroundParameters
+    from aimet_torch.common.defs import QuantScheme
+    from aimet_torch.cross_layer_equalization import equalize_model
+    from aimet_torch.quantsim import QuantizationSimModel
+    from aimet_torch.seq_mse import apply_seq_mse
+    from plain import batches, logits, network
+
+    model = network(job).requires_grad_(True)
+    images = batches(job.array("train"), BATCH)
+    example = images[0][:1]
+    config = configuration(job, Path(aimet_torch.__file__).parent)
+    path = job.out / "quantized.onnx"
+    with job.timed():
+        equalize_model(model, dummy_input=example)
+        if job.recipe == "adaround":
+            model = Adaround.apply_adaround(
+                model,
+                example,
+                AdaroundParameters(images, len(images), default_num_iterations=ITERATIONS),
+                path=str(job.out),
+                filename_prefix="adaround",
+                default_param_bw=job.weight_bits,
+                default_quant_scheme=QuantScheme.min_max,
+                default_config_file=config,
+            )
+        sim = QuantizationSimModel(
+            model,
+            example,
+            quant_scheme=QuantScheme.min_max,
+            default_output_bw=job.activation_bits,
+            default_param_bw=job.weight_bits,
+            config_file=config,
+        )
+        if job.recipe == "adaround":
+            sim.set_and_freeze_param_encodings(str(job.out / "adaround.encodings"))
+        if job.recipe == "seqmse":
+            apply_seq_mse(sim, images[: SEQMSE_IMAGES // BATCH], num_candidates=20)
+
+        def forward(network: torch.nn.Module) -> None:
+            with torch.no_grad():
+                for batch in images:
+                    network(batch)
+
+        sim.compute_encodings(forward)
+        try:
+            aimet_onnx.export(
+                sim, (example,), str(path), input_names=["input"], output_names=["logits"],
+                opset_version=21 if min(job.bits) < 8 else 17, dynamo=False,
+            )  # fmt: skip
+            job.note(runtime="onnxruntime", file=path.name)
+        except Exception as error:  # whatever it raises, the simulation can still be judged
+            job.note(export_failed=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    job.logits(logits(sim.model, job.array("val")))
+    job.note(images=len(images) * BATCH)
+    job.finish("aimet-torch", "torch", "timm", "onnx")
+
+
+def configuration(job: Job, package: Path) -> str:
+    """The tool's file of defaults, with or without a threshold for each channel."""
+    folder = package / "common" / "quantsim_config"
+    if job.vector:
+        return str(folder / "default_config_per_channel.json")
+    config = json.loads((folder / "default_config.json").read_text())
+    config["defaults"]["per_channel_quantization"] = "False"
+    for kind in config.get("op_type", {}).values():
+        kind.pop("per_channel_quantization", None)
+    path = job.out / "config.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+run(main)

@@ -1,0 +1,117 @@
+"""What the scripts of this folder share: the job, the clock, memory, and what they hand back.
+
+A script gets the path of a job as its argument, a JSON file with
+
+* ``recipe``, ``weight_bits``, ``activation_bits``, ``granularity`` (vector, scalar): what to do,
+* ``inputs``: a folder with the float network and the images, see peers.py,
+* ``out``: the folder to write to, ``threads``, ``seed``,
+
+and leaves ``result.json`` there, with the logits that it gives for ``val.npy`` beside it. It needs
+numpy and what its tool needs, not FAT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+RESULT, LOGITS, SHIPPED = "result.json", "logits.npy", "shipped.npy"
+
+
+class Refused(Exception):
+    """The tool says that it cannot do this; its own words."""
+
+
+class Job:
+    """What is asked for, and what is found out on the way."""
+
+    def __init__(self, path: str | Path) -> None:
+        fields = json.loads(Path(path).read_text())
+        self.recipe: str = fields["recipe"]
+        self.weight_bits: int = fields["weight_bits"]
+        self.activation_bits: int = fields["activation_bits"]
+        self.vector: bool = fields["granularity"] == "vector"
+        self.inputs, self.out = Path(fields["inputs"]), Path(fields["out"])
+        self.threads: int = fields["threads"]
+        self.seed: int = fields["seed"]
+        self.fields = fields
+        self.result: dict[str, object] = {}
+        # Before any library counts the cores.
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-self.threads :])
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Of weights and of activations."""
+        return self.weight_bits, self.activation_bits
+
+    def array(self, name: str):
+        """One of the arrays of the inputs, in memory."""
+        import numpy as np
+
+        return np.load(self.inputs / f"{name}.npy")
+
+    def note(self, **fields: object) -> None:
+        """Add to the result."""
+        self.result.update(fields)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The quantization itself: from network and images in memory to the file that ships."""
+        before, wall, cpu = peak_mb(), time.perf_counter(), time.process_time()
+        yield
+        self.note(
+            seconds=time.perf_counter() - wall,
+            cpu_seconds=time.process_time() - cpu,
+            peak_mb=peak_mb(),
+            peak_before_mb=before,
+        )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """CPU seconds of a part of it."""
+        cpu = time.process_time()
+        yield
+        stages = self.result.setdefault("stages", {})
+        stages[name] = time.process_time() - cpu  # type: ignore[index]
+
+    def logits(self, values, name: str = LOGITS) -> None:
+        """Keep logits [N, classes]."""
+        import numpy as np
+
+        np.save(self.out / name, np.asarray(values, dtype=np.float32))
+
+    def finish(self, *packages: str) -> None:
+        """Write the result, with the versions of these packages."""
+        found = {}
+        for name in packages:
+            try:
+                found[name] = version(name)
+            except PackageNotFoundError:
+                continue
+        self.note(versions=found)
+        (self.out / RESULT).write_text(json.dumps(self.result, indent=1))
+
+
+def peak_mb() -> float:
+    """The most memory that this process ever held, in MB: VmHWM, which starts anew with exec."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def run(main) -> None:
+    """Call ``main`` with the job that the command line names; a refusal is a result."""
+    job = Job(sys.argv[1])
+    try:
+        main(job)
+    except Refused as error:
+        job.note(refused=str(error))
+        job.finish()

@@ -1,0 +1,65 @@
+"""FAT itself, by the calls that ``python train.py data=folder data.root=DIR export=onnx`` makes.
+
+The job's ``overrides`` are those of the command. Validation images, which decide what is kept, are
+50 of the 500 training images; the other 450 calibrate and train, read from their JPEG files as the
+command does, so decoding and random crops are part of the time. So is the proof that ONNX Runtime
+computes the student's integers with the file, on the 50.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from common import Job, run
+
+
+def main(job: Job) -> None:
+    """Quantize, write, judge."""
+    import torch
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    import fat
+    from fat.config import parse_run
+    from fat.inputs import Target, make_data
+    from fat.memo import LogitsMemo
+    from fat.models import load_float_network
+    from fat.runs import set_up
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    conf = Path(fat.__file__).parents[1] / "conf"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        composed = compose("train", overrides=job.fields["overrides"])
+    config = parse_run(OmegaConf.to_container(composed))
+    config.trainer.threads = job.threads
+    set_up(config.trainer, config.seed)
+    source = load_float_network(**asdict(config.model))
+    data = make_data(config.data, Target.of(source), config.seed)
+    spec, recipe = config.quant_spec(), config.train_spec()
+    path = job.out / "student.onnx"
+    with job.timed():
+        with job.stage("prepare"):
+            examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
+            student = fat.prepare(source.network, examples or data.example_batch()[0], spec)
+            student.memo = LogitsMemo(student.teacher)
+        with job.stage("calibrate"):
+            fat.calibrate(student, data.calibration_dataloader())
+        if recipe.trains:
+            with job.stage("train"):
+                result = fat.fit(
+                    student, data.train_dataloader(), validation=data.val_dataloader(),
+                    spec=recipe, progress=False, seed=config.seed,
+                )  # fmt: skip
+            job.note(training=asdict(result))
+        with job.stage("export"):
+            fat.export_onnx(student, path, data.val_dataloader())
+    images = torch.from_numpy(job.array("val"))
+    with torch.no_grad():
+        job.logits(torch.cat([student(batch) for batch in torch.split(images, 20)]))
+    job.note(images=len(data.train) + len(data.validation), runtime="onnxruntime", file=path.name)
+    job.finish("fat-quant", "torch", "timm", "onnx", "onnxruntime")
+
+
+run(main)
