@@ -172,7 +172,7 @@ def test_every_job_of_every_sweep_composes(name: str) -> None:
         (["trainer.devices=0"], "trainer.devices is 0; allowed: 1 to 1024"),
         (["trainer.threads=-1"], "trainer.threads is -1"),
         (["trainer.checkpoint_every=nan"], "it must be a number of seconds from 0, or inf"),
-        (["trainer.precision=32"], "Unknown precision '32'. Did you mean '32-true'"),
+        (["trainer.precision=32"], "Unknown precision '32'. Allowed: 32-true"),
     ],
 )
 def test_values_out_of_range_are_refused_before_anything_begins(
