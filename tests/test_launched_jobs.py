@@ -23,7 +23,21 @@ def config() -> RunConfig:
     return RunConfig(ModelConfig("a"), DataConfig("photos"))
 
 
-def touch(path: Path, seconds: float, text: str = '{"status": "finished"}') -> None:
+def touch(
+    path: Path,
+    seconds: float,
+    text: str = json.dumps(
+        {
+            "status": "finished",
+            "command": None,
+            "accuracy_drop": 0.0,
+            "seconds": {},
+            "float": {"top1": None},
+            "calibrated": {"top1": None, "agreement": 99.0},
+            "trained": None,
+        }
+    ),
+) -> None:
     """A file as if written so many seconds after sweep.json."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)

@@ -129,7 +129,19 @@ def test_what_fails_before_a_run_began_does_not_mark_a_finished_one(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.json").write_text('{"status": "finished"}')
+    (run / "metrics.json").write_text(
+        json.dumps(
+            {
+                "status": "finished",
+                "command": None,
+                "accuracy_drop": 0.0,
+                "seconds": {},
+                "float": {"top1": None},
+                "calibrated": {"top1": None, "agreement": 99.0},
+                "trained": None,
+            }
+        )
+    )
     OUTCOMES["run"] = FatError("holds a run of other options")
     with pytest.raises(FatError):
         run_job(config, run, resume=resume)
@@ -170,7 +182,19 @@ def test_progress_says_which_job_and_how_long(
     ):
         path = tmp_path / name
         path.parent.mkdir()
-        path.write_text('{"status": "finished"}')
+        path.write_text(
+            json.dumps(
+                {
+                    "status": "finished",
+                    "command": None,
+                    "accuracy_drop": 0.0,
+                    "seconds": {},
+                    "float": {"top1": None},
+                    "calibrated": {"top1": None, "agreement": 99.0},
+                    "trained": None,
+                }
+            )
+        )
         os.utime(path, (now + end, now + end))
     now += 600.0
     run_job(config, tmp_path / "2-a", sweep=job(tmp_path, 2))
