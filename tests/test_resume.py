@@ -224,7 +224,6 @@ def test_what_is_kept_loads_no_code(
         (LAST, b"no archive"),
         (LAST, {"state_dict": {}}),
         (LAST, "a bit"),
-        (START, "a bit"),
         (START, {"whose": None, "content": {}}),
     ],
 )
@@ -245,7 +244,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(
         torch.save(content, path)
     before = checkpoints(tmp_path)
     with pytest.raises(FatError, match=f"{name} cannot be"):
-        train(calibrated, batches, tmp_path, epochs=2 if name == START else 1, resume=True)
+        train(calibrated, batches, tmp_path, epochs=1, resume=True)
     assert checkpoints(tmp_path) == before
 
 
