@@ -103,8 +103,13 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         kind = type(root.get_submodule(where)).__name__ if tracer.path and where else ""
         raise FatError(
             f"'{where}' {f'({kind}) ' if kind else ''}cannot be traced: {error} "
-            "Its forward decides on the values or sizes of its input. Rewrite that line, or keep "
-            "the module whole with timm.layers.register_notrace_module(its class)."
+            "Its forward decides on the values or sizes of its input. "
+            + (
+                "Rewrite that line so that sizes alone decide."
+                if size
+                else "Rewrite that line, give example images, or keep the module whole with "
+                "timm.layers.register_notrace_module(its class)."
+            )
         ) from error
     module = fx.GraphModule(tracer.root, graph, type(network).__name__)
     _canonicalize(module, counts)
@@ -176,10 +181,7 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
     if isinstance(target, (nn.Identity, _DropoutNd)):
         _bypass(node)
     elif isinstance(target, (nn.Conv2d, nn.Linear)):
-        plain = plain_layer(name, target)
-        module.set_submodule(name, plain)
-        if isinstance(plain, nn.Conv2d) and plain.padding_mode != "zeros":
-            _pad_first(module, node, plain)
+        module.set_submodule(name, plain_layer(name, target))
     elif isinstance(target, (_BatchNorm, *FROZEN_NORMS)):
         _split_norm_and_activation(module, node, target)
     elif type(target) is nn.Conv1d:
@@ -188,6 +190,9 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
         _spread(module, node, target)
     elif hasattr(target, "inplace"):
         target.inplace = False  # type: ignore[assignment]  # the passes re-order and share tensors
+    layer = module.get_submodule(name)
+    if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
+        _pad_first(module, node, layer)
 
 
 def _split_norm_and_activation(module: fx.GraphModule, node: fx.Node, target: Any) -> None:

@@ -115,6 +115,12 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "anti-aliased pooling": lambda: chain(
         conv(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), timm.layers.BlurPool2d(8)
     ),
+    "padding in a circle, in one dimension": lambda: Parts(
+        lambda x, stem, conv, head: head(conv(stem(x).flatten(2))[..., None]),
+        stem=nn.Conv2d(3, 8, 3, 2, 1),
+        conv=nn.Conv1d(8, 8, 3, padding=1, padding_mode="circular"),
+        head=nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    ),
     "channel attention in one dimension": lambda: chain(timm.layers.EcaModule(8), conv(8, 8, 1)),
     "several branches": lambda: chain(
         timm.models.byobnet.RepVggBlock(8, 8), timm.models.byobnet.MobileOneBlock(8, 8, 3)
