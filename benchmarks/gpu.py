@@ -23,7 +23,18 @@ import time
 from collections.abc import Callable
 
 import torch
-from step import FLOAT, NETWORKS, STUDENT, TEACHER, Setting, forward, machine, make_step, setting
+from step import (
+    FLOAT,
+    NETWORKS,
+    STUDENT,
+    TEACHER,
+    Setting,
+    forward,
+    machine,
+    make_step,
+    setting,
+    wait,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -135,17 +146,11 @@ def median(step: Callable[[], object], options: argparse.Namespace) -> float:
 
 def timed(step: Callable[[], object], options: argparse.Namespace) -> float:
     """Seconds until a step is done on the device."""
-    wait(options)
+    wait(options.device)
     started = time.perf_counter()
     step()
-    wait(options)
+    wait(options.device)
     return time.perf_counter() - started
-
-
-def wait(options: argparse.Namespace) -> None:
-    """Wait until a GPU has done what it was given."""
-    if options.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def full(
@@ -164,7 +169,7 @@ def full(
         given.images.normal_()
         steps[TEACHER]()
         steps[TEACHER]()
-    wait(options)
+    wait(options.device)
     return time.perf_counter() - started
 
 

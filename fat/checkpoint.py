@@ -15,7 +15,6 @@ import operator
 import os
 import re
 from collections.abc import Callable, Mapping
-from operator import attrgetter
 from typing import Any
 
 import safetensors
@@ -27,10 +26,10 @@ from torch.nn import functional as F
 from fat.errors import FatError, first_line
 from fat.files import write_atomic
 from fat.graph.insert import QUANTIZERS, hold_constants, link_inputs
-from fat.graph.patterns import PRESERVING_METHODS
+from fat.graph.patterns import PRESERVING_METHODS, constant_of
 from fat.layers import ChannelClip, SameConv2d
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
-from fat.spec import Grid, QuantSpec
+from fat.spec import MOST_PIXELS, Grid, QuantSpec
 from fat.student import Student, freeze
 
 __all__ = ["check_finite", "check_saveable", "load", "save"]
@@ -39,8 +38,6 @@ FORMAT = "fat-student"
 VERSION = 3
 READABLE = (2, 3)
 """Version 2 has no constants."""
-MOST_PIXELS = 8192
-"""Images of more pixels a side are no images of a network."""
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{module}.{function.__name__}": function
@@ -86,8 +83,8 @@ MODULES: dict[str, type[nn.Module]] = {
         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
         nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.PixelShuffle,
         nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Unfold, nn.Fold, nn.Unflatten,
-        nn.LogSigmoid, nn.Softsign, nn.CELU, nn.SELU, nn.GLU, nn.Conv1d, nn.Conv2d,
-        nn.ConvTranspose2d, nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.PReLU, SameConv2d,
+        nn.LogSigmoid, nn.Softsign, nn.CELU, nn.SELU, nn.GLU, nn.Conv2d,
+        nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.PReLU, SameConv2d,
         ChannelClip,
     )
 }  # fmt: skip
@@ -248,16 +245,13 @@ def _describe(network: nn.Module, spec: QuantSpec) -> dict[str, Any]:
     used = {str(node.target) for node in network.graph.nodes if node.op == "call_module"}
     modules = {name: _describe_module(name, network.get_submodule(name)) for name in sorted(used)}
     constants = {
-        str(node.target): _describe_constant(attrgetter(str(node.target))(network))
+        str(node.target): {
+            "shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."),
+        }
         for node in network.graph.nodes
-        if node.op == "get_attr"
-    }
+        if (value := constant_of(network, node)) is not None
+    }  # fmt: skip
     return {"nodes": nodes, "modules": modules, "constants": constants}
-
-
-def _describe_constant(value: Tensor) -> dict[str, Any]:
-    """A tensor that the network uses by itself, without its values."""
-    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
 
 
 def _describe_target(node: fx.Node) -> str:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fat.errors import FatError, nearest, unknown_name
 from fat.spec import (
+    MOST_PIXELS,
     EqualizeSpec,
     FinetuneSpec,
     InitSpec,
@@ -38,7 +39,7 @@ TEACHERS = ("pretrained", "finetune")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Lightning's names of those that training works in."""
 # Above these a value is a slip of the finger, and would take the machine before anything failed.
-MOST_IMAGES, MOST_PIXELS, MOST_CLASSES = 100_000_000, 8192, 1_000_000
+MOST_IMAGES, MOST_CLASSES = 100_000_000, 1_000_000
 MOST_PROCESSES, MOST_SEED = 1024, 2**32 - 1
 
 

@@ -23,6 +23,8 @@ ScheduleName = Literal["cosine", "authors_code", "constant"]
 
 BITS = range(2, 9)
 EQUALIZATIONS = ("none", "depthwise", "cross_layer", "balanced", "exact")
+MOST_PIXELS = 8192
+"""Images of more pixels a side are a slip of the finger, or a file that was tampered with."""
 
 
 def _one_of(what: str, given: object, allowed: tuple[str, ...]) -> None:

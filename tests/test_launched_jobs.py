@@ -17,6 +17,7 @@ from fat import cli, sweeps
 from fat.config import DataConfig, ModelConfig, RunConfig
 from fat.errors import FatError
 from fat.sweeps import Sweep, failures, job_failed, jobs_of, run_job, start_sweep
+from tests.report.fake_runs import metrics
 
 
 def config() -> RunConfig:
@@ -26,17 +27,7 @@ def config() -> RunConfig:
 def touch(
     path: Path,
     seconds: float,
-    text: str = json.dumps(
-        {
-            "status": "finished",
-            "command": None,
-            "accuracy_drop": 0.0,
-            "seconds": {},
-            "float": {"top1": None},
-            "calibrated": {"top1": None, "agreement": 99.0},
-            "trained": None,
-        }
-    ),
+    text: str = json.dumps(metrics()),
 ) -> None:
     """A file as if written so many seconds after sweep.json."""
     path.parent.mkdir(parents=True, exist_ok=True)

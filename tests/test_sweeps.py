@@ -17,6 +17,7 @@ from fat.config import RunConfig
 from fat.errors import FatError
 from fat.sweeps import SHARED, SWEEP, Sweep, end_sweep, failures, run_job, start_sweep
 from tests.conf.test_compose import composed
+from tests.report.fake_runs import metrics
 
 Outcome = Callable[..., float]
 
@@ -129,19 +130,7 @@ def test_what_fails_before_a_run_began_does_not_mark_a_finished_one(
 ) -> None:
     run = tmp_path / "run"
     run.mkdir()
-    (run / "metrics.json").write_text(
-        json.dumps(
-            {
-                "status": "finished",
-                "command": None,
-                "accuracy_drop": 0.0,
-                "seconds": {},
-                "float": {"top1": None},
-                "calibrated": {"top1": None, "agreement": 99.0},
-                "trained": None,
-            }
-        )
-    )
+    (run / "metrics.json").write_text(json.dumps(metrics()))
     OUTCOMES["run"] = FatError("holds a run of other options")
     with pytest.raises(FatError):
         run_job(config, run, resume=resume)
@@ -182,19 +171,7 @@ def test_progress_says_which_job_and_how_long(
     ):
         path = tmp_path / name
         path.parent.mkdir()
-        path.write_text(
-            json.dumps(
-                {
-                    "status": "finished",
-                    "command": None,
-                    "accuracy_drop": 0.0,
-                    "seconds": {},
-                    "float": {"top1": None},
-                    "calibrated": {"top1": None, "agreement": 99.0},
-                    "trained": None,
-                }
-            )
-        )
+        path.write_text(json.dumps(metrics()))
         os.utime(path, (now + end, now + end))
     now += 600.0
     run_job(config, tmp_path / "2-a", sweep=job(tmp_path, 2))

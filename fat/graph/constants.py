@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,10 +22,7 @@ def run_node(root: nn.Module, node: fx.Node, known: Mapping[fx.Node, Any]) -> An
     """
     target: Any = node.target
     if node.op == "get_attr":
-        value: Any = root
-        for part in target.split("."):
-            value = getattr(value, part)
-        return value
+        return attrgetter(target)(root)
     args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
     if node.op == "call_module":
         return root.get_submodule(target)(*args, **kwargs)

@@ -7,6 +7,7 @@ inference each is one of a few plain layers, the ones that the passes know.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.layers
@@ -59,8 +60,9 @@ def plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linea
         return layer
     if type(layer) is _timm.Conv2dSame:
         return SameConv2d(layer)  # type: ignore[arg-type]
-    asked = _ask(layer, _noise(layer, 0))
-    plain = None if asked is None else _built(layer, *asked)
+    noise = _noise(layer, 0)
+    asked = _ask(layer, noise)
+    plain = None if asked is None else _built(layer, noise, asked)
     if plain is not None and all(_alike(layer, plain, _noise(layer, more)) for more in (0, 1)):
         return plain
     raise FatError(
@@ -94,8 +96,7 @@ def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear |
     Returns:
         The layer; ``None`` if the weight is computed from images.
     """
-    names = ("input", *PARAMETERS, *GEOMETRY)
-    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    given = _by_name(node.args, node.kwargs)
     tensors = {key: constant_of(module, given.get(key)) for key in PARAMETERS}
     geometry = {key: given[key] for key in GEOMETRY if key in given}
     weight, bias = tensors["weight"], tensors["bias"]
@@ -162,22 +163,25 @@ class _Asking(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _ask(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Any], Tensor] | None:
-    """Input, weight, what else, and result of the one call that a layer makes."""
+def _ask(layer: nn.Module, x: Tensor) -> dict[str, Any] | None:
+    """What a layer hands over in the one call that gives its result, by name."""
     with _Asking() as asking:
         result = layer(x)
     if len(asking.calls) != 1 or asking.calls[0][2] is not result:
         return None
     args, options, _ = asking.calls[0]
-    names = ("input", *PARAMETERS, *GEOMETRY)
-    options = {**dict(zip(names, args, strict=False)), **options}
-    return x, options.pop("weight"), options, result
+    return _by_name(args, options)
+
+
+def _by_name(args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of torch's convolution or linear function."""
+    return {**dict(zip(("input", *PARAMETERS, *GEOMETRY), args, strict=False)), **options}
 
 
 def _built(
-    layer: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, options: dict[str, Any], _: Tensor
+    layer: nn.Conv2d | nn.Linear, x: Tensor, options: dict[str, Any]
 ) -> nn.Conv2d | nn.Linear | None:
-    bias = options.get("bias")
+    weight, bias = options["weight"], options.get("bias")
     if isinstance(layer, nn.Linear):
         return _linear(weight, bias)
     geometry = {key: options.get(key, getattr(layer, key)) for key in GEOMETRY}

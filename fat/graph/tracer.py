@@ -222,11 +222,10 @@ class SizeTracer(fx.Tracer):
         self._answering = True
         try:
             for batch, known in zip(BATCHES, self._known, strict=True):
-                for earlier in node.graph.nodes:  # in order, so without recursion
-                    if earlier not in known:
-                        known[earlier] = self._tried(earlier, batch, known)
-                    if earlier is node:
-                        break
+                while node not in known:  # in the graph's order, on from the last that is known
+                    last = next(reversed(known), None)
+                    following = last.next if last else next(iter(node.graph.nodes))
+                    known[following] = self._tried(following, batch, known)
         finally:
             self._answering = False
         return [known[node] for known in self._known]
