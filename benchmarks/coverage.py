@@ -37,7 +37,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def main() -> None:
     done = {name for name, row in results.items() if not (options.failed and row["error"])}
     missing = [name for name in names if options.again or name not in done]
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(missing), desc="Networks") as bar:
-        for row in pool.map(lambda name: run(name, options), missing):
+        for done_row in as_completed([pool.submit(run, name, options) for name in missing]):
+            row = done_row.result()
             results[row["network"]] = row
             keep(results)
             bar.update()
