@@ -60,6 +60,7 @@ from fat.module import DistillModule
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/coverage.json"
+SMALLEST = ROOT / "benchmarks/results/smallest.json"
 PAGE = ROOT / "docs/coverage.md"
 STAGES = ("trace", "fold", "equalize", "insert", "calibrate", "train", "save", "export")
 LEAST_DB = 80.0
@@ -100,7 +101,7 @@ def main() -> None:
         print(json.dumps(check(options.one, options.size)))
         return
     results = read()
-    names = options.models or sorted({*smallest(), *(n for n in MOBILE if timm.is_model(n))})
+    names = options.models or sorted({*smallest(), *MOBILE})
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         sys.exit(f"timm {timm.__version__} has no network {unknown[0]}")
@@ -286,13 +287,15 @@ def demand(condition: bool, otherwise: str) -> None:
 
 
 def smallest() -> list[str]:
-    """The network of fewest parameters of each of timm's modules."""
-    found = []
-    for module in tqdm(timm.list_modules(), desc="timm's modules", leave=False):
-        names = timm.list_models(module=module)
-        with torch.device("meta"):
-            found.append(min(names, key=parameters))
-    return found
+    """The network of fewest parameters of each of timm's modules; kept, for it takes minutes."""
+    stored = json.loads(SMALLEST.read_text()) if SMALLEST.is_file() else {}
+    if stored.get("timm") != timm.__version__:
+        modules = tqdm(timm.list_modules(), desc="Smallest network of timm's modules")
+        found = [min(timm.list_models(module=module), key=parameters) for module in modules]
+        stored = {"timm": timm.__version__, "networks": found}
+        text = json.dumps(stored, indent=1) + "\n"
+        write_atomic(SMALLEST, lambda path: path.write_text(text))
+    return list(stored["networks"])
 
 
 def parameters(name: str) -> float:
