@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.cli.running import ROOT, command
+from tests.cli.running import ROOT, command, command_from_cold
 from tests.cli.test_commands import TINY
 
 # At larger rates a network of random weights makes roundings larger from step to step.
@@ -56,7 +56,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes") / "two"
-    result = command("train.py", *DDP, f"hydra.run.dir={folder}")
+    result = command_from_cold("train.py", *DDP, f"hydra.run.dir={folder}")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Run directory:") == 1
     return folder
@@ -126,7 +126,7 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(two: Path, tmp_path: Pat
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert metrics(folder)["status"] == "calibrated"
-    result = command("train.py", f"resume={folder}")
+    result = command_from_cold("train.py", f"resume={folder}")
     assert result.returncode == 0, result.stderr
     wanted, got = (load_file(place / "student.safetensors") for place in (two, folder))
     for name, value in wanted.items():

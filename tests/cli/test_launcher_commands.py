@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.running import ROOT, command
+from tests.cli.running import ROOT, command_from_cold
 from tests.cli.test_commands import TINY
 
 QUICK = [*TINY, "logger=none", "trainer.progress=false"]
@@ -33,7 +33,7 @@ def test_joblib_runs_jobs_side_by_side_and_notes_failures(tmp_path: Path) -> Non
         "data.workers=1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
         f"hydra.sweep.dir={tmp_path}",
     ]  # fmt: skip
-    result = command(*words)
+    result = command_from_cold(*words)
     assert result.returncode == 1, result.stderr
     found = rows(tmp_path)
     assert [row["status"] for row in found] == ["finished", "failed", "failed"]
@@ -46,7 +46,7 @@ def test_joblib_runs_jobs_side_by_side_and_notes_failures(tmp_path: Path) -> Non
     assert "2 jobs failed; the others are done." in text
 
     first = (tmp_path / "0-test_efficientnet" / "student.safetensors").stat().st_mtime_ns
-    again = command(*words, f"sweep.resume={tmp_path}")
+    again = command_from_cold(*words, f"sweep.resume={tmp_path}")
     assert again.returncode == 1, again.stderr
     assert "is finished already" in again.stdout + again.stderr
     assert (tmp_path / "0-test_efficientnet" / "student.safetensors").stat().st_mtime_ns == first

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 from tests.cli.running import command
 from tests.cli.test_commands import TINY
-from tests.cli.warm import Warm, warm
+from tests.cli.warm import Trainings
 
 RUN = [
     *TINY, "data.train_images=64", "optim.epochs=2", "optim.reconstruction.steps=2",
@@ -27,13 +26,12 @@ KILLS = 10
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with warm(tmp_path_factory.mktemp("warm") / "output.txt") as server:
-        yield server
+def server(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("warm") / "output.txt")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, server: Warm) -> tuple[Path, float]:
+def whole(tmp_path_factory: pytest.TempPathFactory, server: Trainings) -> tuple[Path, float]:
     """A run that nobody disturbed, and the seconds that it took."""
     folder = tmp_path_factory.mktemp("whole")
     server.run("--help")
@@ -58,7 +56,7 @@ def assert_same(folder: Path, whole: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_ten_times_at_random_a_run_ends_the_same(
-    whole: tuple[Path, float], server: Warm, tmp_path: Path
+    whole: tuple[Path, float], server: Trainings, tmp_path: Path
 ) -> None:
     finished, seconds = whole
     rng = random.Random(0)
@@ -96,7 +94,7 @@ def step_of(folder: Path) -> int:
     return int(lines[-1].partition(",")[0]) if lines and "," in lines[-1] else 0
 
 
-def stopped(server: Warm, folder: Path, how: signal.Signals, *arguments: str) -> int | None:
+def stopped(server: Trainings, folder: Path, how: signal.Signals, *arguments: str) -> int | None:
     """Start a run and send a signal in its second epoch."""
     pid = server.start(*RUN, *arguments, f"hydra.run.dir={folder}")
     deadline = time.monotonic() + 100
@@ -108,7 +106,7 @@ def stopped(server: Warm, folder: Path, how: signal.Signals, *arguments: str) ->
 
 @pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_of_that_moment(
-    whole: tuple[Path, float], server: Warm, tmp_path: Path
+    whole: tuple[Path, float], server: Trainings, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     status = stopped(server, folder, signal.SIGTERM, "trainer.checkpoint_every=1e9")
@@ -123,7 +121,7 @@ def test_sigterm_leaves_a_checkpoint_of_that_moment(
 
 @pytest.mark.slow
 def test_after_ctrl_c_the_printed_command_goes_on(
-    whole: tuple[Path, float], server: Warm, tmp_path: Path
+    whole: tuple[Path, float], server: Trainings, tmp_path: Path
 ) -> None:
     folder = tmp_path / "a run"  # a name that Hydra's grammar and a shell would take apart
     assert stopped(server, folder, signal.SIGINT) == 130
@@ -135,7 +133,9 @@ def test_after_ctrl_c_the_printed_command_goes_on(
     assert_same(folder, whole[0])
 
 
-def test_resuming_a_finished_run_changes_nothing(whole: tuple[Path, float], server: Warm) -> None:
+def test_resuming_a_finished_run_changes_nothing(
+    whole: tuple[Path, float], server: Trainings
+) -> None:
     folder, _ = whole
     files = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.suffix != ".log"}
     status, output = server.run(f"resume={folder}")
@@ -145,7 +145,7 @@ def test_resuming_a_finished_run_changes_nothing(whole: tuple[Path, float], serv
 
 
 def test_a_second_run_does_not_take_the_place_of_a_first(
-    whole: tuple[Path, float], server: Warm
+    whole: tuple[Path, float], server: Trainings
 ) -> None:
     status, output = server.run(*RUN, f"hydra.run.dir={whole[0]}")
     assert status == 2
@@ -153,7 +153,7 @@ def test_a_second_run_does_not_take_the_place_of_a_first(
     assert not (whole[0] / "failure.json").exists()
 
 
-def test_auto_begins_and_goes_on_in_the_same_directory(server: Warm, tmp_path: Path) -> None:
+def test_auto_begins_and_goes_on_in_the_same_directory(server: Trainings, tmp_path: Path) -> None:
     short = [*TINY, "experiment=calibration_only", "logger=none", "resume=auto",
              f"hydra.run.dir={tmp_path / 'run'}"]  # fmt: skip
     status, output = server.run(*short)
@@ -181,7 +181,7 @@ def test_auto_begins_and_goes_on_in_the_same_directory(server: Warm, tmp_path: P
     ],
 )
 def test_what_cannot_go_on_is_answered_in_words(
-    whole: tuple[Path, float], server: Warm, tmp_path: Path, arguments: list[str], wanted: str
+    whole: tuple[Path, float], server: Trainings, tmp_path: Path, arguments: list[str], wanted: str
 ) -> None:
     folder = tmp_path / "nothing"
     before = sorted(os.listdir(whole[0]))

@@ -5,13 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cli.test_commands import TINY
-from tests.cli.warm import Warm, warm
+from tests.cli.warm import Trainings
 
 SWEEP = [
     "-m", *TINY, "data.train_images=16", "optim.epochs=1", "logger=none", "trainer.progress=false",
@@ -20,13 +19,14 @@ SWEEP = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    with warm(tmp_path_factory.mktemp("warm") / "output.txt") as server:
-        yield server
+def server(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    return Trainings(tmp_path_factory.mktemp("warm") / "output.txt")
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory, server: Warm) -> tuple[Path, str, int | None]:
+def swept(
+    tmp_path_factory: pytest.TempPathFactory, server: Trainings
+) -> tuple[Path, str, int | None]:
     folder = tmp_path_factory.mktemp("sweep") / "here"
     status, output = server.run(*SWEEP, f"hydra.sweep.dir={folder}")
     return folder, output, status
@@ -69,7 +69,7 @@ def test_the_float_networks_work_is_done_once(swept: tuple[Path, str, int | None
 
 @pytest.mark.slow
 def test_trying_again_repeats_what_failed_alone(
-    swept: tuple[Path, str, int | None], server: Warm
+    swept: tuple[Path, str, int | None], server: Trainings
 ) -> None:
     folder, _, _ = swept
     students = {p: p.stat().st_mtime_ns for p in folder.glob("*/student.safetensors")}
@@ -86,14 +86,14 @@ def test_trying_again_repeats_what_failed_alone(
 
 @pytest.mark.slow
 def test_a_second_sweep_does_not_take_the_place_of_a_first(
-    swept: tuple[Path, str, int | None], server: Warm
+    swept: tuple[Path, str, int | None], server: Trainings
 ) -> None:
     status, output = server.run(*SWEEP, f"hydra.sweep.dir={swept[0]}")
     assert status == 2
     assert "holds a sweep already" in output
 
 
-def test_sweep_resume_is_for_sweeps(server: Warm) -> None:
+def test_sweep_resume_is_for_sweeps(server: Trainings) -> None:
     status, output = server.run(*TINY, "sweep.resume=true")
     assert status == 2
     assert "type -m too" in output
