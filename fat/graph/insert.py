@@ -180,9 +180,10 @@ def hold_constants(module: nn.Module) -> None:
     for owner in module.modules():
         if owner in trained:
             continue
-        for name, parameter in list(owner.named_parameters(recurse=False)):
+        parts = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
+        for name, tensor in parts:  # buffers too: a student's file holds them whatever they were
             delattr(owner, name)
-            owner.register_buffer(name, parameter.detach())
+            owner.register_buffer(name, tensor.detach())
 
 
 def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> QuantLayer:

@@ -7,7 +7,8 @@ inference each is one of a few plain layers, the ones that the passes know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import timm.layers
@@ -26,6 +27,7 @@ from fat.layers import SameConv2d, pad_same
 __all__ = [
     "conv2d_of",
     "forward_of",
+    "plain_activation",
     "plain_call",
     "plain_layer",
     "plain_norm",
@@ -35,6 +37,17 @@ __all__ = [
 
 _timm: Any = timm.layers  # only partly typed
 _utils: Any = timm.utils.model
+_ACTIVATIONS: dict[type[nn.Module], Callable[[], nn.Module]] = {
+    timm.layers.activations.GELU: nn.GELU,
+    timm.layers.activations.GELUTanh: partial(nn.GELU, "tanh"),
+    timm.layers.activations.HardSigmoid: nn.Hardsigmoid,
+    timm.layers.activations.HardSwish: nn.Hardswish,
+    timm.layers.activations.Mish: nn.Mish,
+    timm.layers.activations.Sigmoid: nn.Sigmoid,
+    timm.layers.activations.Swish: nn.SiLU,
+    timm.layers.activations.Tanh: nn.Tanh,
+}
+"""timm's own modules, which take ``inplace``, and torch's that compute the same."""
 PARAMETERS = ("weight", "bias")
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 TOLERANCE = 1e-4
@@ -84,6 +97,15 @@ def plain_norm(norm: nn.Module) -> _BatchNorm:
     state = {key: value for key, value in norm.state_dict().items() if key in plain.state_dict()}
     plain.load_state_dict(state, strict=not isinstance(norm, FROZEN_NORMS))
     return plain.to(frozen.weight if affine else frozen.running_mean).eval()
+
+
+def plain_activation(activation: nn.Module) -> nn.Module:
+    """An activation as torch's own module, not in place; one that torch has not stays as it is."""
+    if type(activation) in _ACTIVATIONS:
+        return _ACTIVATIONS[type(activation)]().eval()
+    if hasattr(activation, "inplace"):
+        activation.inplace = False  # type: ignore[assignment]  # the passes share tensors
+    return activation
 
 
 def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from fat.graph.constants import drop_unused, fold_constants, free_name
 from fat.graph.plain import (
     conv2d_of,
     forward_of,
+    plain_activation,
     plain_call,
     plain_layer,
     plain_norm,
@@ -124,6 +126,7 @@ def layer_name(node: fx.Node) -> str:
         return "input"
     stack = node.meta.get("nn_module_stack") or {}
     owner = next(reversed([path for path in stack if path]), "") if stack else ""
+    owner = re.sub(r"@\d+", "", owner)  # torch.fx counts the calls of a module that is used again
     function = (
         node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
     )
@@ -203,10 +206,8 @@ def _split_norm_and_activation(module: fx.GraphModule, node: fx.Node, target: An
         child = getattr(target, part, None)
         if child is None or isinstance(child, (nn.Identity, _DropoutNd)):
             continue
-        if hasattr(child, "inplace"):
-            child.inplace = False
         child_name = f"{name}_{part}"
-        module.add_submodule(child_name, child)
+        module.add_submodule(child_name, plain_activation(child))
         with module.graph.inserting_after(last):
             following = module.graph.call_module(child_name)
         following.meta = dict(node.meta)
