@@ -103,13 +103,14 @@ def main() -> None:
         print(json.dumps(check(options.one, options.size)))
         return
     results = read()
-    names = options.models or sorted({*smallest(), *MOBILE})
+    names = [] if options.report_only else options.models or sorted({*smallest(), *MOBILE})
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         sys.exit(f"timm {timm.__version__} has no network {unknown[0]}")
     done = {name for name, row in results.items() if not (options.failed and row["error"])}
     missing = [name for name in names if options.again or name not in done]
-    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(missing), desc="Networks") as bar:
+    bar = tqdm(total=len(missing), desc="Networks", disable=not missing)
+    with ThreadPoolExecutor(options.jobs) as pool, bar:
         for done_row in as_completed([pool.submit(run, name, options) for name in missing]):
             row = done_row.result()
             results[row["network"]] = row
@@ -129,6 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=1200, help="seconds that one network may take")
     parser.add_argument("--again", action="store_true", help="run what has a result, too")
     parser.add_argument("--failed", action="store_true", help="run again what did not pass")
+    parser.add_argument("--report-only", action="store_true", help="write the page, run nothing")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -142,7 +142,7 @@ def export(
         if short:
             worst = most_different(student, runtime, judged)
             differences = _layers_on(worst, student, twin, program, target)
-            explained = any(entry.share for entry in differences) or (
+            explained = any(entry.share or entry.tied for entry in differences) or (
                 real_operations(student.network)
                 and not falls_short(compare(student, twin, [worst])["simulation"], target.tolerance)
             )
@@ -187,9 +187,12 @@ def _layers_on(
     images: Tensor, student: Student, twin: Runtime, program: Program, target: Target
 ) -> list[LayerDifference]:
     """Compare every operation on some images; one that differs by more than is tolerated raises."""
-    ties = target.tolerance.ties
-    differences = compare_layers(student, twin, program.tensors, images, ties=ties)
-    check_layers(differences, target.tolerance, target.advice())
+    tolerance = target.tolerance
+    differences = compare_layers(
+        student, twin, program.tensors, images,
+        ties=tolerance.ties, softmax_ties=tolerance.softmax_ties,
+    )  # fmt: skip
+    check_layers(differences, tolerance, target.advice())
     return differences
 
 
@@ -237,10 +240,15 @@ def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, 
 
 
 def _summary(differences: list[LayerDifference]) -> dict[str, Any]:
-    worst = max(differences, key=lambda entry: (entry.steps, entry.share))
+    shares = [entry.share + entry.tied for entry in differences]
+    worst, share = max(
+        zip(differences, shares, strict=True), key=lambda pair: (pair[0].steps, pair[1])
+    )
     return {
         "compared": len(differences),
         "images": LAYER_IMAGES,
-        "differing": sum(entry.share > 0.0 for entry in differences),
-        "worst": asdict(worst) if worst.share else None,
+        "differing": sum(share > 0.0 for share in shares),
+        "worst": {"layer": worst.layer, "share": share, "steps": max(worst.steps, 1)}
+        if share
+        else None,
     }

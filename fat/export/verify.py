@@ -17,7 +17,7 @@ from fat.errors import FatError
 from fat.export.lower import Integers
 from fat.export.target import Kernels, Runtime, Tolerance
 from fat.graph.integers import IntegerInterpreter, OnGrid, requantize
-from fat.graph.patterns import module_of, source
+from fat.graph.patterns import is_softmax, module_of, source
 from fat.metrics import Comparison, logits_sqnr_db
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
@@ -46,13 +46,15 @@ class LayerDifference:
 
     Attributes:
         layer: Name of the operation; of the layer where an activation is fused into one.
-        share: Share of the integers that differ.
+        share: Share of the integers that differ, but for ties.
         steps: The largest difference, in steps.
+        tied: Share of those that differ as ties may, see :class:`fat.export.target.Tolerance`.
     """
 
     layer: str
     share: float
     steps: int
+    tied: float = 0.0
 
 
 @torch.no_grad()
@@ -107,11 +109,15 @@ class _Forced(IntegerInterpreter):
     """Goes on with the file's integers after each quantizer, so that differences do not add up."""
 
     def __init__(
-        self, network: fx.GraphModule, integers: dict[str, tuple[Integers, Tensor]], ties: float
+        self,
+        network: fx.GraphModule,
+        integers: dict[str, tuple[Integers, Tensor]],
+        ties: float,
+        softmax_ties: float,
     ) -> None:
         super().__init__(network)
         self.integers = integers
-        self.ties = ties
+        self.ties, self.softmax_ties = ties, softmax_ties
         self.found: list[LayerDifference] = []
 
     def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> OnGrid:
@@ -124,13 +130,18 @@ class _Forced(IntegerInterpreter):
                 f"student's {list(ours.values.shape)}."
             )
         off = (theirs - ours.values).abs()
-        if self.ties and isinstance(x, Tensor):
+        before, tied = source(node), 0.0
+        of_softmax = before is not None and is_softmax(self.module, before)  # type: ignore[arg-type]
+        ties = self.softmax_ties if of_softmax else self.ties
+        if ties and isinstance(x, Tensor):
             middle = (x / ours.scale - (theirs + ours.values) / 2).abs()
-            off[(off == 1) & (middle <= self.ties)] = 0
-        before = source(node)
+            is_tie = (off == 1) & (middle <= ties)
+            off[is_tie] = 0
+            tied = float(is_tie.float().mean())
         producer = None if before is None else module_of(self.module, before)  # type: ignore[arg-type]
         name = producer.layer if isinstance(producer, QuantLayer) else quantizer.layer
-        self.found.append(LayerDifference(name, float((off > 0).float().mean()), int(off.max())))
+        share = float((off > 0).float().mean())
+        self.found.append(LayerDifference(name, share, int(off.max()), tied))
         return OnGrid(theirs, ours.scale, ours.stored_zero)
 
 
@@ -142,6 +153,7 @@ def compare_layers(
     images: Tensor,
     *,
     ties: float = 0.0,
+    softmax_ties: float = 0.0,
 ) -> list[LayerDifference]:
     """Compare a file's integers with the student's, operation by operation.
 
@@ -153,13 +165,14 @@ def compare_layers(
         tensors: What its results after the logits are.
         images: One batch.
         ties: See :class:`fat.export.target.Tolerance`.
+        softmax_ties: Likewise.
 
     Returns:
         One entry per quantizer, in the order of the graph.
     """
     results = tapped.run(images)[1:]
     by_key = {grid.key: (grid, stored) for grid, stored in zip(tensors, results, strict=True)}
-    forced = _Forced(student.network, by_key, ties)
+    forced = _Forced(student.network, by_key, ties, softmax_ties)
     forced.run(images.contiguous(memory_format=torch.channels_last))
     return forced.found
 

@@ -6,7 +6,8 @@
   alone reads it count as one operation, whose quantizer takes the activation over; others
   (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them. What only
   a softmax reads, and is no layer's result, has none: a softmax computes in real values
-  everywhere, and the mask that is added before it may hold −∞.
+  everywhere, and the mask that is added before it may hold −∞. Nor has what is only divided by: a
+  grid holds zero, which the ε that networks add to a divisor is there to avoid.
 
 Operations that move values without computing keep their input's grid.
 """
@@ -25,6 +26,7 @@ from fat.errors import FatError, unknown_name
 from fat.graph.patterns import (
     feeding,
     is_compute,
+    is_divisor,
     is_fused_activation,
     is_softmax,
     is_value_preserving,
@@ -71,7 +73,10 @@ def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
         reader = only_user(node)
         if reader is not None and (
             is_fused_activation(module, reader)
-            or (is_softmax(module, reader) and not is_compute(module, node))
+            or (
+                (is_softmax(module, reader) or is_divisor(node, reader))
+                and not is_compute(module, node)
+            )
         ):
             continue
         found.append(node)

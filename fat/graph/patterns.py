@@ -19,6 +19,7 @@ __all__ = [
     "constant_of",
     "feeding",
     "is_compute",
+    "is_divisor",
     "is_fused_activation",
     "is_softmax",
     "is_value_preserving",
@@ -81,6 +82,7 @@ PRESERVING_METHODS = frozenset(
 )  # fmt: skip
 PRESERVING_ATTRIBUTES = frozenset({"T", "mT"})
 SOFTMAX = frozenset({torch.softmax, F.softmax, "softmax"})
+DIVISIONS = frozenset({operator.truediv, torch.div, "div", "div_"})
 POSITIVE_MODULES = (
     nn.ReLU, nn.ReLU6, ChannelClip, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
 )  # fmt: skip
@@ -159,6 +161,11 @@ def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
 def is_softmax(module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is a softmax, however it is spelled."""
     return node.target in SOFTMAX or isinstance(module_of(module, node), nn.Softmax)
+
+
+def is_divisor(node: fx.Node, reader: fx.Node) -> bool:
+    """Whether the reader divides by the node's result."""
+    return reader.target in DIVISIONS and len(reader.args) > 1 and reader.args[1] is node
 
 
 def activation_cap(activation: nn.Module | None) -> float | None:
