@@ -64,6 +64,29 @@ def squeeze_excite() -> nn.Module:
     )  # fmt: skip
 
 
+class Statistics(nn.Module):
+    """Normalises with statistics that its state_dict leaves out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.linspace(-0.5, 0.5, 8)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.mean
+
+
+def called_twice() -> nn.Module:
+    """A block with arithmetic of its own, used again."""
+    block = Parts(lambda x, c: (x + c(x)) * 0.5, c=nn.Conv2d(8, 8, 3, padding=1))
+    return chain(block, nn.ReLU(), block)
+
+
+def divided(x: Tensor) -> Tensor:
+    """Linear attention's: where no channel is positive, ε alone is divided by."""
+    x = F.relu(x - 1.0)
+    return x / (x.sum(1, keepdim=True) + 1e-2)
+
+
 def conv(*arguments: int, **options: int) -> nn.Module:
     return nn.Conv2d(*arguments, bias=False, **options)  # type: ignore[arg-type]
 
@@ -132,6 +155,12 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "frozen, timm's": lambda: chain(conv(8, 8, 1), frozen(timm.layers.FrozenBatchNormAct2d)),
     "frozen, torchvision's": lambda: chain(
         conv(8, 8, 1), frozen(torchvision.ops.FrozenBatchNorm2d, eps=1e-2)
+    ),
+    "statistics of its own": lambda: chain(Statistics(), conv(8, 8, 1)),
+    "a block used twice": called_twice,
+    "divided by what may be zero": lambda: chain(Parts(divided), conv(8, 8, 1)),
+    "activation within a norm": lambda: chain(
+        conv(8, 8, 1), timm.layers.BatchNormAct2d(8, act_layer=timm.layers.activations.GELU)
     ),
     "layer scale": lambda: chain(
         Parts(lambda x, c, s: x + c(x) * s.gamma.reshape(1, -1, 1, 1),
