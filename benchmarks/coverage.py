@@ -270,7 +270,7 @@ def setting(name: str, size: int) -> tuple[nn.Module, Tensor]:
 def liven(parameter: Tensor) -> None:
     """Draw a parameter that is all 0, all 1 or all as good as 0, as layer scales start."""
     first = float(parameter.flatten()[0])
-    if parameter.numel() < 2 or bool((parameter != first).any()):
+    if bool((parameter != first).any()) or (parameter.numel() == 1 and first not in (0.0, 1.0)):
         return
     if abs(first) >= 0.5:
         parameter.uniform_(0.5, 1.5)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -118,6 +119,20 @@ class SizeTracer(fx.Tracer):
         """The graph of a module's forward."""
         with _factories():
             return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Of the images a stand-in; what else a forward takes, such as masks, keeps its default."""
+        parameters = list(inspect.signature(root_fn).parameters.values())
+        given = int(is_module) + 1
+        if len(parameters) <= given or parameters[given].default is inspect.Parameter.empty:
+            return super().create_args_for_root(root_fn, is_module, concrete_args)
+
+        def images_alone(self: nn.Module, x: Any) -> Any:
+            return root_fn(self, x)
+
+        return super().create_args_for_root(images_alone, is_module, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module stays one node."""

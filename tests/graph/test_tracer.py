@@ -131,3 +131,24 @@ def test_torch_is_as_it_was_afterwards() -> None:
     with pytest.raises(FatError):
         trace(Net(branch).eval())
     assert torch.arange is before
+
+
+def test_what_a_forward_takes_beside_images_keeps_its_default() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(
+            self, images: Tensor, mask: Tensor | None = None, twice: bool = False
+        ) -> Tensor:
+            if mask is not None:
+                images = images * mask.view(len(images), 1, 4, 4)
+            x = self.conv(images)
+            return self.conv(x) if twice else x
+
+    network, images = Masked().eval(), torch.randn(2, 3, 8, 8)
+    for example in (None, images):
+        graph = trace(network, example)
+        assert len(graph.graph.find_nodes(op="placeholder")) == 1
+        assert torch.equal(graph(images), network(images))
