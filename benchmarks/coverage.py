@@ -37,7 +37,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,8 @@ def main() -> None:
         print(json.dumps(check(options.one, options.size)))
         return
     results = read()
-    names = [] if options.report_only else options.models or sorted({*smallest(), *MOBILE})
+    wanted = sorted({*smallest(), *MOBILE})
+    names = [] if options.report_only else options.models or wanted
     unknown = [name for name in names if not timm.is_model(name)]
     if unknown:
         sys.exit(f"timm {timm.__version__} has no network {unknown[0]}")
@@ -117,7 +118,8 @@ def main() -> None:
             keep(results)
             bar.update()
             tqdm.write(summary(row))
-    write_atomic(PAGE, lambda path: path.write_text(page(list(results.values()))))
+    text = page(list(results.values()), [name for name in wanted if name not in results])
+    write_atomic(PAGE, lambda path: path.write_text(text))
 
 
 def parse() -> argparse.Namespace:
@@ -403,8 +405,8 @@ def in_float(row: dict[str, Any]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "nothing"
 
 
-def page(rows: list[dict[str, Any]]) -> str:
-    """docs/coverage.md."""
+def page(rows: list[dict[str, Any]], waiting: Sequence[str] = ()) -> str:
+    """docs/coverage.md, of what was run, and the names of what was not."""
     rows = sorted(rows, key=lambda row: (row.get("family", "~"), row["network"]))
     passed = [row for row in rows if row["error"] is None]
     families = {row["family"] for row in passed}
@@ -449,6 +451,8 @@ def page(rows: list[dict[str, Any]]) -> str:
                 for row in failed
             ),
         ]
+    if waiting:
+        lines += ["", "## Not run yet", "", ", ".join(waiting)]
     return "\n".join(lines) + "\n"
 
 
