@@ -104,7 +104,7 @@ def plain_activation(activation: nn.Module) -> nn.Module:
     if type(activation) in _ACTIVATIONS:
         return _ACTIVATIONS[type(activation)]().eval()
     if hasattr(activation, "inplace"):
-        activation.inplace = False  # type: ignore[assignment]  # the passes share tensors
+        activation.inplace = False  # type: ignore[assignment]  # the passes re-order, share
     return activation
 
 

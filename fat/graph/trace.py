@@ -192,7 +192,7 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
     elif type(target) is nn.ConvTranspose2d:
         _spread(module, node, target)
     elif hasattr(target, "inplace"):
-        target.inplace = False  # type: ignore[assignment]  # the passes re-order and share tensors
+        module.set_submodule(name, plain_activation(target))
     layer = module.get_submodule(name)
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
         _pad_first(module, node, layer)
