@@ -142,7 +142,7 @@ def export(
         if short:
             worst = most_different(student, runtime, judged)
             differences = _layers_on(worst, student, twin, program, target)
-            explained = any(entry.share or entry.tied for entry in differences) or (
+            explained = any(entry.differing for entry in differences) or (
                 real_operations(student.network)
                 and not falls_short(compare(student, twin, [worst])["simulation"], target.tolerance)
             )
@@ -240,15 +240,11 @@ def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, 
 
 
 def _summary(differences: list[LayerDifference]) -> dict[str, Any]:
-    shares = [entry.share + entry.tied for entry in differences]
-    worst, share = max(
-        zip(differences, shares, strict=True), key=lambda pair: (pair[0].steps, pair[1])
-    )
+    worst = max(differences, key=lambda entry: (entry.steps, entry.differing))
+    told = {"layer": worst.layer, "share": worst.differing, "steps": max(worst.steps, 1)}
     return {
         "compared": len(differences),
         "images": LAYER_IMAGES,
-        "differing": sum(share > 0.0 for share in shares),
-        "worst": {"layer": worst.layer, "share": share, "steps": max(worst.steps, 1)}
-        if share
-        else None,
+        "differing": sum(entry.differing > 0.0 for entry in differences),
+        "worst": told if worst.differing else None,
     }

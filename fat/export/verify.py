@@ -56,6 +56,11 @@ class LayerDifference:
     steps: int
     tied: float = 0.0
 
+    @property
+    def differing(self) -> float:
+        """Share of the integers that differ at all."""
+        return self.share + self.tied
+
 
 @torch.no_grad()
 def compare(
