@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from fat.distributed import all_max
@@ -167,6 +168,7 @@ class Snapshots(pl.Callback):
         self.path = path
         self.every = every
         self._kept = time.monotonic()
+        self._step = -1
 
     def on_train_batch_end(
         self,
@@ -193,13 +195,27 @@ class Snapshots(pl.Callback):
         if trainer.state.fn == TrainerFn.FITTING:
             self._keep(trainer)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Keep the state if SIGTERM came after the step's batch end, where Lightning looks again.
+
+        One process alone sees such an exception between steps; of several, the others may go on,
+        and would be waited for.
+        """
+        if math.isinf(self.every) or trainer.world_size > 1:
+            return
+        between = isinstance(exception, SIGTERMException) and trainer.training
+        if between and trainer.global_step != self._step:
+            self._keep(trainer)
+
     def _keep(self, trainer: pl.Trainer) -> None:
         # All processes take part in gathering the state; Lightning lets the first one write.
         partial = self.path.with_name(f".{self.path.name}.partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             put_in_place(partial, self.path)
-        self._kept = time.monotonic()
+        self._kept, self._step = time.monotonic(), trainer.global_step
 
 
 class History(pl.Callback):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import random
 import shutil
+import signal
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import fat
 from fat import FatError, QuantSpec, Student
-from fat.callbacks import History
+from fat.callbacks import History, Snapshots
 from fat.fit import FitResult
 from fat.kept import LAST, RECONSTRUCTION, START, Kept
 from fat.spec import ReconstructSpec
@@ -204,6 +206,34 @@ def test_an_interrupted_training_goes_on(
     assert stopped.interrupted
     assert stopped.steps == 6
     assert_same(train(calibrated, batches, tmp_path / "cut", resume=True), whole, "Ctrl-C")
+
+
+@pytest.mark.parametrize("step", [5, 6, 7, 8])
+def test_a_sigterm_after_the_batch_end_leaves_that_step(
+    calibrated: Student, batches: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    step: int,
+) -> None:  # fmt: skip
+    end, late = Snapshots.on_train_batch_end, []
+
+    def ended(snapshots: Snapshots, trainer: pl.Trainer, *arguments: Any) -> None:
+        end(snapshots, trainer, *arguments)
+        if trainer.global_step == step:  # later than the look at it just before
+            os.kill(os.getpid(), signal.SIGTERM)
+            late.append(trainer.received_sigterm)
+
+    options: dict[str, Any] = {"checkpoint_every": NEVER, "validations": 2}
+    whole = train(calibrated, batches, tmp_path / "whole", **options)
+    monkeypatch.setattr(Snapshots, "on_train_batch_end", ended)
+    cut = tmp_path / "cut"
+    assert train(calibrated, batches, cut, **options)[1].interrupted
+    assert late == [True]
+    monkeypatch.undo()
+    kept = torch.load(cut / "checkpoints" / LAST, weights_only=True)
+    # Every other step is validated: that was not over, and the state before it counts.
+    assert kept["global_step"] == (step if step % 2 else step - 2)
+    assert_same(train(calibrated, batches, cut, resume=True, **options), whole, step)
+    history = [(place / "history.csv").read_text() for place in (tmp_path / "whole", cut)]
+    assert history[0] == history[1]
 
 
 def test_what_is_kept_loads_no_code(
