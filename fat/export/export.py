@@ -188,10 +188,7 @@ def _layers_on(
 ) -> list[LayerDifference]:
     """Compare every operation on some images; one that differs by more than is tolerated raises."""
     tolerance = target.tolerance
-    differences = compare_layers(
-        student, twin, program.tensors, images,
-        ties=tolerance.ties, softmax_ties=tolerance.softmax_ties,
-    )  # fmt: skip
+    differences = compare_layers(student, twin, program.tensors, images, ties=tolerance.ties)
     check_layers(differences, tolerance, target.advice())
     return differences
 

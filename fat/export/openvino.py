@@ -31,7 +31,7 @@ class OpenVino(Onnx):
     """
 
     name = "openvino"
-    tolerance = Tolerance(off_by_one=0.001, ties=2**-10, softmax_ties=0.01)
+    tolerance = Tolerance(off_by_one=0.001, ties=2**-10)
 
     def check(self) -> None:
         """Raise a FatError that says what to install if OpenVINO is missing."""

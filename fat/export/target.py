@@ -72,9 +72,6 @@ class Tolerance:
         off_by_one: Largest share of a single operation's integers that may differ, by one step.
         ties: Real values this near to the middle between two integers, in steps, may go to either.
             Pixels often lie there: 127.5 is their zero where mean and deviation are 0.5.
-        softmax_ties: The same for results of a softmax. ONNX Runtime's integer one adds whole
-            numbers from a table and is off by 2·10⁻⁵ of the result; attention that has nothing to
-            attend to has many results alike, so that many of them can lie at one middle.
         sqnr_db: Least SQNR of the file's logits against the student's, dB; ``None`` for runtimes
             that round otherwise than the student: a network makes much of single steps.
         agreement: Least share of images, percent, with the same largest logit; ``None`` likewise.
@@ -82,7 +79,6 @@ class Tolerance:
 
     off_by_one: float
     ties: float = 0.0
-    softmax_ties: float = 0.0
     sqnr_db: float | None = None
     agreement: float | None = None
 

@@ -17,7 +17,7 @@ from fat.errors import FatError
 from fat.export.lower import Integers
 from fat.export.target import Kernels, Runtime, Tolerance
 from fat.graph.integers import IntegerInterpreter, OnGrid, requantize
-from fat.graph.patterns import is_softmax, module_of, source
+from fat.graph.patterns import module_of, source
 from fat.metrics import Comparison, logits_sqnr_db
 from fat.quant.quantizers import ActivationQuantizer, QuantLayer
 from fat.student import Student
@@ -118,11 +118,9 @@ class _Forced(IntegerInterpreter):
         network: fx.GraphModule,
         integers: dict[str, tuple[Integers, Tensor]],
         ties: float,
-        softmax_ties: float,
     ) -> None:
         super().__init__(network)
-        self.integers = integers
-        self.ties, self.softmax_ties = ties, softmax_ties
+        self.integers, self.ties = integers, ties
         self.found: list[LayerDifference] = []
 
     def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> OnGrid:
@@ -136,11 +134,9 @@ class _Forced(IntegerInterpreter):
             )
         off = (theirs - ours.values).abs()
         before, tied = source(node), 0.0
-        of_softmax = before is not None and is_softmax(self.module, before)  # type: ignore[arg-type]
-        ties = self.softmax_ties if of_softmax else self.ties
-        if ties and isinstance(x, Tensor):
+        if self.ties and isinstance(x, Tensor):
             middle = (x / ours.scale - (theirs + ours.values) / 2).abs()
-            is_tie = (off == 1) & (middle <= ties)
+            is_tie = (off == 1) & (middle <= self.ties)
             off[is_tie] = 0
             tied = float(is_tie.float().mean())
         producer = None if before is None else module_of(self.module, before)  # type: ignore[arg-type]
@@ -158,7 +154,6 @@ def compare_layers(
     images: Tensor,
     *,
     ties: float = 0.0,
-    softmax_ties: float = 0.0,
 ) -> list[LayerDifference]:
     """Compare a file's integers with the student's, operation by operation.
 
@@ -170,14 +165,13 @@ def compare_layers(
         tensors: What its results after the logits are.
         images: One batch.
         ties: See :class:`fat.export.target.Tolerance`.
-        softmax_ties: Likewise.
 
     Returns:
         One entry per quantizer, in the order of the graph.
     """
     results = tapped.run(images)[1:]
     by_key = {grid.key: (grid, stored) for grid, stored in zip(tensors, results, strict=True)}
-    forced = _Forced(student.network, by_key, ties, softmax_ties)
+    forced = _Forced(student.network, by_key, ties)
     forced.run(images.contiguous(memory_format=torch.channels_last))
     return forced.found
 

@@ -56,6 +56,17 @@ def tiny_student(spec: QuantSpec | None = None) -> Student:
     return student_of(TinyNet(), spec, size=16)
 
 
+class Heads(nn.Module):
+    """A layer, a softmax of its result, and a layer of that, as attention of talking heads has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(3 * self.before(x).softmax(1)).mean((2, 3))
+
+
 class Everything(nn.Module):
     """One of each of what stands between layers: uneven padding, sums, products, pools, joins."""
 

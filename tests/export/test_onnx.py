@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from students import NAMES, SCHEMES, Everything, structured, student_of, tiny_student
+from students import NAMES, SCHEMES, Everything, Heads, structured, student_of, tiny_student
 from torch import Tensor, nn
 
 import fat
@@ -107,6 +107,20 @@ def test_networks_of_timms_are_equal_in_the_runtime(
     name: str, spec: QuantSpec, tmp_path: Path
 ) -> None:
     check_equal(student_of(name, spec), tmp_path)
+
+
+@pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
+def test_a_softmax_onto_a_grid_is_equal_in_the_runtime(spec: QuantSpec, tmp_path: Path) -> None:
+    student = student_of(Heads(), spec)
+    path, program = written(student, tmp_path)
+    # The runtime's own integer softmax is up to a step too small.
+    assert "QLinearSoftmax" not in OnnxRuntime(path).kernels().operators
+    Onnx().write_tapped(program, path, tmp_path / "tapped.onnx")
+    runtime = OnnxRuntime(tmp_path / "tapped.onnx")
+    # The last bit of real arithmetic is each library's own.
+    found = compare_layers(student, runtime, program.tensors, structured(8, 32, 5), ties=2**-12)
+    assert len(found) == len(student.activation_quantizers())
+    assert [entry for entry in found if entry.steps] == []
 
 
 class Pairs(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("openvino", reason="needs OpenVINO: pip install -e '.[openvino]'")
 
-from students import NAMES, SCHEMES, structured, tiny_student
+from students import NAMES, SCHEMES, Heads, structured, student_of, tiny_student
 
 from fat import FatError, QuantSpec
 from fat.export.export import export
@@ -27,6 +27,12 @@ def test_files_are_proven_equal(spec: QuantSpec, tmp_path: Path) -> None:
     assert report["runtime"].startswith("openvino ")
     assert report["kernels"]["integer_layers"] == len(student.layers())
     assert report["kernels"]["float_layers"] == ()
+
+
+def test_a_softmax_onto_a_grid_is_proven_equal(tmp_path: Path) -> None:
+    student = student_of(Heads(), QuantSpec(weight_bits=7))
+    report = export(student, tmp_path / "student.onnx", OpenVino(), structured(16, 32, 5))
+    assert report["layers"]["compared"] == len(student.activation_quantizers())
 
 
 def test_its_file_is_that_of_onnx(tmp_path: Path) -> None:

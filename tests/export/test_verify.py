@@ -112,7 +112,6 @@ def test_pixels_in_the_middle_between_two_integers_may_go_to_either(tiny: Studen
         found = compare_layers(tiny, runtime, tensors, images, ties=ties)
         assert found[0].share == 0.0 if right else found[0].share > 0.8
         assert found[0].tied > 0.8 if right else found[0].tied == 0.0
-        assert compare_layers(tiny, runtime, tensors, images, softmax_ties=1.0)[0].share > 0.8
         del runtime.run
 
 
