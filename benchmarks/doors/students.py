@@ -16,7 +16,7 @@ from doors.lab import Lab
 from doors.trial import MUST_REFUSE, MUST_WORK, Case, Result
 
 import fat
-from fat.checkpoint import FORMAT
+from fat.checkpoint import FORMAT, VERSION
 from fat.runs import load_checkpoint
 
 __all__ = ["students"]
@@ -88,7 +88,7 @@ def _with_description(whole: bytes, description: object) -> bytes:
 
 
 def _metadata(description: dict[str, Any], lab: Lab) -> Iterator[tuple[str, object, str]]:
-    for version in (0, 1, 3, 99, "2", None):
+    for version in (0, 1, VERSION + 1, 99, "2", None):
         yield f"version {version!r}", {**description, "version": version}, MUST_REFUSE
     yield "no JSON", "{", MUST_REFUSE
     yield "nested 100,000 deep", "[" * 100_000, MUST_REFUSE

@@ -37,12 +37,13 @@ LAYERS = frozenset({
 })  # fmt: skip
 SAME_PLACE = frozenset({"PAD", "PADV2", "MAXIMUM", "MINIMUM", "QUANTIZE", "DEQUANTIZE"})
 """Operators that can be done before a transpose instead of after it."""
-INEXACT = frozenset({"HARD_SWISH", "LEAKY_RELU", "AVERAGE_POOL_2D", "QUANTIZE"})
+INEXACT = frozenset({"HARD_SWISH", "LEAKY_RELU", "AVERAGE_POOL_2D", "QUANTIZE", "SOFTMAX"})
 """Operators whose integer kernels put up to 15 % of the integers a step off.
 
 Hard swish has 16 bits for intermediate results, and XNNPACK lacks it, which makes MobileNet-v3
 slower than in float; XNNPACK's leaky ReLU and int8 → int8 multiply with 8 fractional bits; pools
-keep their input's grid, so that the converter brings their input onto the result's.
+keep their input's grid, so that the converter brings their input onto the result's; softmax has no
+other step than 1/256.
 """
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 Array = np.ndarray[Any, Any]

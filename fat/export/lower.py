@@ -12,6 +12,7 @@ integers. Rounding is monotonic, so clip(x, a, b) on the grid is clip(q, q(a), q
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,13 @@ from torch.ao.quantization.fx import _decomposed  # noqa: F401  (defines quantiz
 from torch.nn import functional as F
 
 from fat.errors import FatError
-from fat.graph.patterns import constant_of, is_value_preserving, module_of, source
+from fat.graph.patterns import (
+    constant_of,
+    is_value_preserving,
+    module_of,
+    padded_with,
+    source,
+)
 from fat.graph.trace import mark_data
 from fat.layers import ChannelClip, pad_same_sides
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
@@ -230,6 +237,10 @@ class _Lowering:
         if before not in self.grids or not is_value_preserving(self.source, node):
             return
         grid = self.grids[node] = self.grids[before]
+        if node.target is F.pad and padded_with(node) == -math.inf:  # the least that there is
+            least = (grid.type_low - grid.zero_point) * grid.scale
+            self.new[node].args = (*self.new[node].args[:2], "constant", least)
+            self.new[node].kwargs = {}
         if node.meta["data"]:
             self.new[node] = self._dequantize(self._quantize(self.new[node], grid), grid)
 

@@ -6,8 +6,8 @@
   alone reads it count as one operation, whose quantizer takes the activation over; others
   (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them. What only
   a softmax reads, and is no layer's result, has none: a softmax computes in real values
-  everywhere, and the mask that is added before it may hold −∞. Nor has what is only divided by: a
-  grid holds zero, which the ε that networks add to a divisor is there to avoid.
+  everywhere, and the mask that is added before it may hold −∞. Nor has what is only divided by,
+  such as a norm's variance: a grid holds zero, which the ε that is added to it is there to avoid.
 
 Operations that move values without computing keep their input's grid.
 """
@@ -26,12 +26,12 @@ from fat.errors import FatError, unknown_name
 from fat.graph.patterns import (
     feeding,
     is_compute,
-    is_divisor,
     is_fused_activation,
     is_softmax,
     is_value_preserving,
     module_of,
     non_negative,
+    only_divides,
     only_user,
     source,
 )
@@ -71,13 +71,10 @@ def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
         if node.op == "get_attr" or (node.op != "placeholder" and _keeps_grid(module, node)):
             continue
         reader = only_user(node)
-        if reader is not None and (
-            is_fused_activation(module, reader)
-            or (
-                (is_softmax(module, reader) or is_divisor(node, reader))
-                and not is_compute(module, node)
-            )
-        ):
+        if reader is not None and is_fused_activation(module, reader):
+            continue
+        real = (reader is not None and is_softmax(module, reader)) or only_divides(module, node)
+        if real and not (is_compute(module, node) or is_fused_activation(module, node)):
             continue
         found.append(node)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from operator import attrgetter
@@ -19,13 +20,14 @@ __all__ = [
     "constant_of",
     "feeding",
     "is_compute",
-    "is_divisor",
     "is_fused_activation",
     "is_softmax",
     "is_value_preserving",
     "module_of",
     "non_negative",
+    "only_divides",
     "only_user",
+    "padded_with",
     "source",
 ]
 
@@ -74,15 +76,23 @@ PRESERVING_FUNCTIONS: frozenset[Any] = frozenset(
 )
 PRESERVING_METHODS = frozenset(
     {
-        "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "flip", "movedim",
-        "narrow", "permute", "repeat", "repeat_interleave", "reshape", "reshape_as", "roll",
-        "select", "split", "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unfold",
-        "unsqueeze", "view",
+        "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "flip", "float",
+        "movedim", "narrow", "permute", "repeat", "repeat_interleave", "reshape", "reshape_as",
+        "roll", "select", "split", "squeeze", "swapaxes", "to", "transpose", "unbind", "unflatten",
+        "unfold", "unsqueeze", "view",
     }
 )  # fmt: skip
 PRESERVING_ATTRIBUTES = frozenset({"T", "mT"})
 SOFTMAX = frozenset({torch.softmax, F.softmax, "softmax"})
 DIVISIONS = frozenset({operator.truediv, torch.div, "div", "div_"})
+RECIPROCAL_ROOTS = frozenset({torch.rsqrt, "rsqrt"})
+PRODUCTS = frozenset({operator.mul, torch.mul, "mul"})
+STATISTICS = PRODUCTS | {
+    operator.add, operator.sub, operator.pow, torch.add, torch.clamp, torch.mean, torch.norm,
+    torch.pow, torch.sqrt, torch.square, torch.sub, torch.sum, "abs", "add", "clamp", "clamp_min",
+    "mean", "norm", "pow", "sqrt", "square", "sub", "sum",
+}  # fmt: skip
+"""What a norm makes of its input, to divide by."""
 POSITIVE_MODULES = (
     nn.ReLU, nn.ReLU6, ChannelClip, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
 )  # fmt: skip
@@ -141,7 +151,10 @@ def is_fused_activation(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether every value of the result is one of the input's values, or zero."""
+    """Whether every value of the result is one of the input's values, or zero.
+
+    −∞ around what only goes to max pools counts, too: no maximum is −∞.
+    """
     if node.op == "call_module":
         target = module_of(module, node)
         return isinstance(target, PRESERVING_MODULES) or (
@@ -150,12 +163,23 @@ def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_function":
         if node.target is F.pad:
             mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
-            value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0)
-            return bool(mode != "constant" or value in (None, 0))
+            value = padded_with(node)
+            for_maxima = value == -math.inf and all(_is_max_pool(module, n) for n in node.users)
+            return bool(mode != "constant" or value == 0 or for_maxima)
         if node.target is getattr:
             return node.args[1] in PRESERVING_ATTRIBUTES
         return node.target in PRESERVING_FUNCTIONS
     return node.op == "call_method" and node.target in PRESERVING_METHODS
+
+
+def padded_with(node: fx.Node) -> float:
+    """The value that a call of ``F.pad`` puts around its input."""
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+    return float(cast(float, value or 0.0))
+
+
+def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:
+    return node.target is F.max_pool2d or isinstance(module_of(module, node), nn.MaxPool2d)
 
 
 def is_softmax(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -163,9 +187,38 @@ def is_softmax(module: fx.GraphModule, node: fx.Node) -> bool:
     return node.target in SOFTMAX or isinstance(module_of(module, node), nn.Softmax)
 
 
-def is_divisor(node: fx.Node, reader: fx.Node) -> bool:
-    """Whether the reader divides by the node's result."""
-    return reader.target in DIVISIONS and len(reader.args) > 1 and reader.args[1] is node
+def only_divides(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether all that becomes of the node's result is divided by, as x² is in x / √(mean x² + ε).
+
+    A reciprocal root that only multiplies, as in x · 1/√(…), counts as a division.
+    """
+    if _divides_by_root(node):
+        return True
+    todo, seen = [node], set[fx.Node]()
+    while todo:
+        value = todo.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if not value.users:
+            return False
+        for reader in value.users:
+            if _divides_by_root(reader) or _is_divisor(value, reader):
+                continue
+            if reader.target not in STATISTICS and not is_value_preserving(module, reader):
+                return False
+            todo.append(reader)
+    return True
+
+
+def _divides_by_root(node: fx.Node) -> bool:
+    products = bool(node.users) and all(reader.target in PRODUCTS for reader in node.users)
+    return node.target in RECIPROCAL_ROOTS and products
+
+
+def _is_divisor(node: fx.Node, reader: fx.Node) -> bool:
+    divides = reader.target in DIVISIONS and len(reader.args) > 1
+    return divides and reader.args[1] is node and reader.args[0] is not node
 
 
 def activation_cap(activation: nn.Module | None) -> float | None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from students import NAMES, SCHEMES, Everything, structured, student_of, tiny_student
+from students import NAMES, SCHEMES, Everything, Heads, structured, student_of, tiny_student
 from torch import nn
 
 from fat import FatError, QuantSpec, Student
@@ -76,11 +76,12 @@ def test_every_operation_equals_the_students(spec: QuantSpec, tmp_path: Path) ->
 
 @needs_litert
 @pytest.mark.slow
+@pytest.mark.parametrize("network", [Everything, Heads])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_everything_that_stands_between_layers_equals_the_students(
-    bits: int, tmp_path: Path
+    network: type[nn.Module], bits: int, tmp_path: Path
 ) -> None:
-    images, student = structured(4, 32, 1), student_of(Everything(), QuantSpec(bits=bits))
+    images, student = structured(4, 32, 1), student_of(network(), QuantSpec(bits=bits))
     program, target = program_of(student, images), LiteRT()
     target.write(program, tmp_path / "x.tflite")
     target.write_tapped(program, tmp_path / "x.tflite", tmp_path / "t.tflite")

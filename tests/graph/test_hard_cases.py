@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import timm.layers
 import torch
 import torchvision
 from conftest import realistic
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import fat
 from fat.graph.equalize import equalize
 from fat.graph.fold import FoldReport, fold_batch_norms
+from fat.graph.patterns import module_of, source
 from fat.graph.trace import trace
 from fat.metrics import logits_sqnr_db
+from fat.quant.quantizers import ActivationQuantizer
 
 EXACT = fat.QuantSpec(equalize=fat.EqualizeSpec("exact"))
 
@@ -85,6 +88,23 @@ def divided(x: Tensor) -> Tensor:
     """Linear attention's: where no channel is positive, ε alone is divided by."""
     x = F.relu(x - 1.0)
     return x / (x.sum(1, keepdim=True) + 1e-2)
+
+
+def over_channels(x: Tensor) -> Tensor:
+    """Normalised as some networks spell it out."""
+    x = x - x.mean(1, keepdim=True)
+    return x / torch.sqrt(x.pow(2).mean(1, keepdim=True) + 1e-5)
+
+
+class Quiet(nn.Module):
+    """A norm over channels, before which most pixels are as good as zero."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.norm(F.relu(x - 2.0) + 0.01 * x))
 
 
 def conv(*arguments: int, **options: int) -> nn.Module:
@@ -159,6 +179,24 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "statistics of its own": lambda: chain(Statistics(), conv(8, 8, 1)),
     "a block used twice": called_twice,
     "divided by what may be zero": lambda: chain(Parts(divided), conv(8, 8, 1)),
+    "norm by root mean squares": lambda: chain(
+        conv(8, 8, 3), Quiet(timm.layers.RmsNorm2d(8)), conv(8, 8, 1)
+    ),
+    "norm over channels": lambda: chain(
+        conv(8, 8, 3), Quiet(Parts(over_channels)), conv(8, 8, 1)
+    ),
+    "norm in float32": lambda: chain(conv(8, 8, 3), timm.layers.LayerNorm2dFp32(8), conv(8, 8, 1)),
+    "activation that is only divided by": lambda: chain(
+        Parts(lambda x, c: x / (F.relu(c(x)) + 0.5), c=conv(8, 8, 1)), conv(8, 8, 1)
+    ),
+    "activation before a softmax": lambda: chain(
+        Parts(lambda x, c: 4 * torch.softmax(F.relu(c(x)), 1), c=conv(8, 8, 1)), conv(8, 8, 1)
+    ),
+    "maxima within an uneven border": lambda: chain(
+        conv(8, 8, 3, padding=1), nn.BatchNorm2d(8),
+        timm.layers.create_pool2d("max", 3, 2, padding="same"),
+        timm.layers.create_pool2d("max", 2, 1, padding="same"), conv(8, 8, 1),
+    ),
     "activation within a norm": lambda: chain(
         conv(8, 8, 1), timm.layers.BatchNormAct2d(8, act_layer=timm.layers.activations.GELU)
     ),
@@ -220,11 +258,35 @@ def test_it_runs_in_integers_and_is_kept(name: str, images: Tensor, tmp_path: ob
     assert torch.equal(loaded.float_logits(images), student.float_logits(images))
 
 
+@pytest.mark.parametrize(
+    ("name", "quantized"),
+    [
+        ("norm by root mean squares", ["mul", "mul"]),
+        ("norm over channels", ["mean", "sub", "truediv"]),
+        ("divided by what may be zero", ["truediv"]),
+        ("norm in float32", ["layer_norm"]),
+    ],
+)
+def test_only_what_is_not_divided_by_is_on_a_grid(
+    name: str, quantized: list[str], images: Tensor
+) -> None:
+    network = fat.prepare(case(name, images), images).network
+    found = [
+        getattr(before.target, "__name__", str(before.target))
+        for node in network.graph.nodes
+        if isinstance(module_of(network, node), ActivationQuantizer)
+        and (before := cast(fx.Node, source(node))).op in ("call_function", "call_method")
+    ]
+    assert found[-len(quantized) :] == quantized  # what comes before shifts its input
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["norm after a pad", "a network used twice", "grouped and dilated", "transposed in groups",
-     "concatenation", "anti-aliased pooling", "channel attention in one dimension"],
+     "concatenation", "anti-aliased pooling", "channel attention in one dimension",
+     "activation that is only divided by", "activation before a softmax",
+     "maxima within an uneven border"],
 )  # fmt: skip
 def test_the_file_computes_the_same(name: str, images: Tensor, tmp_path: object) -> None:
     student = fat.prepare(case(name, images), images)
