@@ -81,6 +81,7 @@ MODULES: dict[str, type[nn.Module]] = {
         nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.SiLU, nn.Sigmoid, nn.Tanh,
         nn.GELU, nn.LeakyReLU, nn.ELU, nn.Mish, nn.Softplus, nn.Softmax, nn.Identity, nn.Flatten,
         nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
+        nn.MaxPool1d, nn.AvgPool1d, nn.AdaptiveAvgPool1d,
         nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d, nn.PixelShuffle,
         nn.PixelUnshuffle, nn.ChannelShuffle, nn.Upsample, nn.Unfold, nn.Fold, nn.Unflatten,
         nn.LogSigmoid, nn.Softsign, nn.CELU, nn.SELU, nn.GLU, nn.Conv2d,

@@ -11,6 +11,7 @@ import copy
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
+from fat.graph.patterns import is_value_preserving, source
 from fat.graph.plain import (
     conv2d_of,
     forward_of,
@@ -31,7 +33,7 @@ from fat.graph.plain import (
     reparameterized,
     unpadded,
 )
-from fat.graph.tracer import FROZEN_NORMS, SizeTracer
+from fat.graph.tracer import FROZEN_NORMS, SizeTracer, WritesIntoPart
 
 __all__ = ["layer_name", "mark_data", "trace"]
 
@@ -103,9 +105,12 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     except Exception as error:
         where = next((path for path in reversed(tracer.path) if path), "the network's own forward")
         kind = type(root.get_submodule(where)).__name__ if tracer.path and where else ""
+        named = f"'{where}' {f'({kind}) ' if kind else ''}cannot be traced: {error} "
+        if isinstance(error, WritesIntoPart):
+            raise FatError(named + "Join the parts with torch.cat, or use torch.where.") from error
         raise FatError(
-            f"'{where}' {f'({kind}) ' if kind else ''}cannot be traced: {error} "
-            "Its forward decides on the values or sizes of its input. "
+            named
+            + "Its forward decides on the values or sizes of its input. "
             + (
                 "Rewrite that line so that sizes alone decide."
                 if size
@@ -114,6 +119,7 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             )
         ) from error
     module = fx.GraphModule(tracer.root, graph, type(network).__name__)
+    _read_what_was_written(module)
     _canonicalize(module, counts)
     return module
 
@@ -163,6 +169,35 @@ def _canonicalize(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]
     module.graph.lint()
     drop_unused(module)
     module.recompile()
+
+
+def _read_what_was_written(module: fx.GraphModule) -> None:
+    """After ``x.add_(y)`` whoever reads x reads the sum.
+
+    Raises:
+        FatError: If x is a view of a tensor that is read later, too.
+    """
+    order = {node: place for place, node in enumerate(module.graph.nodes)}
+    for node in order:
+        name = str(node.target)
+        if node.op != "call_method" or not name.endswith("_") or name.endswith("__"):
+            continue
+        written = source(node)
+        assert written is not None
+        later = partial(_is_later, order, node)
+        whole = source(written) if is_value_preserving(module, written) else None
+        while whole is not None:
+            if any(map(later, whole.users)):
+                raise FatError(
+                    f"'{layer_name(node)}' writes into a part of a tensor that is read later. "
+                    f"Write x = x.{name[:-1]}(…) of all of it instead."
+                )
+            whole = source(whole) if is_value_preserving(module, whole) else None
+        written.replace_all_uses_with(node, later)
+
+
+def _is_later(order: Mapping[fx.Node, int], node: fx.Node, user: fx.Node) -> bool:
+    return order[user] > order[node]
 
 
 def _give_each_use_its_own(module: fx.GraphModule) -> None:

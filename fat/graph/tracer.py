@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fat.errors import first_line
 from fat.graph.constants import run_node, write
 
-__all__ = ["FROZEN_NORMS", "SizeTracer"]
+__all__ = ["FROZEN_NORMS", "SizeTracer", "WritesIntoPart"]
 
 _timm: Any = timm.layers  # only partly typed
 
@@ -46,6 +46,10 @@ class AskedForValue(Exception):
     """The network's forward decides on something that sizes do not tell."""
 
 
+class WritesIntoPart(Exception):
+    """The network's forward writes into a part of a tensor."""
+
+
 class _Answers:
     """What a stand-in answers to questions about sizes."""
 
@@ -54,6 +58,9 @@ class _Answers:
 
     def __getattr__(self, name: str) -> Any:
         return _Attribute(cast(fx.Proxy, self), name)
+
+    def __setitem__(self, index: object, value: object) -> None:
+        raise WritesIntoPart("it writes into a part of a tensor, x[…] = …")
 
     def __len__(self) -> int:
         return len(self._value())
@@ -148,6 +155,23 @@ class SizeTracer(fx.Tracer):
         result = super().call_module(m, forward, args, kwargs)
         self.path.pop()  # not reached on failure: the path then names the culprit
         return result
+
+    def create_proxy(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """A node of the graph; of attention over blocks the blocks become images.
+
+        torch's exporter to ONNX knows attention [N, heads, tokens, channels] alone.
+        """
+        masked = len(args) > 3 or kwargs.get("attn_mask") is not None
+        if target is F.scaled_dot_product_attention and self._size and not masked:
+            shape = self.value(args[0].node).shape
+            if len(shape) > 4:
+                args = tuple(x.flatten(0, len(shape) - 4) for x in args)
+                result = super().create_proxy(kind, target, args, kwargs, *more, **options)
+                return result.unflatten(0, (-1, *shape[1:-3]))
+        return super().create_proxy(kind, target, args, kwargs, *more, **options)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A stand-in for a node's result."""

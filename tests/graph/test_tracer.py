@@ -67,7 +67,70 @@ def looked_up(net: Net, x: Tensor) -> Tensor:
     return net.conv(x) * net.table[net.index].sigmoid().reshape(1, -1, 1, 1)
 
 
-ASKING = (branch, loop, unpacked, counted, listed, positions, counted_positions, looked_up)
+def blocks(net: Net, x: Tensor) -> Tensor:
+    """Attention within halves of the rows, as nested transformers have."""
+    n, c, h, _ = net.conv(x).shape
+    tokens = net.conv(x).unflatten(2, (-1, h // 2 if h % 2 == 0 else h)).transpose(1, 2)
+    q = tokens.transpose(3, 4).reshape(n, 1, tokens.shape[1], -1, c)
+    return F.scaled_dot_product_attention(q, 2 * q, q + 1).mean((1, 3))
+
+
+ASKING = (
+    branch, loop, unpacked, counted, listed, positions, counted_positions, looked_up, blocks,
+)  # fmt: skip
+
+
+def added(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y.add_(1.0)
+    z = y.mul_(y)
+    return torch.cat([y, z.sigmoid_(), z], 1)
+
+
+def added_to_a_view(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x).flatten(2)
+    y.add_(net.table.sum())
+    return y
+
+
+def scattered(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y.index_add_(2, net.index, y[:, :, :4] * 2)
+    return y.masked_fill_(y > 0, 1.0)
+
+
+@pytest.mark.parametrize("function", [added, added_to_a_view, scattered])
+def test_what_is_written_in_place_is_read(function: Callable[[Net, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    net = Net(function).eval()
+    images = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(trace(net, images)(images), net(images))
+
+
+def added_to_a_part(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y[:, 1:].flatten(2).add_(1.0)
+    return y.mean((2, 3))
+
+
+def set_part(net: Net, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    y[:, 1:] = 0.0
+    return y
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (added_to_a_part, r"'add_' writes into a part of a tensor.*x = x\.add\(…\) of all"),
+        (set_part, r"cannot be traced: it writes into a part.*torch\.cat"),
+    ],
+)
+def test_writing_into_a_part_is_refused(
+    function: Callable[[Net, Tensor], Tensor], said: str
+) -> None:
+    with pytest.raises(FatError, match=said):
+        trace(Net(function).eval(), torch.randn(2, 3, 8, 8))
 
 
 @pytest.mark.parametrize("function", ASKING)
