@@ -60,7 +60,8 @@ def markdown(
         recipes: Name of a script → its docstring.
     """
     cells = list(results["cells"].values())
-    lines = [HEAD, f"* **Machine**: {results['machine']}.", "", *summary(cells, models, settings)]
+    head = HEAD.replace("PICTURE\n", PICTURE if any(map(judged, cells)) else "")
+    lines = [head, f"* **Machine**: {results['machine']}.", "", *summary(cells, models, settings)]
     for model in models:
         for setting in settings:
             rows = [
@@ -89,6 +90,10 @@ def markdown(
     return "\n".join(lines).rstrip() + "\n"
 
 
+PICTURE = (
+    "![SQNR of the logits of every tool against its CPU seconds, by setting]"
+    "(figures/benchmarks.png)\n\n"
+)
 HEAD = """# Beside other tools
 
 <!-- written by benchmarks/peers.py; edit benchmarks/peers_report.py -->
@@ -99,8 +104,7 @@ python benchmarks/peers.py --data DIR      # goes on where it was cut off; a day
 python benchmarks/peers.py --report-only   # this page, from benchmarks/results/peers.json
 ```
 
-![SQNR of the logits of every tool against its CPU seconds, by setting](figures/benchmarks.png)
-
+PICTURE
 What every figure here was measured with:
 
 * **Networks**: EfficientNet-Lite0 and -Lite2 with their ImageNet weights, the same for all tools.
@@ -261,13 +265,19 @@ def plot(
     settings: Sequence[str],
     path: Path,
 ) -> None:
-    """SQNR against CPU seconds for each setting, a row of panels for each network."""
+    """SQNR against CPU seconds for each setting, a row of panels for each network.
+
+    Without a single judged cell there is no picture.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
     cells = [cell for cell in results["cells"].values() if judged(cell)]
+    if not cells:
+        path.unlink(missing_ok=True)
+        return
     shown = [m for m in models if any(c["model"] == m for c in cells)]
     used = [s for s in settings if any(c["setting"] == s for c in cells)]
     tools = [tool for tool in labels if any(c["tool"] == tool for c in cells)]

@@ -490,3 +490,15 @@ def test_the_report_tells_ties_failures_and_who_is_first(peers: ModuleType, tmp_
     )
     assert "nncf==" in page
     assert (tmp_path / "figures" / "benchmarks.png").stat().st_size > 1000
+
+
+def test_a_report_of_failures_alone_has_no_picture(peers: ModuleType, tmp_path: Path) -> None:
+    failed = {**a_cell("aimet-minmax"), "simulation": None, "failed": "no memory"}
+    peers.save_results(tmp_path / "r.json", {"machine": "a machine", "cells": {"one": failed}})
+    options = asked(peers, tmp_path, "--report-only")
+    peers.write_report(options)
+    page = options.page.read_text()
+    assert "failed: no memory" in page
+    assert "PICTURE" not in page
+    assert "![" not in page
+    assert not (tmp_path / "figures").exists() or not list((tmp_path / "figures").iterdir())
