@@ -212,11 +212,15 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _keeps_grid(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's result lies on its input's grid; constants have none."""
+    """Whether the node's result lies on its input's grid.
+
+    Constants have none: what first moves one, such as to as many as there are images, gets it.
+    """
     before: fx.Node | None = node
     while before is not None and before.op != "placeholder":
         if not is_value_preserving(module, before):
-            return before is not node and before.op != "get_attr"
+            constant = before.op == "get_attr"
+            return before is not node and not (constant and source(node) is before)
         before = source(before)
     return before is not None
 

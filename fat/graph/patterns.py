@@ -78,8 +78,8 @@ PRESERVING_METHODS = frozenset(
     {
         "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "flip", "float",
         "movedim", "narrow", "permute", "repeat", "repeat_interleave", "reshape", "reshape_as",
-        "roll", "select", "split", "squeeze", "swapaxes", "to", "transpose", "unbind", "unflatten",
-        "unfold", "unsqueeze", "view",
+        "roll", "select", "split", "squeeze", "swapaxes", "tile", "to", "transpose", "unbind",
+        "unflatten", "unfold", "unsqueeze", "view",
     }
 )  # fmt: skip
 PRESERVING_ATTRIBUTES = frozenset({"T", "mT"})

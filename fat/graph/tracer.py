@@ -15,6 +15,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import timm.layers
@@ -160,18 +161,25 @@ class SizeTracer(fx.Tracer):
         self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *more: Any,
         **options: Any,
     ) -> Any:  # fmt: skip
-        """A node of the graph; of attention over blocks the blocks become images.
+        """A node of the graph; of attention [N, heads, tokens, channels] where it is another.
 
-        torch's exporter to ONNX knows attention [N, heads, tokens, channels] alone.
+        torch's exporter to ONNX knows no other. Blocks become images; without heads there is one.
         """
-        masked = len(args) > 3 or kwargs.get("attn_mask") is not None
-        if target is F.scaled_dot_product_attention and self._size and not masked:
-            shape = self.value(args[0].node).shape
-            if len(shape) > 4:
-                args = tuple(x.flatten(0, len(shape) - 4) for x in args)
-                result = super().create_proxy(kind, target, args, kwargs, *more, **options)
-                return result.unflatten(0, (-1, *shape[1:-3]))
-        return super().create_proxy(kind, target, args, kwargs, *more, **options)
+        create = partial(super().create_proxy, kind, target)
+        if target is not F.scaled_dot_product_attention or not self._size:
+            return create(args, kwargs, *more, **options)
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        shape = self.value(args[0].node).shape
+        if len(shape) == 3 and (mask is None or self.value(mask.node).dim() == 3):
+            args = tuple(x.unsqueeze(1) if isinstance(x, fx.Proxy) else x for x in args)
+            if isinstance(mask, fx.Proxy) and len(args) < 4:
+                kwargs = {**kwargs, "attn_mask": mask.unsqueeze(1)}
+            return create(args, kwargs, *more, **options).squeeze(1)
+        if len(shape) > 4 and mask is None:
+            self.asked = True  # how many blocks there are
+            args = (*(x.flatten(0, len(shape) - 4) for x in args[:3]), *args[3:])
+            return create(args, kwargs, *more, **options).unflatten(0, (-1, *shape[1:-3]))
+        return create(args, kwargs, *more, **options)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A stand-in for a node's result."""
@@ -246,7 +254,8 @@ class SizeTracer(fx.Tracer):
             if not node.op.startswith("call") or not (self.asked or node in geometry):
                 continue
             found = self._evaluate(node)
-            if not all(isinstance(value, (bool, int, float, torch.Size)) for value in found):
+            numbers = (bool, int, float, torch.Size, torch.dtype)
+            if not all(isinstance(value, numbers) for value in found):
                 continue
             if found[0] == found[1]:
                 write(node, found[0])

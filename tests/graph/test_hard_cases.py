@@ -96,6 +96,11 @@ def over_channels(x: Tensor) -> Tensor:
     return x / torch.sqrt(x.pow(2).mean(1, keepdim=True) + 1e-5)
 
 
+def for_each_image(x: Tensor, s: Statistics) -> Tensor:
+    constant = s.mean.expand(x.shape[0], -1, 1, 1)
+    return torch.cat([x, constant.tile(1, 1, x.shape[2], x.shape[3])], 1)
+
+
 class Quiet(nn.Module):
     """A norm over channels, before which most pixels are as good as zero."""
 
@@ -178,6 +183,13 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     ),
     "statistics of its own": lambda: chain(Statistics(), conv(8, 8, 1)),
     "a block used twice": called_twice,
+    "a constant for each image": lambda: chain(
+        Parts(for_each_image, s=Statistics()), conv(16, 8, 1)
+    ),
+    "a constant of the images' type": lambda: chain(
+        Parts(lambda x, s: x + s.mean.to(x.dtype).flatten()[:, None, None], s=Statistics()),
+        conv(8, 8, 1),
+    ),
     "divided by what may be zero": lambda: chain(Parts(divided), conv(8, 8, 1)),
     "norm by root mean squares": lambda: chain(
         conv(8, 8, 3), Quiet(timm.layers.RmsNorm2d(8)), conv(8, 8, 1)

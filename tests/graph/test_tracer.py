@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fat.errors import FatError
-from fat.graph.trace import trace
+from fat.graph.trace import mark_data, trace
 
 
 class Net(nn.Module):
@@ -75,9 +75,28 @@ def blocks(net: Net, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, 2 * q, q + 1).mean((1, 3))
 
 
+def without_heads(net: Net, x: Tensor) -> Tensor:
+    q = net.conv(x).flatten(2)[:, :, : 4 * x.shape[2]]
+    x = F.scaled_dot_product_attention(q, q, q - 1, dropout_p=0.0)
+    return F.scaled_dot_product_attention(x, q, q, attn_mask=torch.tanh(x @ q.transpose(1, 2)))
+
+
 ASKING = (
     branch, loop, unpacked, counted, listed, positions, counted_positions, looked_up, blocks,
+    without_heads,
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [blocks, without_heads])
+def test_attention_is_of_images_heads_tokens_and_channels(
+    function: Callable[[Net, Tensor], Tensor],
+) -> None:
+    images = torch.randn(2, 3, 8, 8)
+    graph = trace(Net(function).eval(), images)
+    mark_data(graph, images)
+    found = [node for node in graph.graph.nodes if "scaled_dot_product" in str(node.target)]
+    assert found
+    assert all(len(read.meta["shape"]) == 4 for node in found for read in node.all_input_nodes)
 
 
 def added(net: Net, x: Tensor) -> Tensor:
