@@ -7,6 +7,7 @@ inference each is one of a few plain layers, the ones that the passes know.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,6 +26,7 @@ from fat.graph.tracer import FROZEN_NORMS
 from fat.layers import SameConv2d, pad_same
 
 __all__ = [
+    "MATRIX_PRODUCTS",
     "conv2d_of",
     "forward_of",
     "plain_activation",
@@ -49,6 +51,7 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[], nn.Module]] = {
 }
 """timm's own modules, which take ``inplace``, and torch's that compute the same."""
 PARAMETERS = ("weight", "bias")
+MATRIX_PRODUCTS = frozenset({operator.matmul, torch.matmul, torch.mm, "matmul", "mm"})
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 TOLERANCE = 1e-4
 """How far, relative to its largest value, a plain layer's result may be from the original's."""
@@ -109,15 +112,18 @@ def plain_activation(activation: nn.Module) -> nn.Module:
 
 
 def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
-    """The layer that a call of torch's convolution or linear function amounts to.
+    """The layer that a call of torch's convolution, linear or matrix product amounts to.
 
     Args:
         module: The graph's module.
-        node: A call of ``conv2d`` or ``linear``.
+        node: A call of ``conv2d``, ``linear``, or of one of ``MATRIX_PRODUCTS``.
 
     Returns:
         The layer; ``None`` if the weight is computed from images.
     """
+    if node.target in MATRIX_PRODUCTS:
+        matrix = constant_of(module, node.args[1] if len(node.args) > 1 else None)
+        return None if matrix is None or matrix.dim() != 2 else _linear(matrix.T, None)
     given = _by_name(node.args, node.kwargs)
     tensors = {key: constant_of(module, given.get(key)) for key in PARAMETERS}
     geometry = {key: given[key] for key in GEOMETRY if key in given}

@@ -24,6 +24,7 @@ from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
 from fat.graph.patterns import is_value_preserving, source
 from fat.graph.plain import (
+    MATRIX_PRODUCTS,
     conv2d_of,
     forward_of,
     plain_activation,
@@ -264,7 +265,7 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
         _bypass(node)
         return
     replacement: nn.Module | None = None
-    if node.target in (F.conv2d, F.linear):
+    if node.target in {F.conv2d, F.linear} | MATRIX_PRODUCTS:
         replacement = plain_call(module, node)
     elif node.target in ACTIVATIONS:
         replacement = ACTIVATIONS[node.target](*node.args[1:], **node.kwargs)

@@ -183,6 +183,11 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     ),
     "statistics of its own": lambda: chain(Statistics(), conv(8, 8, 1)),
     "a block used twice": called_twice,
+    "a product with a matrix": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.Flatten(2),
+        Parts(lambda x, s: x.transpose(1, 2) @ s.weight + 0.5, s=nn.Linear(6, 8)),
+        nn.Flatten(), nn.LazyLinear(5),
+    ),
     "a constant for each image": lambda: chain(
         Parts(for_each_image, s=Statistics()), conv(16, 8, 1)
     ),
@@ -298,7 +303,7 @@ def test_only_what_is_not_divided_by_is_on_a_grid(
     ["norm after a pad", "a network used twice", "grouped and dilated", "transposed in groups",
      "concatenation", "anti-aliased pooling", "channel attention in one dimension",
      "activation that is only divided by", "activation before a softmax",
-     "maxima within an uneven border"],
+     "maxima within an uneven border", "a product with a matrix"],
 )  # fmt: skip
 def test_the_file_computes_the_same(name: str, images: Tensor, tmp_path: object) -> None:
     student = fat.prepare(case(name, images), images)
