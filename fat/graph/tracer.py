@@ -166,11 +166,11 @@ class SizeTracer(fx.Tracer):
         torch's exporter to ONNX knows no other. Blocks become images; without heads there is one.
         """
         create = partial(super().create_proxy, kind, target)
-        if target is not F.scaled_dot_product_attention or not self._size:
+        if target is not F.scaled_dot_product_attention:
             return create(args, kwargs, *more, **options)
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        shape = self.value(args[0].node).shape
-        if len(shape) == 3 and (mask is None or self.value(mask.node).dim() == 3):
+        shape, masks = (self._shape_of(x) for x in (args[0], mask))
+        if len(shape) == 3 and (mask is None or len(masks) == 3):
             args = tuple(x.unsqueeze(1) if isinstance(x, fx.Proxy) else x for x in args)
             if isinstance(mask, fx.Proxy) and len(args) < 4:
                 kwargs = {**kwargs, "attn_mask": mask.unsqueeze(1)}
@@ -180,6 +180,13 @@ class SizeTracer(fx.Tracer):
             args = (*(x.flatten(0, len(shape) - 4) for x in args[:3]), *args[3:])
             return create(args, kwargs, *more, **options).unflatten(0, (-1, *shape[1:-3]))
         return create(args, kwargs, *more, **options)
+
+    def _shape_of(self, tensor: Any) -> tuple[int, ...]:
+        """Of what a stand-in stands for; empty where sizes do not tell."""
+        try:
+            return tuple(self.value(tensor.node).shape) if isinstance(tensor, fx.Proxy) else ()
+        except AskedForValue:
+            return ()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A stand-in for a node's result."""
