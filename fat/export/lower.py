@@ -30,7 +30,7 @@ from fat.graph.patterns import (
     padded_with,
     source,
 )
-from fat.graph.trace import mark_data
+from fat.graph.trace import layer_name, mark_data
 from fat.layers import ChannelClip, pad_same_sides
 from fat.quant.quantizers import ActivationQuantizer, QuantConv2d, QuantLayer, QuantLinear
 from fat.student import Student
@@ -195,6 +195,7 @@ class _Lowering:
             elif isinstance(module, QuantLayer):
                 self.new[node] = self._layer(node, module)
             else:
+                _refuse_images_groups(node)
                 if module is not None:
                     self.attributes[str(node.target)] = in_order(module)
                 constant = constant_of(self.source, node)
@@ -304,6 +305,17 @@ class _Lowering:
         zeros = self._constant(f"{name}_zero_point", torch.zeros_like(scale, dtype=torch.int64))
         return self._call(
             _OPS.dequantize_per_channel.default, stored, scales, zeros, 0, *bounds, integers.dtype
+        )
+
+
+def _refuse_images_groups(node: fx.Node) -> None:
+    """Raise a FatError for a convolution with a group of filters for each image."""
+    groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups")
+    if node.target is F.conv2d and isinstance(groups, fx.Node):
+        raise FatError(
+            f"'{layer_name(node)}' is a convolution with filters of its own for each image, as "
+            "many groups as images: no file format has it. Choose a network without such layers "
+            "(timm's CondConv2d)."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm.layers
 import torch
 from students import NAMES, SCHEMES, Everything, structured, student_of, tiny_student
 from torch import nn
@@ -134,6 +135,26 @@ def test_a_student_in_training_is_refused(tiny: Student) -> None:
     tiny.train()
     with pytest.raises(FatError, match=r"half trained.*student\.eval\(\)"):
         lower(tiny, structured(2, 16), STYLES["onnx"])
+
+
+class Routed(nn.Module):
+    """A convolution whose filters are mixed for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 10)
+        self.routing, self.mixed = nn.Linear(8, 4), timm.layers.CondConv2d(8, 8, 3, num_experts=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        x = self.mixed(x, torch.sigmoid(self.routing(x.mean((2, 3)))))
+        pooled: torch.Tensor = self.head(x.mean((2, 3)))
+        return pooled
+
+
+def test_filters_for_each_image_are_refused() -> None:
+    with pytest.raises(FatError, match=r"'mixed\.conv2d' is a convolution with filters of its own"):
+        lower(student_of(Routed()), structured(4, 32, 1), Style(torch.uint8))
 
 
 def test_a_broken_threshold_is_named(tiny: Student) -> None:
