@@ -137,6 +137,8 @@ class IntegerInterpreter(fx.Interpreter):
         if isinstance(module, ActivationQuantizer):
             return self.quantize(n, module, given[0])
         first = given[0] if given else None
+        if n.target is operator.getitem and isinstance(first, (tuple, list)):  # what was split
+            return first[n.args[1]]  # type: ignore[index]
         if isinstance(first, OnGrid):
             if isinstance(module, QuantLayer):
                 return _layer(module, first)

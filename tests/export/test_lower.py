@@ -6,12 +6,12 @@ import pytest
 import timm.layers
 import torch
 from students import NAMES, SCHEMES, Everything, structured, student_of, tiny_student
-from torch import nn
+from torch import fx, nn
 
 import fat
 from fat import FatError, QuantSpec, Student
 from fat.export.lower import INT32, Lowered, Style, lower, stored_grid
-from fat.graph.integers import run_integers
+from fat.graph.integers import IntegerInterpreter, OnGrid, run_integers
 
 STYLES = {
     "onnx": Style(torch.uint8),
@@ -189,3 +189,33 @@ def test_inference_is_the_arithmetic_in_integers(tiny: Student) -> None:
     real = tiny(images)
     assert real.requires_grad
     assert ((real - logits).abs() > 0.5 * step).float().mean() < 0.1
+
+
+class Mixed(nn.Module):
+    """Channels that go to convolutions of several sizes, as MixNet's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 10)
+        self.small, self.large = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(5, 5, 5, padding=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.stem(x).split([3, 5], 1)
+        mixed = torch.cat([self.small(first), self.large(second)], 1)
+        logits: torch.Tensor = self.head(mixed.mean((2, 3)))
+        return logits
+
+
+def test_what_is_split_stays_in_integers() -> None:
+    read: list[object] = []
+
+    class Watching(IntegerInterpreter):
+        def run_node(self, n: fx.Node) -> object:
+            if str(n.target) in ("small", "large"):
+                read.append(self.env[n.args[0]])  # type: ignore[index]
+            return super().run_node(n)
+
+    student, images = student_of(Mixed()), structured(4, 32, 1)
+    with torch.no_grad():
+        assert torch.equal(Watching(student.network).run(images), student(images))
+    assert [type(value) for value in read] == [OnGrid, OnGrid]
