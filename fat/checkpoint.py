@@ -68,10 +68,10 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     for function in functions
 }  # fmt: skip
 METHODS = PRESERVING_METHODS | {
-    "abs", "add", "addcmul", "amax", "amin", "bmm", "clamp", "cos", "dim", "div", "exp", "float",
+    "abs", "add", "addcmul", "amax", "amin", "bmm", "clamp", "cos", "dim", "div", "exp",
     "gather", "log", "long", "masked_fill", "matmul", "max", "mean", "min", "mul", "neg",
     "new_ones", "new_zeros", "norm", "numel", "pow", "rsqrt", "sin", "size", "softmax", "sqrt",
-    "square", "std", "sub", "sum", "to", "topk", "type_as", "var",
+    "square", "std", "sub", "sum", "topk", "type_as", "var",
 }  # fmt: skip
 ATTRIBUTES = frozenset({"T", "device", "dtype", "mT", "ndim", "shape"})
 """What ``getattr`` may be asked for."""
