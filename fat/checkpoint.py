@@ -446,6 +446,6 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
 
 def _unsaveable(what: str, where: str) -> FatError:
     return FatError(
-        f"'{where}' is {what}, which a student file cannot hold as data. Please report it with the "
-        "network's name."
+        f"'{where}' is {what}, which a student file cannot hold as data. Choose a network "
+        "without it, or report it with the network's name."
     )

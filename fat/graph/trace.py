@@ -11,7 +11,6 @@ import copy
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
-from fat.graph.patterns import is_value_preserving, source
+from fat.graph.inplace import read_what_was_written
 from fat.graph.plain import (
     MATRIX_PRODUCTS,
     conv2d_of,
@@ -120,7 +119,7 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             )
         ) from error
     module = fx.GraphModule(tracer.root, graph, type(network).__name__)
-    _read_what_was_written(module)
+    read_what_was_written(module, layer_name, tracer.shares)
     _canonicalize(module, counts)
     return module
 
@@ -170,35 +169,6 @@ def _canonicalize(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]
     module.graph.lint()
     drop_unused(module)
     module.recompile()
-
-
-def _read_what_was_written(module: fx.GraphModule) -> None:
-    """After ``x.add_(y)`` whoever reads x reads the sum.
-
-    Raises:
-        FatError: If x is a view of a tensor that is read later, too.
-    """
-    order = {node: place for place, node in enumerate(module.graph.nodes)}
-    for node in order:
-        name = str(node.target)
-        if node.op != "call_method" or not name.endswith("_") or name.endswith("__"):
-            continue
-        written = source(node)
-        assert written is not None
-        later = partial(_is_later, order, node)
-        whole = source(written) if is_value_preserving(module, written) else None
-        while whole is not None:
-            if any(map(later, whole.users)):
-                raise FatError(
-                    f"'{layer_name(node)}' writes into a part of a tensor that is read later. "
-                    f"Write x = x.{name[:-1]}(…) of all of it instead."
-                )
-            whole = source(whole) if is_value_preserving(module, whole) else None
-        written.replace_all_uses_with(node, later)
-
-
-def _is_later(order: Mapping[fx.Node, int], node: fx.Node, user: fx.Node) -> bool:
-    return order[user] > order[node]
 
 
 def _give_each_use_its_own(module: fx.GraphModule) -> None:

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, cast
@@ -27,6 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fat.errors import first_line
 from fat.graph.constants import run_node, write
+from fat.graph.inplace import are_slices
 
 __all__ = ["FROZEN_NORMS", "SizeTracer", "WritesIntoPart"]
 
@@ -61,7 +63,16 @@ class _Answers:
         return _Attribute(cast(fx.Proxy, self), name)
 
     def __setitem__(self, index: object, value: object) -> None:
-        raise WritesIntoPart("it writes into a part of a tensor, x[…] = …")
+        """Kept for a part that is told by slices, if the value has its shape."""
+        shape_of = self.tracer.shape_of
+        if not (
+            isinstance(value, fx.Proxy)
+            and are_slices(index)
+            and shape_of(value)
+            and shape_of(value) == shape_of(cast(Any, self)[index])
+        ):
+            raise WritesIntoPart("it writes into a part of a tensor, x[…] = …")
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
         return len(self._value())
@@ -169,7 +180,7 @@ class SizeTracer(fx.Tracer):
         if target is not F.scaled_dot_product_attention:
             return create(args, kwargs, *more, **options)
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        shape, masks = (self._shape_of(x) for x in (args[0], mask))
+        shape, masks = (self.shape_of(x) for x in (args[0], mask))
         if len(shape) == 3 and (mask is None or len(masks) == 3):
             args = tuple(x.unsqueeze(1) if isinstance(x, fx.Proxy) else x for x in args)
             if isinstance(mask, fx.Proxy) and len(args) < 4:
@@ -181,12 +192,22 @@ class SizeTracer(fx.Tracer):
             return create(args, kwargs, *more, **options).unflatten(0, (-1, *shape[1:-3]))
         return create(args, kwargs, *more, **options)
 
-    def _shape_of(self, tensor: Any) -> tuple[int, ...]:
+    def shape_of(self, tensor: Any) -> tuple[int, ...]:
         """Of what a stand-in stands for; empty where sizes do not tell."""
         try:
             return tuple(self.value(tensor.node).shape) if isinstance(tensor, fx.Proxy) else ()
         except AskedForValue:
             return ()
+
+    def shares(self, one: fx.Node, other: fx.Node) -> bool:
+        """Whether two results share memory, or may, where sizes do not tell."""
+        try:
+            found = [self.value(node) for node in (one, other)]
+        except AskedForValue:
+            return True
+        return not all(isinstance(value, Tensor) for value in found) or (
+            found[0].untyped_storage()._cdata == found[1].untyped_storage()._cdata
+        )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A stand-in for a node's result."""
