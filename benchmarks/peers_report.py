@@ -125,8 +125,11 @@ What every figure here was measured with:
   was added, once and without a search, after the 200 images had judged `quick` and the others, to
   fit into the time that those take. No step count was tried out on the 200.
 * **What is missing**: cells that were not measured are listed below; *best of the others* and
-  *slowest other* are of those that were. AIMET's AdaRound and SeqMSE and Brevitas' GPTQ are the
-  ones to expect more of. Cells ran beside other work on the same two cores."""
+  *slowest other* are of those that were. AIMET's AdaRound and SeqMSE are the ones to
+  expect more of. Cells ran beside other work on the same two cores.
+* **A caution**: Brevitas' GPTQ sees 40 images here, since it takes a pass over them for each layer.
+  It is the best of the others on Lite0 with 4-bit weights, and of no use on Lite2; why was not
+  found out."""
 
 
 def summary(
