@@ -128,8 +128,8 @@ What every figure here was measured with:
   *slowest other* are of those that were. AIMET's AdaRound and SeqMSE are the ones to
   expect more of. Cells ran beside other work on the same two cores.
 * **A caution**: Brevitas' GPTQ sees 40 images here, since it takes a pass over them for each layer.
-  It is the best of the others on Lite0 with 4-bit weights, and of no use on Lite2; why was not
-  found out."""
+  With 4-bit weights it is the best of the others on Lite0, while on Lite2 both of Brevitas' recipes
+  lose everything; why was not found out."""
 
 
 def summary(
