@@ -117,7 +117,10 @@ class Onnx:
         model.producer_name, model.doc_string = "FAT", ""
         del model.metadata_props[:]
         helper.set_model_props(model, dict(program.metadata))
-        onnx.checker.check_model(model, full_check=True)
+        try:
+            onnx.checker.check_model(model, full_check=True)
+        except onnx.checker.ValidationError as error:
+            raise _unwritable(error) from error
         return model
 
     def open(self, path: Path, *, threads: int | None = None) -> Runtime:

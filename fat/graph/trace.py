@@ -22,6 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
 from fat.graph.inplace import read_what_was_written
+from fat.graph.patterns import constant_of
 from fat.graph.plain import (
     MATRIX_PRODUCTS,
     conv2d_of,
@@ -242,7 +243,7 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
     elif node.target in CLAMPS:
         bounds = {"min": None, "max": None, **node.kwargs}
         bounds.update(zip(("min", "max"), node.args[1:], strict=False))
-        low, high = bounds["min"], bounds["max"]
+        low, high = (_number(module, bounds[key]) for key in ("min", "max"))
         if low == 0 and high is None:
             replacement = nn.ReLU()
         elif isinstance(low, (int, float)) and isinstance(high, (int, float)):
@@ -252,6 +253,12 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
     name = free_name(module, layer_name(node))
     module.add_submodule(name, replacement.eval())
     node.op, node.target, node.args, node.kwargs = "call_module", name, node.args[:1], {}
+
+
+def _number(module: fx.GraphModule, bound: Any) -> Any:
+    """A bound that the network keeps as a tensor of one number, as that number."""
+    kept = constant_of(module, bound)
+    return bound if kept is None or kept.numel() != 1 else kept.item()
 
 
 def _widen(module: fx.GraphModule, node: fx.Node, layer: nn.Conv1d) -> None:

@@ -57,6 +57,7 @@ SPELLINGS = {
     "x.clamp_(0, 6)": (lambda x: x.clamp_(0, 6), nn.Hardtanh),
     "x.clip(0, 6)": (lambda x: x.clip(0, 6), nn.Hardtanh),
     "torch.clamp": (lambda x: torch.clamp(x, min=0, max=6), nn.Hardtanh),
+    "bounds as tensors": (lambda x: x.clamp(torch.tensor(0.0), torch.tensor(6.0)), nn.Hardtanh),
     "F.hardswish": (F.hardswish, nn.Hardswish),
     "F.silu in place": (lambda x: F.silu(x, inplace=True), nn.SiLU),
     "F.gelu": (lambda x: F.gelu(x, approximate="tanh"), nn.GELU),
