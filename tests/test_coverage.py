@@ -91,9 +91,11 @@ def test_the_page_tells_what_is_in_float_and_what_fails(coverage: ModuleType) ->
     assert coverage.in_float(row()) == "3 LayerNormalization, 2 Gelu"
     assert coverage.in_float(row(operators={"QLinearConv": 7, "Reshape": 1})) == "nothing"
     failed = row(network="bad", error="'x' cannot | be traced", passed=["trace", "fold"])
-    text = coverage.page([row(), row(network="other", differing=2), failed], ["later"])
+    # skresnet18 is of the module sknet, with a class of the module resnet.
+    rows = [row(), row(network="resnet18"), row(network="skresnet18", differing=2), failed]
+    text = coverage.page(rows, ["later"])
     assert text.endswith("## Not run yet\n\nlater\n")
-    assert "2 of 3 networks pass everything, from 1 of timm's" in text
-    assert "In 1 of the files every integer" in text
+    assert "3 of 4 networks pass everything, from 2 of timm's" in text
+    assert "In 2 of the files every integer" in text
     assert "| resnet | net | 1.5 M | 64×96 | 7 | 5 | 1 | 0 of 9 |" in text
     assert "| bad | trace, fold | 'x' cannot / be traced |" in text
