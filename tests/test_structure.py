@@ -17,8 +17,8 @@ ORDER = [
     "quant/quantizers",
     "models",
     "graph/constants", "graph/patterns",  # knows torch and the layers; the passes below ask it
-    "graph/inplace", "graph/tracer", "graph/plain", "graph/trace", "graph/fold", "graph/insert", "graph/integers",
-    "graph/groups", "graph/sensitivity", "graph/balance", "graph/equalize",
+    "graph/inplace", "graph/tracer", "graph/plain", "graph/trace", "graph/fold", "graph/insert",
+    "graph/integers", "graph/groups", "graph/sensitivity", "graph/balance", "graph/equalize",
     "graph/features",
     "losses", "schedule", "metrics",
     "memo", "student", "pipeline", "calibrate", "correct", "analysis", "blocks", "evaluate",
