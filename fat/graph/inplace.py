@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fat.errors import FatError
-from fat.graph.patterns import PRESERVING_ATTRIBUTES, module_of, source
+from fat.graph.patterns import PRESERVING_ATTRIBUTES, function_name, module_of, source
 
 __all__ = ["are_slices", "read_what_was_written"]
 
@@ -95,16 +95,12 @@ def _writes(module: fx.GraphModule, node: fx.Node) -> bool:
         return bool(getattr(module_of(module, node), "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    name = _name(node)
+    name = function_name(node)
     return (
         node.target is operator.setitem
         or node.kwargs.get("inplace") is True
         or (name.endswith("_") and not name.endswith("__"))
     )
-
-
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _others(
@@ -137,7 +133,7 @@ def _is_view(module: fx.GraphModule, node: fx.Node) -> bool:
         return isinstance(module_of(module, node), (nn.Flatten, nn.Unflatten))
     if node.target is getattr:
         return node.args[1] in PRESERVING_ATTRIBUTES
-    return node.op in ("call_function", "call_method") and _name(node) in VIEWS
+    return node.op in ("call_function", "call_method") and function_name(node) in VIEWS
 
 
 def _are_apart(one: fx.Node, other: fx.Node | None) -> bool:
@@ -145,7 +141,7 @@ def _are_apart(one: fx.Node, other: fx.Node | None) -> bool:
     if other is None or not one.target == other.target == operator.getitem:
         return False
     items = one.args[1], other.args[1]
-    return all(type(item) is int and item >= 0 for item in items) and bool(items[0] != items[1])
+    return all(type(item) is int and item >= 0 for item in items) and len({*items}) == 2
 
 
 def _joined(graph: fx.Graph, whole: Any, index: Any, value: Any) -> fx.Node:
@@ -168,9 +164,9 @@ def _replaced(
     (dim, part), *rest = parts
 
     def of(start: int | None, stop: int | None) -> fx.Node:
-        index = (slice(None),) * dim + (slice(start, stop),)
-        if dim < 0:
-            index = (Ellipsis, slice(start, stop)) + (slice(None),) * (-1 - dim)
+        before = (slice(None),) * dim if dim >= 0 else (Ellipsis,)
+        after = (slice(None),) * (-1 - dim)  # none, if counted from the first dimension
+        index = (*before, slice(start, stop), *after)
         return graph.call_function(operator.getitem, (whole, index))
 
     joined = [of(None, part.start)] if part.start else []

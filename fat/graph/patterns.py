@@ -19,6 +19,7 @@ __all__ = [
     "activation_cap",
     "constant_of",
     "feeding",
+    "function_name",
     "is_compute",
     "is_fused_activation",
     "is_softmax",
@@ -102,6 +103,11 @@ MEAN_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 def module_of(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
     """The module that a node calls, or ``None``."""
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def function_name(node: fx.Node) -> str:
+    """The name of the function or method that a node calls; empty for a function without one."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def source(node: fx.Node) -> fx.Node | None:

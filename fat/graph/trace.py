@@ -22,7 +22,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fat.errors import FatError
 from fat.graph.constants import drop_unused, fold_constants, free_name
 from fat.graph.inplace import read_what_was_written
-from fat.graph.patterns import constant_of
+from fat.graph.patterns import constant_of, function_name
 from fat.graph.plain import (
     MATRIX_PRODUCTS,
     conv2d_of,
@@ -134,10 +134,8 @@ def layer_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     owner = next(reversed([path for path in stack if path]), "") if stack else ""
     owner = re.sub(r"@\d+", "", owner)  # torch.fx counts the calls of a module that is used again
-    function = (
-        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "op")
-    )
-    return f"{owner}.{function}" if owner else str(function)
+    function = function_name(node) or "op"
+    return f"{owner}.{function}" if owner else function
 
 
 def mark_data(module: fx.GraphModule, example: Tensor) -> None:
