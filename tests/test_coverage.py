@@ -34,7 +34,7 @@ def options(**changed: Any) -> argparse.Namespace:
 
 def row(**changed: Any) -> dict[str, Any]:
     found = {
-        "network": "net", "family": "resnet", "passed": ["trace"], "error": None,
+        "network": "net", "module": "resnet", "passed": ["trace"], "error": None,
         "parameters": 1_500_000, "size": [64, 96], "layers": 7, "folded": 5, "convolutions": 1,
         "differing": 0, "compared": 9, "seconds": 12.3, "peak_gb": 1.0,
         "operators": {"QLinearConv": 7, "Gelu": 2, "Transpose": 4, "LayerNormalization": 3},
@@ -64,6 +64,12 @@ def test_a_process_that_dies_is_a_row(coverage: ModuleType) -> None:
     assert "no_such_network" in found["error"]
 
 
+def test_networks_are_of_the_module_that_lists_them(coverage: ModuleType) -> None:
+    assert coverage.module_of("resnet18") == "resnet"
+    assert coverage.module_of("skresnet18") == "sknet"  # its class is of the module resnet
+    assert coverage.module_of("no_such_network") == "none"
+
+
 def test_parameters_that_say_nothing_are_drawn(coverage: ModuleType) -> None:
     torch.manual_seed(0)
     for value in (0.0, 1.0, 1e-6):
@@ -91,8 +97,7 @@ def test_the_page_tells_what_is_in_float_and_what_fails(coverage: ModuleType) ->
     assert coverage.in_float(row()) == "3 LayerNormalization, 2 Gelu"
     assert coverage.in_float(row(operators={"QLinearConv": 7, "Reshape": 1})) == "nothing"
     failed = row(network="bad", error="'x' cannot | be traced", passed=["trace", "fold"])
-    # skresnet18 is of the module sknet, with a class of the module resnet.
-    rows = [row(), row(network="resnet18"), row(network="skresnet18", differing=2), failed]
+    rows = [row(), row(network="resnet18"), row(module="sknet", differing=2), failed]
     text = coverage.page(rows, ["later"])
     assert text.endswith("## Not run yet\n\nlater\n")
     assert "3 of 4 networks pass everything, from 2 of timm's" in text
