@@ -77,6 +77,8 @@ def main(job: Job) -> None:
                     network(batch)
 
         sim.compute_encodings(forward)
+    job.logits(logits(sim.model, job.array("val")))
+    with job.timed():
         try:
             aimet_onnx.export(
                 sim, (example,), str(path), input_names=["input"], output_names=["logits"],
@@ -85,7 +87,6 @@ def main(job: Job) -> None:
             job.note(runtime="onnxruntime", file=path.name)
         except Exception as error:  # whatever it raises, the simulation can still be judged
             job.note(export_failed=f"{type(error).__name__}: {error}".splitlines()[0][:300])
-    job.logits(logits(sim.model, job.array("val")))
     job.note(images=len(images) * BATCH)
     job.finish("aimet-torch", "torch", "timm", "onnx")
 
