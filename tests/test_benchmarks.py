@@ -463,6 +463,38 @@ def test_a_failure_is_a_cell_with_its_message(
     assert "--tools ours-quick --models efficientnet_lite0" in cell["command"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_judging_between_quantizing_and_writing_does_not_count(tmp_path: Path) -> None:
+    script = """
+import json, sys, time
+from common import Job, peak_mb
+job, start = Job(sys.argv[1]), time.perf_counter()
+with job.timed():
+    kept = bytearray(100 << 20)
+    time.sleep(0.1)
+judged = bytearray(400 << 20)
+time.sleep(0.5)
+del judged
+before = peak_mb()
+with job.timed():
+    time.sleep(0.1)
+print(json.dumps({**job.result, "before": before, "whole": time.perf_counter() - start}))
+"""
+    fields = {"recipe": "", "weight_bits": 8, "activation_bits": 8, "granularity": "vector",
+              "inputs": "", "out": "", "threads": 1, "seed": 0}  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(fields))
+    result = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "job.json"],
+        env={**os.environ, "PYTHONPATH": str(FOLDER / "tools")},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    found = json.loads(result.stdout)
+    assert 0.2 <= found["seconds"] <= found["whole"] - 0.5
+    assert found["before"] > 500
+    assert 100 < found["peak_mb"] < 400
+    assert found["peak_before_mb"] < 100
+
+
 def test_a_message_is_one_line_without_folders(peers: ModuleType) -> None:
     text = "Traceback\n  File x\ntorch.SomeError: cannot open /home/me/x/y.onnx: bad\nwarning: late"
     assert peers.last_line(text) == "torch.SomeError: cannot open y.onnx: bad"
