@@ -520,8 +520,27 @@ def test_the_report_tells_ties_failures_and_who_is_first(peers: ModuleType, tmp_
         "| 98.0 %, 18.0 dB (nncf-fast) | 99.0 %, 26.0 dB (ours-best) | 98.5 %, 24.0 dB (ours-quick,"
         " 8 s of 8 s) |"
     )
+    assert (
+        "FAT is first in SQNR in 1 of 1, and first or within one image of the first in agreement "
+        "in 1; in the time of the slowest other in 1 and 1."
+    ) in page
     assert "nncf==" in page
     assert (tmp_path / "figures" / "benchmarks.png").stat().st_size > 1000
+
+
+def test_who_is_first_is_counted_with_ties_of_one_image(peers: ModuleType) -> None:
+    from peers_report import firsts
+
+    other = a_cell("nncf-fast", agreement=98.0, sqnr_db=20.0) | {"cpu_seconds": 100.0}
+
+    def own(agreement: float, sqnr_db: float, seconds: float) -> dict[str, object]:
+        return a_cell("ours-quick", agreement=agreement, sqnr_db=sqnr_db) | {"cpu_seconds": seconds}
+
+    assert list(firsts([other, own(97.5, 19.9, 90)], 100)) == ["agreement", "agreement in time"]
+    assert list(firsts([other, own(97.0, 20.0, 101)], 100)) == ["SQNR"]
+    two = [own(98.5, 19.0, 101), own(97.0, 24.0, 90)]  # each first in one of them
+    assert list(firsts([other, *two], 100)) == ["SQNR", "SQNR in time", "agreement"]
+    assert list(firsts([other], 100)) == []
 
 
 def test_a_report_of_failures_alone_has_no_picture(peers: ModuleType, tmp_path: Path) -> None:
