@@ -30,6 +30,16 @@ def judged(cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return found
 
 
+def one_image(figures: Mapping[str, Any]) -> float:
+    """The points of agreement within which rows are ties: an image, and a float's rounding."""
+    return float(100.0 / figures["images"]) + 1e-6
+
+
+def in_time(cells: Sequence[Mapping[str, Any]], limit: float) -> list[Mapping[str, Any]]:
+    """The judged cells that took no more than ``limit`` CPU seconds."""
+    return [cell for cell in cells if judged(cell) and cell["cpu_seconds"] <= limit]
+
+
 def best(
     cells: Sequence[Mapping[str, Any]], figure: str, *, ours: bool | None = None
 ) -> Mapping[str, Any] | None:
@@ -154,9 +164,7 @@ def summary(
             assert agree is not None
             others = [c for c in here if judged(c) and not c["tool"].startswith(OURS)]
             limit = max(c["cpu_seconds"] for c in others)
-            quick = best(
-                [c for c in here if judged(c) and c["cpu_seconds"] <= limit], "sqnr_db", ours=True
-            )
+            quick = best(in_time(here, limit), "sqnr_db", ours=True)
             rival = f"{short(other)} ({other['tool']})"
             if agree["tool"] != other["tool"]:
                 rival += f"; {agree['simulation']['agreement']:.1f} % ({agree['tool']})"
@@ -190,10 +198,9 @@ def firsts(cells: Sequence[Mapping[str, Any]], limit: float) -> Iterator[str]:
         assert other is not None
         least = other["simulation"][figure]
         if figure == "agreement":
-            least -= 100.0 / other["simulation"]["images"] + 1e-6
+            least -= one_image(other["simulation"])
         for most, suffix in ((math.inf, ""), (limit, " in time")):
-            within = [c for c in cells if judged(c) and c["cpu_seconds"] <= most]
-            own = best(within, figure, ours=True)
+            own = best(in_time(cells, most), figure, ours=True)
             if own and own["simulation"][figure] >= least:
                 yield name + suffix
 
@@ -249,11 +256,10 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[
             )
             lines.append(f"| {name} | {escaped(what)} | | | | | | | | |")
             continue
-        image = 100.0 / figures["images"]
         error = standard_error(figures["agreement"], figures["images"])
         agreement = f"{figures['agreement']:.1f} ± {error:.1f}"
         noise = f"{figures['sqnr_db']:.1f}"
-        if figures["agreement"] >= most - image - 1e-6:
+        if figures["agreement"] >= most - one_image(figures):
             agreement = f"**{agreement}**"
         if figures["sqnr_db"] >= loudest - 0.05:
             noise = f"**{noise}**"
