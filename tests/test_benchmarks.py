@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -463,6 +464,20 @@ def test_a_failure_is_a_cell_with_its_message(
     assert "--tools ours-quick --models efficientnet_lite0" in cell["command"]
 
 
+def in_a_job(script: str, folder: Path) -> dict[str, Any]:
+    """What a script of tools/ prints, in a process of its own."""
+    fields = {"recipe": "", "weight_bits": 8, "activation_bits": 8, "granularity": "vector",
+              "inputs": "", "out": str(folder), "threads": 1, "seed": 0}  # fmt: skip
+    (folder / "job.json").write_text(json.dumps(fields))
+    result = subprocess.run(
+        [sys.executable, "-c", script, folder / "job.json"],
+        env={**os.environ, "PYTHONPATH": str(FOLDER / "tools")},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_judging_between_quantizing_and_writing_does_not_count(tmp_path: Path) -> None:
     script = """
@@ -480,19 +495,42 @@ with job.timed():
     time.sleep(0.1)
 print(json.dumps({**job.result, "before": before, "whole": time.perf_counter() - start}))
 """
-    fields = {"recipe": "", "weight_bits": 8, "activation_bits": 8, "granularity": "vector",
-              "inputs": "", "out": "", "threads": 1, "seed": 0}  # fmt: skip
-    (tmp_path / "job.json").write_text(json.dumps(fields))
-    result = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "job.json"],
-        env={**os.environ, "PYTHONPATH": str(FOLDER / "tools")},
-        capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    found = json.loads(result.stdout)
+    found = in_a_job(script, tmp_path)
     assert 0.2 <= found["seconds"] <= found["whole"] - 0.5
     assert found["before"] > 500
     assert 100 < found["peak_mb"] < 400
     assert found["peak_before_mb"] < 100
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("fails", [False, True], ids=["written", "failed"])
+def test_an_export_comes_after_judging_and_may_fail(tmp_path: Path, fails: bool) -> None:
+    script = f"""
+import json, pathlib, sys
+from common import Job
+job, path = Job(sys.argv[1]), pathlib.Path("quantized.onnx")
+with job.timed():
+    pass
+try:
+    with job.export(path):
+        raise AssertionError("exported before it was judged")
+except RuntimeError as error:
+    early = str(error)
+job.logits([[1.0]])
+with job.export(path):
+    if {fails}:
+        raise ValueError("no operator\\nmore")
+print(json.dumps({{**job.result, "early": early}}))
+"""
+    found = in_a_job(script, tmp_path)
+    assert "judged" in found["early"]
+    assert found["seconds"] > 0
+    if fails:
+        assert found["export_failed"] == "ValueError: no operator"
+        assert "file" not in found
+    else:
+        assert (found["runtime"], found["file"]) == ("onnxruntime", "quantized.onnx")
+        assert "export_failed" not in found
 
 
 def test_a_message_is_one_line_without_folders(peers: ModuleType) -> None:

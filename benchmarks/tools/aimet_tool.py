@@ -78,15 +78,11 @@ def main(job: Job) -> None:
 
         sim.compute_encodings(forward)
     job.logits(logits(sim.model, job.array("val")))
-    with job.timed():
-        try:
-            aimet_onnx.export(
-                sim, (example,), str(path), input_names=["input"], output_names=["logits"],
-                opset_version=21 if min(job.bits) < 8 else 17, dynamo=False,
-            )  # fmt: skip
-            job.note(runtime="onnxruntime", file=path.name)
-        except Exception as error:  # whatever it raises, the simulation can still be judged
-            job.note(export_failed=f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    with job.export(path):
+        aimet_onnx.export(
+            sim, (example,), str(path), input_names=["input"], output_names=["logits"],
+            opset_version=21 if min(job.bits) < 8 else 17, dynamo=False,
+        )  # fmt: skip
     job.note(images=len(images) * BATCH)
     job.finish("aimet-torch", "torch", "timm", "onnx")
 

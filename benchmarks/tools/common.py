@@ -81,6 +81,22 @@ class Job:
         self.note(peak_mb=max(peak_mb(), self.result.get("peak_mb", 0.0)))  # type: ignore[call-overload]
 
     @contextmanager
+    def export(self, path: Path) -> Iterator[None]:
+        """Write the file that ships, for ONNX Runtime: timed, and a failure costs the file alone.
+
+        The simulation is judged before: an export that fails may leave another network behind.
+        """
+        if not (self.out / LOGITS).is_file():
+            raise RuntimeError("the simulation is judged, job.logits(), before it is exported")
+        with self.timed():
+            try:
+                yield
+                self.note(runtime="onnxruntime", file=path.name)
+            except Exception as error:  # whatever the tool raises
+                message = f"{type(error).__name__}: {error}"
+                self.note(export_failed=message.splitlines()[0][:300])
+
+    @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """CPU seconds of a part of it."""
         cpu = time.process_time()
