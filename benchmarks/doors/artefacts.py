@@ -62,9 +62,7 @@ def artefacts(lab: Lab) -> list[Result]:
         Path("a" * 5000 + ".onnx"),
     ):
         cases.append(
-            Case(
-                "no files", str(place)[-20:], functools.partial(_judge, config, place), MUST_REFUSE
-            )
+            Case("no files", lab.said(place), functools.partial(_judge, config, place), MUST_REFUSE)
         )
     for words in (
         ("runtime=nothing",),

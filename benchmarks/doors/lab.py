@@ -53,6 +53,10 @@ class Lab:
         self._made += 1
         return self.folder / f"{os.getpid()}-{self._made}-{name}"
 
+    def said(self, place: Path | str) -> str:
+        """How the page names a place: the same in every run."""
+        return str(place).replace(str(self.folder), "a folder")[-30:]
+
     def copy(self, directory: Path) -> Path:
         """A copy of a run that may be damaged."""
         target = self.new(directory.name)

@@ -203,7 +203,7 @@ def _evaluations(lab: Lab) -> Iterator[Case]:
         "''",
     ):
         call = functools.partial(lab.command, "evaluate.py", f"run={place}")
-        yield Case("`evaluate.py run=` what is no run", place[-20:], call, MUST_REFUSE)
+        yield Case("`evaluate.py run=` what is no run", lab.said(place), call, MUST_REFUSE)
 
 
 @functools.cache
@@ -246,7 +246,7 @@ def _mixed(lab: Lab) -> Iterator[Case]:
         yield Case("`quant.mixed=`", what, functools.partial(_choose, path))
     for place in (folder, Path("a" * 5000), Path("/dev/null"), Path("/dev/zero")):
         yield Case(
-            "`quant.mixed=`", str(place)[-20:], functools.partial(_choose, place), MUST_REFUSE
+            "`quant.mixed=`", lab.said(place), functools.partial(_choose, place), MUST_REFUSE
         )
 
 
@@ -294,7 +294,7 @@ def _resumed(lab: Lab) -> Iterator[Case]:
     yield case("student.safetensors", "gone", None)
     for place in (str(whole / "metrics.json"), "nowhere", "a" * 5000, "/dev/null", "''", "${x}"):
         call = functools.partial(lab.command, "train.py", f"resume={place}")
-        yield Case("`resume=` what is no run", place[-20:], call, MUST_REFUSE)
+        yield Case("`resume=` what is no run", lab.said(place), call, MUST_REFUSE)
 
 
 def _states(content: bytes, name: str, lab: Lab) -> Iterator[tuple[str, bytes, str]]:
