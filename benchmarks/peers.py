@@ -263,6 +263,7 @@ def run_cell(
     write_json(out / "job.json", job)
     cell: dict[str, Any] = {
         "tool": tool, "model": model, "setting": setting, "command": command(tool, model, setting),
+        "machine": machine(options.threads),
     }  # fmt: skip
     if about.venv is None:
         cell["train"] = " ".join(
@@ -384,9 +385,9 @@ def figures(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> di
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """What is known: ``cells`` by key, and the ``machine``."""
+    """What is known: ``cells`` by key."""
     if not path.is_file():
-        return {"machine": "", "cells": {}}
+        return {"cells": {}}
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -436,7 +437,6 @@ def run_all(cells: Sequence[tuple[str, str, str]], options: argparse.Namespace) 
         cell = run_cell(tool, model, setting, prepare(model, options), options)
         spent.append(time.perf_counter() - started)
         results = load_results(options.results)  # another process may have added some
-        results["machine"] = machine(options.threads)
         results["cells"][key_of(tool, model, setting)] = cell
         save_results(options.results, results)
         print(f"    {said(cell)}", flush=True)
@@ -464,7 +464,7 @@ def machine(threads: int) -> str:
     """The processor, and how much of it a cell gets."""
     from step import machine_name
 
-    return f"{machine_name()}, {threads} core{'s' if threads > 1 else ''} for each cell"
+    return f"{machine_name()}, {threads} core{'s' if threads > 1 else ''}"
 
 
 def said(cell: Mapping[str, Any]) -> str:

@@ -35,9 +35,30 @@ def one_image(figures: Mapping[str, Any]) -> float:
     return float(100.0 / figures["images"]) + 1e-6
 
 
-def in_time(cells: Sequence[Mapping[str, Any]], limit: float) -> list[Mapping[str, Any]]:
-    """The judged cells that took no more than ``limit`` CPU seconds."""
-    return [cell for cell in cells if judged(cell) and cell["cpu_seconds"] <= limit]
+def slowest_others(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Machine → CPU seconds of the slowest of the others that was judged there."""
+    limits: dict[str, float] = {}
+    for cell in cells:
+        if judged(cell) and not cell["tool"].startswith(OURS):
+            machine = cell["machine"]
+            limits[machine] = max(limits.get(machine, 0.0), cell["cpu_seconds"])
+    return limits
+
+
+def in_time(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The judged cells that took no more than the slowest of the others on the same machine."""
+    limits = slowest_others(cells)
+    return [
+        cell
+        for cell in cells
+        if judged(cell) and cell["cpu_seconds"] <= limits.get(cell["machine"], 0.0)
+    ]
+
+
+def marks_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Machine → the mark of its times, none for the one that most were measured on."""
+    machines = [name for name, _ in Counter(cell["machine"] for cell in cells).most_common()]
+    return {name: f" {'†' * number}".rstrip() for number, name in enumerate(machines)}
 
 
 def best(
@@ -63,7 +84,7 @@ def markdown(
     """The whole page.
 
     Args:
-        results: What peers.py keeps: ``machine`` and ``cells``.
+        results: What peers.py keeps: ``cells``.
         labels: Name of a tool's recipe → what the page calls it, in the order of the rows.
         models: Names of the networks → timm's names.
         settings: In the order of the sections.
@@ -72,7 +93,9 @@ def markdown(
     """
     cells = list(results["cells"].values())
     head = HEAD.replace("PICTURE\n", PICTURE if any(map(judged, cells)) else "")
-    lines = [head, f"* **Machine**: {results['machine']}.", "", *summary(cells, models, settings)]
+    marks = marks_of(cells)
+    where = "; ".join(f"{name}{f', marked{mark}' if mark else ''}" for name, mark in marks.items())
+    lines = [head, f"* **Machine**: {where}.", "", *summary(cells, models, settings)]
     for model in models:
         for setting in settings:
             rows = [
@@ -82,7 +105,7 @@ def markdown(
                 if (cell["tool"], cell["model"], cell["setting"]) == (tool, model, setting)
             ]
             if rows:
-                lines += ["", f"## {model}, {spelled(setting)}", "", *table(rows, labels)]
+                lines += ["", f"## {model}, {spelled(setting)}", "", *table(rows, labels, marks)]
     done = {(cell["tool"], cell["model"], cell["setting"]) for cell in cells}
     lines += ["", "## Not measured yet", "", *missing(done, labels, models, settings)]
     lines += ["", "## Commands", "", "Each cell by itself; `DIR` as above.", ""]
@@ -128,7 +151,8 @@ What every figure here was measured with:
   how many convolutions and linear layers run as integer kernels. One image is half a point: rows
   within one image of the best are ties, and bold like it.
 * **Time**: CPU seconds on one core, from the loaded float network to the file that ships. The
-  machine is shared, so wall seconds say less (`seconds` in the results file). Ours includes
+  machine is shared, so wall seconds say less (`seconds` in the results file). Times of different
+  machines are not compared: *slowest other* is the slowest on the machine of ours. Ours includes
   decoding JPEG files, and the proof in ONNX Runtime that the file equals the simulation; others get
   decoded images in memory, and prove nothing.
 * **Memory**: the largest resident set of the process until then, libraries included.
@@ -162,22 +186,21 @@ def summary(
                 continue
             agree = best(here, "agreement", ours=False)
             assert agree is not None
-            others = [c for c in here if judged(c) and not c["tool"].startswith(OURS)]
-            limit = max(c["cpu_seconds"] for c in others)
-            quick = best(in_time(here, limit), "sqnr_db", ours=True)
+            quick = best(in_time(here), "sqnr_db", ours=True)
             rival = f"{short(other)} ({other['tool']})"
             if agree["tool"] != other["tool"]:
                 rival += f"; {agree['simulation']['agreement']:.1f} % ({agree['tool']})"
-            lines.append(
-                f"| {model}, {setting} | {rival} | {short(own)} ({own['tool']}) | "
-                + (
-                    f"{short(quick)} ({quick['tool']}, {quick['cpu_seconds']:.0f} s"
-                    if quick
-                    else "(none"
+            timely = "none"
+            if quick:
+                limit = slowest_others(here)[quick["machine"]]
+                timely = (
+                    f"{short(quick)} ({quick['tool']}, {quick['cpu_seconds']:.0f} s "
+                    f"of {limit:.0f} s)"
                 )
-                + f" of {limit:.0f} s) |"
+            lines.append(
+                f"| {model}, {setting} | {rival} | {short(own)} ({own['tool']}) | {timely} |"
             )
-            won.update(firsts(here, limit))
+            won.update(firsts(here))
     total = len(lines) - 4
     return [
         *lines,
@@ -188,8 +211,8 @@ def summary(
     ]
 
 
-def firsts(cells: Sequence[Mapping[str, Any]], limit: float) -> Iterator[str]:
-    """In what the best of ours is first in a setting, ties counted; also in ``limit`` CPU seconds.
+def firsts(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """In what the best of ours is first in a setting, ties counted; also of those in time.
 
     One of ours for each: the recipe of most agreement need not be the one of least noise.
     """
@@ -199,8 +222,8 @@ def firsts(cells: Sequence[Mapping[str, Any]], limit: float) -> Iterator[str]:
         least = other["simulation"][figure]
         if figure == "agreement":
             least -= one_image(other["simulation"])
-        for most, suffix in ((math.inf, ""), (limit, " in time")):
-            own = best(in_time(cells, most), figure, ours=True)
+        for fitting, suffix in ((cells, ""), (in_time(cells), " in time")):
+            own = best(fitting, figure, ours=True)
             if own and own["simulation"][figure] >= least:
                 yield name + suffix
 
@@ -238,7 +261,9 @@ def spelled(setting: str) -> str:
     return f"{bits.upper()}, one threshold per {'filter' if granularity == 'vector' else 'tensor'}"
 
 
-def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[str]:
+def table(
+    rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], marks: Mapping[str, str]
+) -> list[str]:
     """A row for each recipe; the best of a column in bold, ties with it too."""
     lines = [
         "| tool | top-1 | lost | agreement | SQNR | file: agreement | SQNR | integer layers "
@@ -265,7 +290,7 @@ def table(rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> list[
             noise = f"**{noise}**"
         lines.append(
             f"| {name} | {figures['top1']:.1f} | {figures['top1_drop']:.1f} | {agreement} "
-            f"| {noise} | {shipped(cell)} | {seconds(cell)} | {cell['peak_mb']:.0f} |"
+            f"| {noise} | {shipped(cell)} | {seconds(cell, marks)} | {cell['peak_mb']:.0f} |"
         )
     return lines
 
@@ -283,9 +308,9 @@ def shipped(cell: Mapping[str, Any]) -> str:
     )
 
 
-def seconds(cell: Mapping[str, Any]) -> str:
-    """CPU seconds, and what of them is our proof."""
-    text = f"{cell['cpu_seconds']:.0f}"
+def seconds(cell: Mapping[str, Any], marks: Mapping[str, str]) -> str:
+    """CPU seconds, the mark of their machine, and what of them is our proof."""
+    text = f"{cell['cpu_seconds']:.0f}{marks[cell['machine']]}"
     proof = cell.get("stages", {}).get("export")
     return f"{text} ({proof:.0f} of that export and proof)" if proof else text
 
