@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fat
 from fat import QuantSpec, Student
+from fat.layers import ChannelClip
 
 SCHEMES = [
     QuantSpec(granularity=granularity, scheme=scheme)
@@ -54,6 +55,17 @@ def tiny_student(spec: QuantSpec | None = None) -> Student:
     """A student of a TinyNet: convolutions, ReLU6, sums, pooling and a linear layer."""
     torch.manual_seed(0)
     return student_of(TinyNet(), spec, size=16)
+
+
+def clipped_student(weight_bits: int = 8) -> Student:
+    """A student of a TinyNet that clips channels at bounds of their own, as ``exact`` makes it."""
+    equalize = fat.EqualizeSpec("exact")
+    student = tiny_student(
+        QuantSpec(weight_bits=weight_bits, granularity="scalar", equalize=equalize)
+    )
+    clips = [q for q in student.activation_quantizers() if isinstance(q.activation, ChannelClip)]
+    assert len(clips) > 1
+    return student
 
 
 class Heads(nn.Module):

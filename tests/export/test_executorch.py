@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from students import NAMES, SCHEMES, Everything, structured, student_of, tiny_student
+from students import (
+    NAMES,
+    SCHEMES,
+    Everything,
+    clipped_student,
+    structured,
+    student_of,
+    tiny_student,
+)
 from torch import nn
 
 from fat import FatError, QuantSpec, Student
@@ -71,6 +79,14 @@ def test_everything_between_layers_computes_the_students_integers(
 ) -> None:
     student = student_of(Everything(), QuantSpec(scheme=scheme))
     found, kernels = differences(student, 32, tmp_path)
+    check_layers(found, TARGET.tolerance)
+    check_kernels(kernels, student)
+
+
+@needs_executorch
+def test_a_clip_per_channel_computes_the_students_integers(tmp_path: Path) -> None:
+    student = clipped_student()
+    found, kernels = differences(student, 16, tmp_path)
     check_layers(found, TARGET.tolerance)
     check_kernels(kernels, student)
 

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from students import NAMES, SCHEMES, Everything, Heads, structured, student_of, tiny_student
+from students import (
+    NAMES,
+    SCHEMES,
+    Everything,
+    Heads,
+    clipped_student,
+    structured,
+    student_of,
+    tiny_student,
+)
 from torch import nn
 
 from fat import FatError, QuantSpec, Student
@@ -34,8 +43,8 @@ def program_of(student: Student, images: torch.Tensor = IMAGES, **metadata: str)
 class Written:
     """A tiny student with its file."""
 
-    def __init__(self, folder: Path, target: LiteRT, spec: QuantSpec | None = None) -> None:
-        self.student = tiny_student(spec)
+    def __init__(self, folder: Path, target: LiteRT, student: Student | None = None) -> None:
+        self.student = student or tiny_student()
         self.program = program_of(self.student, **{"fat.model": "tiny", "fat.classes": '["é"]'})
         self.target, self.path, self.tapped = target, folder / "x.tflite", folder / "t.tflite"
         target.write(self.program, self.path)
@@ -66,12 +75,19 @@ def in_integers(tmp_path_factory: pytest.TempPathFactory) -> Written:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
 def test_every_operation_equals_the_students(spec: QuantSpec, tmp_path: Path) -> None:
-    written = Written(tmp_path, LiteRT(), spec)
+    written = Written(tmp_path, LiteRT(), tiny_student(spec))
     written.check()
     kernels = LiteRTRuntime(written.path).kernels()
     check_kernels(kernels, written.student)
     assert "TRANSPOSE" not in kernels.operators
     assert kernels.integer_operators == sum(kernels.operators.values()) - 2  # but for both ends
+
+
+@needs_litert
+def test_a_clip_per_channel_equals_the_students(tmp_path: Path) -> None:
+    written = Written(tmp_path, LiteRT(), clipped_student())
+    written.check()
+    check_kernels(LiteRTRuntime(written.path).kernels(), written.student)
 
 
 @needs_litert

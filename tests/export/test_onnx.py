@@ -11,7 +11,16 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from students import NAMES, SCHEMES, Everything, Heads, structured, student_of, tiny_student
+from students import (
+    NAMES,
+    SCHEMES,
+    Everything,
+    Heads,
+    clipped_student,
+    structured,
+    student_of,
+    tiny_student,
+)
 from torch import Tensor, nn
 
 import fat
@@ -107,6 +116,10 @@ def test_networks_of_timms_are_equal_in_the_runtime(
     name: str, spec: QuantSpec, tmp_path: Path
 ) -> None:
     check_equal(student_of(name, spec), tmp_path)
+
+
+def test_a_clip_per_channel_is_equal_in_the_runtime(tmp_path: Path) -> None:
+    check_equal(clipped_student(), tmp_path)
 
 
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("openvino", reason="needs OpenVINO: pip install -e '.[openvino]'")
 
-from students import NAMES, SCHEMES, Heads, structured, student_of, tiny_student
+from students import NAMES, SCHEMES, Heads, clipped_student, structured, student_of, tiny_student
 
 from fat import FatError, QuantSpec
 from fat.export.export import export
@@ -27,6 +27,12 @@ def test_files_are_proven_equal(spec: QuantSpec, tmp_path: Path) -> None:
     assert report["runtime"].startswith("openvino ")
     assert report["kernels"]["integer_layers"] == len(student.layers())
     assert report["kernels"]["float_layers"] == ()
+
+
+def test_a_clip_per_channel_is_proven_equal(tmp_path: Path) -> None:
+    student = clipped_student(weight_bits=7)
+    report = export(student, tmp_path / "student.onnx", OpenVino(), structured(16, 16, 5))
+    assert report["kernels"]["integer_layers"] == len(student.layers())
 
 
 def test_a_softmax_onto_a_grid_is_proven_equal(tmp_path: Path) -> None:
