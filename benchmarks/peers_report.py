@@ -147,9 +147,9 @@ What every figure here was measured with:
   `val/<wnid>/*.jpg`.
 * **Figures**: top-1, what it lost against float, agreement with the float network (± its standard
   error) and SQNR of the logits, all of the tool's own *simulation*; then the *file* that ships, in
-  its runtime (ONNX Runtime with `session.x64quantprecision=1`, or OpenVINO): agreement, SQNR, and
-  how many convolutions and linear layers run as integer kernels. One image is half a point: rows
-  within one image of the best are ties, and bold like it.
+  its runtime (ONNX Runtime, told to be exact where the processor has no VNNI, or OpenVINO):
+  agreement, SQNR, and how many convolutions and linear layers run as integer kernels. One image is
+  half a point: rows within one image of the best are ties, and bold like it.
 * **Time**: CPU seconds on one core, from the loaded float network to the file that ships. The
   machine is shared, so wall seconds say less (`seconds` in the results file). Times of different
   machines are not compared: *slowest other* is the slowest on the machine of ours. Ours includes
