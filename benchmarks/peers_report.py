@@ -163,11 +163,11 @@ What every figure here was measured with:
   agreement, and of what was there to try it is what lowers the loss on training images most. Files
   have a clip with a bound for each channel then, where ReLU6 was.
 * **What is missing**: cells that were not measured are listed below; *best of the others* and
-  *slowest other* are of those that were. AIMET's AdaRound and SeqMSE are the ones to
-  expect more of. Cells ran beside other work on the same two cores, and a cell ends after 1800 s:
-  `best` with 4-bit weights on Lite2 takes about that.
-* **A caution**: Brevitas' GPTQ sees 40 images here, since it takes a pass over them for each layer.
-  Where its export fails, the simulation is judged alone, as it was before the export."""
+  *slowest other* are of those that were. Cells ran beside other work on the same two cores, most
+  with 1800 s at most, some with `--limit` 3600 or 7200.
+* **A caution**: Brevitas' GPTQ sees 40 images here and AIMET's AdaRound 100, with 200 iterations
+  for each layer, since they take a pass over them for each layer: more would be better and slower.
+  Where an export fails, the simulation is judged alone, as it was before the export."""
 
 
 def summary(
