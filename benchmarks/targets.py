@@ -1,6 +1,7 @@
 """Each target's files beside the students that they were written from: equal, or how far apart.
 
     python benchmarks/targets.py [--target litert] [--data DIR] [--model mobilenet_v2] [--bits 8]
+    python benchmarks/targets.py --model efficientnet_lite0 --granularity scalar --equalize exact
 
 Every row is one ``fat.export`` with its verification: six networks (see benchmarks/export.py for
 their weights and images), scalar and vector, symmetric and asymmetric, calibrated and not trained.
@@ -44,7 +45,10 @@ def main() -> None:
     options = parse()
     target = make_target(options.target)
     target.check()
-    print(f"{machine_name()}, {torch.get_num_threads()} threads, weights of {options.bits} bits")
+    print(
+        f"{machine_name()}, {torch.get_num_threads()} threads, weights of {options.bits} bits, "
+        f"equalized: {options.equalize}"
+    )
     print(FORM.format(options.target, "", "", *HEADINGS), flush=True)
     logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as temporary:
@@ -54,9 +58,10 @@ def main() -> None:
             source, calibration, test = setting(model, options)
             for granularity, scheme in itertools.product(options.granularity, options.scheme):
                 spec = fat.QuantSpec(
-                    weight_bits=options.bits, granularity=granularity, scheme=scheme
-                )
-                student = fat.prepare(source, calibration[:1], spec)
+                    weight_bits=options.bits, granularity=granularity, scheme=scheme,
+                    equalize=fat.EqualizeSpec(options.equalize),
+                )  # fmt: skip
+                student = fat.prepare(source, calibration, spec)
                 fat.calibrate(student, calibration)
                 path = folder / f"{model}-{granularity}-{scheme}{target.suffix}"
                 try:
@@ -96,6 +101,7 @@ def parse() -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", nargs="+", default=list(choices), choices=choices)
     parser.add_argument("--bits", type=int, default=8, help="of the weights")
+    parser.add_argument("--equalize", default="none", help="a method, as in quant.equalize.method")
     parser.add_argument("--out", type=Path, help="folder to keep the files in")
     return parser.parse_args()
 

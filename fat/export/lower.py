@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -54,6 +54,8 @@ class Style:
             the values lie on it either way.
         clip: Where bounds narrower than the type are applied: to the integers, or to the real
             values that they stand for, between two roundings onto the same grid.
+        channel_clip: What applies a bound of each channel: a ``minimum`` of real values between two
+            roundings, or two ``sums`` of integers, for runtimes that compute those in integers.
         padding: Uneven padding is an operation before its convolution: part of the ``layer``, or
             ``quantized``, an operation on integers of its own.
     """
@@ -61,6 +63,7 @@ class Style:
     dtype: torch.dtype
     bias: Literal["int32", "float"] = "int32"
     clip: Literal["integer", "float"] = "integer"
+    channel_clip: Literal["minimum", "sums"] = "minimum"
     padding: Literal["layer", "quantized"] = "layer"
 
 
@@ -219,9 +222,7 @@ class _Lowering:
         x = self.new[node.args[0]]  # type: ignore[index]
         integers = self._quantize(x, grid)
         if isinstance(quantizer.activation, ChannelClip):
-            bound = self._channel_bound(str(node.target), quantizer, grid)
-            x = self._call(torch.minimum, self._dequantize(integers, grid), bound)
-            integers = self._quantize(x, grid)
+            integers = self._channel_clip(str(node.target), integers, quantizer, grid)
         elif (grid.low, grid.high) != (grid.type_low, grid.type_high):
             if self.style.clip == "integer":
                 integers = self._call(torch.clamp, integers, grid.low, grid.high)
@@ -254,11 +255,31 @@ class _Lowering:
     def _arguments(self, grid: Integers) -> tuple[Any, ...]:
         return grid.scale, grid.zero_point, grid.type_low, grid.type_high, self.style.dtype
 
-    def _channel_bound(self, name: str, quantizer: ActivationQuantizer, grid: Integers) -> fx.Node:
+    def _channel_clip(
+        self, name: str, integers: fx.Node, quantizer: ActivationQuantizer, grid: Integers
+    ) -> fx.Node:
+        """min(q, b) for each channel's bound b, of integers on ``grid``.
+
+        As sums it is sat(q + (t − b)) − (t − b), where t, the type's largest, is what saturates.
+        """
         bounds = quantizer.channel_bounds()
         assert bounds is not None
-        stored = (bounds + grid.offset).to(self.style.dtype).reshape(1, -1, 1, 1)
-        return self._dequantize(self._constant(f"{name}.bound", stored), grid)
+        bounds = (bounds + grid.offset).reshape(1, -1, 1, 1)
+
+        def constant(role: str, stored: Tensor, grid: Integers) -> fx.Node:
+            held = self._constant(f"{name}.{role}", stored.to(self.style.dtype))
+            return self._dequantize(held, grid)
+
+        x = self._dequantize(integers, grid)
+        if self.style.channel_clip == "minimum":
+            return self._quantize(
+                self._call(torch.minimum, x, constant("bound", bounds, grid)), grid
+            )
+        top = grid.type_high
+        up = constant("up", grid.zero_point + (top - bounds), grid)
+        down = constant("down", bounds, replace(grid, zero_point=top))  # stands for b − t
+        raised = self._quantize(self._call(torch.add, x, up), grid)
+        return self._quantize(self._call(torch.add, self._dequantize(raised, grid), down), grid)
 
     def _layer(self, node: fx.Node, layer: QuantLayer) -> fx.Node:
         name, x = str(node.target), self.new[node.args[0]]  # type: ignore[index]

@@ -64,7 +64,7 @@ class Onnx:
 
     name = "onnx"
     suffix = ".onnx"
-    style = Style(torch.uint8)
+    style = Style(torch.uint8, channel_clip="sums")
     tolerance = Tolerance(off_by_one=0.001, ties=2**-14, sqnr_db=40.0, agreement=99.5)
 
     def __init__(self, opset: int = INT4_OPSET) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import timm
 import torch
@@ -57,12 +58,18 @@ def tiny_student(spec: QuantSpec | None = None) -> Student:
     return student_of(TinyNet(), spec, size=16)
 
 
-def clipped_student(weight_bits: int = 8) -> Student:
+class ClipAtOne(nn.Hardtanh):
+    """A ReLU6 that ends at 1, which these networks' activations reach."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0, 1.0)
+
+
+def clipped_student(**options: Any) -> Student:
     """A student of a TinyNet that clips channels at bounds of their own, as ``exact`` makes it."""
-    equalize = fat.EqualizeSpec("exact")
-    student = tiny_student(
-        QuantSpec(weight_bits=weight_bits, granularity="scalar", equalize=equalize)
-    )
+    torch.manual_seed(0)
+    spec = QuantSpec(granularity="scalar", equalize=fat.EqualizeSpec("exact"), **options)
+    student = student_of(TinyNet(act=ClipAtOne), spec, size=16)
     clips = [q for q in student.activation_quantizers() if isinstance(q.activation, ChannelClip)]
     assert len(clips) > 1
     return student

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import timm.layers
 import torch
-from students import NAMES, SCHEMES, Everything, structured, student_of, tiny_student
+from students import (
+    NAMES,
+    SCHEMES,
+    Everything,
+    clipped_student,
+    structured,
+    student_of,
+    tiny_student,
+)
 from torch import fx, nn
 
 import fat
@@ -14,7 +22,7 @@ from fat.export.lower import INT32, Lowered, Style, lower, stored_grid
 from fat.graph.integers import IntegerInterpreter, OnGrid, run_integers
 
 STYLES = {
-    "onnx": Style(torch.uint8),
+    "onnx": Style(torch.uint8, channel_clip="sums"),
     "int8": Style(torch.int8, padding="quantized"),
     "float": Style(torch.int8, bias="float", clip="float"),
 }
@@ -55,6 +63,30 @@ def test_the_lowered_network_computes_the_student(spec: QuantSpec, style: Style)
         assert stored.dtype == style.dtype, grid.layer
         assert grid.type_low <= grid.low <= int(stored.min()), grid.layer
         assert int(stored.max()) <= grid.high <= grid.type_high, grid.layer
+
+
+@pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_channels_are_clipped_at_their_own_bounds(bits: int, scheme: str, style: Style) -> None:
+    student = clipped_student(activation_bits=bits, scheme=scheme)
+    lowered = lower(student, structured(4, 16, 1), style)
+    with torch.no_grad():
+        _, *integers = lowered.network(structured(4, 16, 1))
+    reached = 0
+    for grid, stored in zip(lowered.tensors, integers, strict=True):
+        (quantizer,) = (q for q in student.activation_quantizers() if q.layer == grid.layer)
+        bounds = quantizer.channel_bounds()
+        if bounds is None:
+            continue
+        largest = stored.int().amax((0, 2, 3)) - grid.offset
+        assert (largest <= bounds).all(), grid.layer
+        assert grid.low <= int(stored.min()), grid.layer
+        below = bounds < grid.high - grid.offset  # what the type or the grid does not do by itself
+        reached += int((below & (largest == bounds)).sum())
+    assert reached > 0
+    if style.channel_clip == "sums":
+        assert "minimum" not in str(calls(lowered))
 
 
 def test_every_operation_is_told_with_its_layer(everything: Student) -> None:

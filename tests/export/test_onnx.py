@@ -118,8 +118,12 @@ def test_networks_of_timms_are_equal_in_the_runtime(
     check_equal(student_of(name, spec), tmp_path)
 
 
-def test_a_clip_per_channel_is_equal_in_the_runtime(tmp_path: Path) -> None:
-    check_equal(clipped_student(), tmp_path)
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
+def test_a_clip_per_channel_is_equal_in_the_runtime_and_in_integers(
+    scheme: str, tmp_path: Path
+) -> None:
+    kernels = check_equal(clipped_student(scheme=scheme), tmp_path).kernels()
+    assert not {"Min", "Add"} & set(kernels.operators)
 
 
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
