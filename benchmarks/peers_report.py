@@ -167,7 +167,9 @@ What every figure here was measured with:
   with 1800 s at most, some with `--limit` 3600 or 7200.
 * **A caution**: Brevitas' GPTQ sees 40 images here and AIMET's AdaRound 100, with 200 iterations
   for each layer, since they take a pass over them for each layer: more would be better and slower.
-  Where an export fails, the simulation is judged alone, as it was before the export."""
+  Where an export fails, the simulation is judged alone, as it was before the export. At W4A4
+  FAT's `best` has more SQNR than `quick` and less agreement, on both networks: it lowers squared
+  errors further, and at 5 dB those say little about which logit is the largest."""
 
 
 def summary(
@@ -377,8 +379,8 @@ def plot(
                     color=colours[tool.partition("-")[0]], edgecolor="black", linewidth=0.5,
                 )  # fmt: skip
             axis.set_xscale("log")
-            axis.set_xlim(20, 2000)
-            axis.set_xticks([30, 100, 300, 1000], ["30", "100", "300", "1000"])
+            axis.set_xlim(20, 8000)
+            axis.set_xticks([30, 100, 300, 1000, 3000], ["30", "100", "300", "1000", "3000"])
             axis.minorticks_off()
             axis.set_title(setting if row == 0 else "", fontsize=9)
             axis.grid(alpha=0.25)
