@@ -61,6 +61,20 @@ def test_a_run_leaves_a_file_that_was_proven_equal(finished: tuple[Path, str]) -
 
 
 @pytest.mark.slow
+def test_what_is_calibrated_only_is_exported_too(tmp_path: Path) -> None:
+    result = command("train.py", *RUN, "optim.epochs=0", f"hydra.run.dir={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["status"] == "finished"
+    assert metrics["exported"]["onnx"]["simulation"]["sqnr_db"] == 200.0
+    stored = onnx.load(tmp_path / "student.onnx")
+    texts = {entry.key: entry.value for entry in stored.metadata_props}
+    figures = json.loads(texts["fat.metrics"])
+    assert figures["trained"] is None
+    assert figures["calibrated"] == metrics["calibrated"]
+
+
+@pytest.mark.slow
 def test_a_finished_run_is_exported_later(copied: Path) -> None:
     before = (copied / "student.onnx").read_bytes()
     (copied / "student.onnx").unlink()
