@@ -231,6 +231,7 @@ def _run(
         "status": "calibrated",
         "float": before["float"],
         "calibrated": before["quantized"],
+        "trained": None,
         "accuracy_drop": before["accuracy_drop"],
         "equalization": _equalization(student, shift),
         "seconds": clock.seconds,
@@ -301,7 +302,7 @@ def _run(
     data.share_skipped()
     seen, together = differing.shared(), distributed.size()
     if not writes:
-        return objective({"trained": None, **metrics})
+        return objective(metrics)
 
     with distributed.alone():  # the rest needs one process
         metrics["data"] |= data.summary()
@@ -336,7 +337,7 @@ def _run(
         clear_starts(directory / CHECKPOINTS)
         if config.hub is not None:
             logger.info("On the hub: %s", push_to_hub(directory, config.hub))
-    return objective({"trained": None, **metrics})
+    return objective(metrics)
 
 
 def _keep(directory: Path, metrics: Mapping[str, Any]) -> None:

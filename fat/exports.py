@@ -70,6 +70,6 @@ def export_student(
         directory / f"{STEM}{target.suffix}",
         target,
         AtMost(images, config.images),
-        metrics={key: metrics.get(key) for key in kept},  # no "trained" after plain calibration
+        metrics={key: metrics[key] for key in kept},
         progress=f"Verify {target.name}" if progress else None,
     )

@@ -52,10 +52,10 @@ def student_of(
     return student
 
 
-def tiny_student(spec: QuantSpec | None = None) -> Student:
+def tiny_student(spec: QuantSpec | None = None, act: type[nn.Module] = nn.ReLU6) -> Student:
     """A student of a TinyNet: convolutions, ReLU6, sums, pooling and a linear layer."""
     torch.manual_seed(0)
-    return student_of(TinyNet(), spec, size=16)
+    return student_of(TinyNet(act=act), spec, size=16)
 
 
 class ClipAtOne(nn.Hardtanh):
@@ -67,9 +67,8 @@ class ClipAtOne(nn.Hardtanh):
 
 def clipped_student(**options: Any) -> Student:
     """A student of a TinyNet that clips channels at bounds of their own, as ``exact`` makes it."""
-    torch.manual_seed(0)
     spec = QuantSpec(granularity="scalar", equalize=fat.EqualizeSpec("exact"), **options)
-    student = student_of(TinyNet(act=ClipAtOne), spec, size=16)
+    student = tiny_student(spec, act=ClipAtOne)
     clips = [q for q in student.activation_quantizers() if isinstance(q.activation, ChannelClip)]
     assert len(clips) > 1
     return student
