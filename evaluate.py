@@ -7,9 +7,9 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from fat import cli
-from fat.config import EvaluateConfig, parse
-from fat.errors import FatError
+from fat.experiment import cli
+from fat.experiment.config import EvaluateConfig, parse
+from fat.utils.errors import FatError
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="evaluate")
@@ -27,18 +27,18 @@ def main(composed: DictConfig) -> dict[str, Any]:
         raise FatError(f"{named} ask for different things: type one at a time.")
     # Slow imports wait until the config is known to be good.
     if config.artefact is not None:
-        from fat.artefacts import judge_artefact
+        from fat.experiment.evaluate import judge_artefact
 
         return judge_artefact(config)
     if config.export.target != "none":
-        from fat.artefacts import export_run
+        from fat.experiment.evaluate import export_run
 
         return export_run(config)
     if config.analysis is not None:
-        from fat.analyses import analyse_run
+        from fat.experiment.evaluate import analyse_run
 
         return analyse_run(config)
-    from fat.runs import evaluate_run
+    from fat.experiment.evaluate import evaluate_run
 
     return evaluate_run(config)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from fat import cli
-from fat.config import RunConfig
+from fat.experiment import cli
+from fat.experiment.config import RunConfig
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")

@@ -51,15 +51,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 import fat
-from fat.errors import FatError, first_line
-from fat.files import write_atomic
-from fat.graph.equalize import equalize
-from fat.graph.fold import fold_batch_norms
-from fat.graph.trace import trace
-from fat.losses import rmse
-from fat.metrics import logits_sqnr_db
-from fat.module import DistillModule
-from fat.pipeline import check_folding
+from fat.graph.passes.batch_norm_folding import fold_batch_norms
+from fat.graph.passes.equalization import equalize
+from fat.graph.tracing.capture import trace
+from fat.models.preparation import check_folding
+from fat.quant.metrics import logits_sqnr_db
+from fat.training.losses import rmse
+from fat.training.module import DistillModule
+from fat.utils.errors import FatError, first_line
+from fat.utils.io import write_atomic
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results/coverage.json"
@@ -68,32 +68,125 @@ PAGE = ROOT / "docs/coverage.md"
 STAGES = ("trace", "fold", "equalize", "insert", "calibrate", "train", "save", "export")
 LEAST_DB = 80.0
 MOBILE = (
-    "mobilenetv1_100", "mobilenetv1_125", "mobilenetv2_050", "mobilenetv2_100", "mobilenetv2_140",
-    "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100", "mobilenetv3_rw",
-    "tf_mobilenetv3_large_minimal_100", "mobilenetv4_conv_small", "mobilenetv4_conv_medium",
-    "mobilenetv4_hybrid_medium", "mobilenet_edgetpu_100", "mobilenet_edgetpu_v2_xs",
-    "mobilenetv5_base", "mnasnet_050", "mnasnet_100", "mnasnet_140", "mnasnet_small",
-    "semnasnet_050", "semnasnet_100", "spnasnet_100", "efficientnet_b0", "efficientnet_es",
-    "efficientnet_el", "tf_efficientnet_b0", "tf_efficientnetv2_b0", "efficientnet_lite0",
-    "tf_efficientnet_lite0", "tf_efficientnet_lite1", "tf_efficientnet_lite2",
-    "tf_efficientnet_lite3", "tf_efficientnet_lite4", "tf_efficientnet_cc_b0_4e", "tinynet_a",
-    "tinynet_e", "lcnet_035", "lcnet_100", "fbnetc_100", "fbnetv3_b", "mixnet_s", "tf_mixnet_s",
-    "ghostnet_050", "ghostnet_100", "ghostnetv2_100", "ghostnetv3_050", "hardcorenas_a",
-    "hardcorenas_f", "repvgg_a0", "repghostnet_050", "repvit_m0_9", "mobileone_s0", "mobileone_s4",
-    "fastvit_t8", "fastvit_mci0", "rexnet_100", "rexnetr_100", "regnetx_002", "regnety_002",
-    "regnetz_b16", "mobilevit_xxs", "mobilevitv2_050", "efficientformer_l1", "edgenext_xx_small",
-    "shvit_s1", "starnet_s1", "efficientvit_b0", "efficientvit_m0", "dla34", "hrnet_w18_small",
-    "resnet18", "resnet50", "resnext50_32x4d", "seresnet50", "skresnet18", "ecaresnet26t",
-    "resnetblur50", "resnetaa50", "vgg11_bn", "densenet121", "inception_v3", "xception41",
-)  # fmt: skip
+    "mobilenetv1_100",
+    "mobilenetv1_125",
+    "mobilenetv2_050",
+    "mobilenetv2_100",
+    "mobilenetv2_140",
+    "mobilenetv3_small_050",
+    "mobilenetv3_small_100",
+    "mobilenetv3_large_100",
+    "mobilenetv3_rw",
+    "tf_mobilenetv3_large_minimal_100",
+    "mobilenetv4_conv_small",
+    "mobilenetv4_conv_medium",
+    "mobilenetv4_hybrid_medium",
+    "mobilenet_edgetpu_100",
+    "mobilenet_edgetpu_v2_xs",
+    "mobilenetv5_base",
+    "mnasnet_050",
+    "mnasnet_100",
+    "mnasnet_140",
+    "mnasnet_small",
+    "semnasnet_050",
+    "semnasnet_100",
+    "spnasnet_100",
+    "efficientnet_b0",
+    "efficientnet_es",
+    "efficientnet_el",
+    "tf_efficientnet_b0",
+    "tf_efficientnetv2_b0",
+    "efficientnet_lite0",
+    "tf_efficientnet_lite0",
+    "tf_efficientnet_lite1",
+    "tf_efficientnet_lite2",
+    "tf_efficientnet_lite3",
+    "tf_efficientnet_lite4",
+    "tf_efficientnet_cc_b0_4e",
+    "tinynet_a",
+    "tinynet_e",
+    "lcnet_035",
+    "lcnet_100",
+    "fbnetc_100",
+    "fbnetv3_b",
+    "mixnet_s",
+    "tf_mixnet_s",
+    "ghostnet_050",
+    "ghostnet_100",
+    "ghostnetv2_100",
+    "ghostnetv3_050",
+    "hardcorenas_a",
+    "hardcorenas_f",
+    "repvgg_a0",
+    "repghostnet_050",
+    "repvit_m0_9",
+    "mobileone_s0",
+    "mobileone_s4",
+    "fastvit_t8",
+    "fastvit_mci0",
+    "rexnet_100",
+    "rexnetr_100",
+    "regnetx_002",
+    "regnety_002",
+    "regnetz_b16",
+    "mobilevit_xxs",
+    "mobilevitv2_050",
+    "efficientformer_l1",
+    "edgenext_xx_small",
+    "shvit_s1",
+    "starnet_s1",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "dla34",
+    "hrnet_w18_small",
+    "resnet18",
+    "resnet50",
+    "resnext50_32x4d",
+    "seresnet50",
+    "skresnet18",
+    "ecaresnet26t",
+    "resnetblur50",
+    "resnetaa50",
+    "vgg11_bn",
+    "densenet121",
+    "inception_v3",
+    "xception41",
+)
 INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "Nhwc")
 """How the names of ONNX Runtime's integer operators begin."""
-MOVING = frozenset({
-    "Cast", "Clip", "Concat", "ConstantOfShape", "DepthToSpace", "DequantizeLinear", "Equal",
-    "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Max", "MaxPool",
-    "Min", "Pad", "QuantizeLinear", "Range", "Reshape", "Shape", "Slice", "SpaceToDepth", "Split",
-    "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where",
-})  # fmt: skip
+MOVING = frozenset(
+    {
+        "Cast",
+        "Clip",
+        "Concat",
+        "ConstantOfShape",
+        "DepthToSpace",
+        "DequantizeLinear",
+        "Equal",
+        "Expand",
+        "Flatten",
+        "Gather",
+        "GatherElements",
+        "GatherND",
+        "Identity",
+        "Max",
+        "MaxPool",
+        "Min",
+        "Pad",
+        "QuantizeLinear",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Slice",
+        "SpaceToDepth",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    }
+)
 """Operators that move or clip values, count sizes, or change between integers and real values."""
 
 
@@ -405,11 +498,13 @@ def summary(row: dict[str, Any]) -> str:
 
 def in_float(row: dict[str, Any]) -> str:
     """Operators of the file that compute in real values, most frequent first."""
-    kinds = Counter({
-        kind: count
-        for kind, count in row.get("operators", {}).items()
-        if kind not in MOVING and not kind.startswith(INTEGER)
-    })  # fmt: skip
+    kinds = Counter(
+        {
+            kind: count
+            for kind, count in row.get("operators", {}).items()
+            if kind not in MOVING and not kind.startswith(INTEGER)
+        }
+    )
     return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "nothing"
 
 

@@ -30,24 +30,19 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_static,
-)
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from step import machine_name
 from torch import Tensor, nn
 
 import fat
-from fat.batches import AtMost
-from fat.config import DataConfig
-from fat.export.artefact import judge
+from fat.experiment.build import InputSpec, make_data
+from fat.experiment.config import DataConfig
+from fat.export.base import Program
+from fat.export.evaluate_file import judge
 from fat.export.onnx import Onnx, OnnxRuntime, saturates
-from fat.export.target import Program
-from fat.inputs import Target, make_data
-from fat.models import load_float_network
+from fat.models.float_model import load_float_network
+from fat.utils.batches import AtMost
 
 NETWORKS = {
     "efficientnet_lite0": "tf_efficientnet_lite0",
@@ -58,9 +53,20 @@ NETWORKS = {
     "resnet18": "resnet18",
 }
 HEADINGS = (
-    "network", "float ms", "theirs ms", "ours ms", "ours/theirs", "ours/float", "size ratio",
-    "theirs float", "ours float", "theirs dB", "ours dB", "theirs %", "ours %",
-)  # fmt: skip
+    "network",
+    "float ms",
+    "theirs ms",
+    "ours ms",
+    "ours/theirs",
+    "ours/float",
+    "size ratio",
+    "theirs float",
+    "ours float",
+    "theirs dB",
+    "ours dB",
+    "theirs %",
+    "ours %",
+)
 FORM = "{:20}" + "{:>13}" * (len(HEADINGS) - 1)
 
 
@@ -101,7 +107,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--images", type=int, default=64, help="test images")
-    parser.add_argument("--granularity", default="vector", choices=("vector", "scalar"))
+    parser.add_argument(
+        "--granularity", default="per_channel", choices=("per_channel", "per_tensor")
+    )
     parser.add_argument("--scheme", default="asymmetric", choices=("asymmetric", "symmetric"))
     parser.add_argument("--repeats", type=int, default=5, help="times that latencies are taken")
     parser.add_argument("--threads", type=int, help="torch's own choice by default")
@@ -142,7 +150,7 @@ def setting(
     config = DataConfig(source="photos", batch_size=8, test_images=options.images)
     if options.data:
         config.source, config.root = "folder", str(options.data)
-    data = make_data(config, Target.of(source), seed=0)
+    data = make_data(config, InputSpec.of(source), seed=0)
     calibration = [images for images, _ in data.calibration_dataloader()]
     if not pretrained:
         see(source.network, calibration)
@@ -177,7 +185,7 @@ def quantize(
         path,
         Reader(calibration),
         quant_format=QuantFormat.QDQ,
-        per_channel=options.granularity == "vector",
+        per_channel=options.granularity == "per_channel",
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         extra_options={"ActivationSymmetric": options.scheme == "symmetric"},

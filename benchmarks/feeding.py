@@ -43,18 +43,13 @@ from torch.utils.data import DataLoader
 from fat.data.cache import MODES, build_cache
 from fat.data.datamodule import TRAIN_PHOTOS
 from fat.data.dataset import ImageDataset, ImageLoader, collate
-from fat.data.folders import FolderSource
-from fat.data.images import UnreadableImage
-from fat.data.sources import ImageSource, PhotoSource
-from fat.data.transforms import (
-    DeviceCropTransform,
-    EvalTransform,
-    RandomCropTransform,
-    Transform,
-    generator,
-)
-from fat.errors import FatError
-from fat.models import Preprocessing
+from fat.data.sources.base import ImageSource, PhotoSource
+from fat.data.sources.decoding import UnreadableImage
+from fat.data.sources.folder import FolderSource
+from fat.data.transforms import DeviceCropTransform, EvalTransform, RandomCropTransform, Transform
+from fat.models.float_model import Preprocessing
+from fat.utils.errors import FatError
+from fat.utils.random import generator
 
 ROOT = "data.root="
 HEADINGS = ("way", "images/s per core", "min", "max", "of the decoder", "of the folder")
@@ -244,10 +239,7 @@ def parts(
         for number, image in enumerate(decoded):
             crop(image, generator(repeat, number))
 
-    return {
-        "training crop alone": Way(crops, len(decoded)),
-        "batch alone": Way(finish, len(cut)),
-    }
+    return {"training crop alone": Way(crops, len(decoded)), "batch alone": Way(finish, len(cut))}
 
 
 def decode(content: bytes, short_side: int | None) -> None:

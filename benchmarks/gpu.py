@@ -54,7 +54,7 @@ def main() -> None:
     for model in options.model:
         given = setting(model, options)
         work, traffic = demand(given)
-        steps = {name: make_step(name, given) for name in (FLOAT, STUDENT + "rounding", TEACHER)}
+        steps = {name: make_step(name, given) for name in (FLOAT, STUDENT + "adaround", TEACHER)}
         seconds = medians(steps, options)
         for name, value in seconds.items():
             passes = 1 if name == TEACHER else 3
@@ -66,7 +66,7 @@ def main() -> None:
                 f"{passes * work / flops / value:.0%}",
             )
             print(FORM.format(model, name, *cells), flush=True)
-        both = seconds[STUDENT + "rounding"] + seconds[TEACHER]
+        both = seconds[STUDENT + "adaround"] + seconds[TEACHER]
         trained = PROTOCOL["images"] * PROTOCOL["epochs"] / options.batch
         judged = PROTOCOL["judged"] / options.batch * 2 * seconds[TEACHER]
         tell(model, "computed", trained * both + judged, options)
@@ -154,17 +154,14 @@ def timed(step: Callable[[], object], options: argparse.Namespace) -> float:
 
 
 def full(
-    steps: dict[str, Callable[[], object]],
-    given: Setting,
-    count: int,
-    options: argparse.Namespace,
+    steps: dict[str, Callable[[], object]], given: Setting, count: int, options: argparse.Namespace
 ) -> float:
     """Seconds of the protocol, step by step, each on new images."""
     started = time.perf_counter()
     for _ in tqdm(range(count), desc="Protocol"):
         given.images.normal_()
         steps[TEACHER]()
-        steps[STUDENT + "rounding"]()
+        steps[STUDENT + "adaround"]()
     for _ in tqdm(range(PROTOCOL["judged"] // options.batch), desc="Judging", leave=False):
         given.images.normal_()
         steps[TEACHER]()

@@ -25,17 +25,19 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from pytorch_lightning.loggers import WandbLogger
 
-from fat import experiment
-from fat.callbacks import AlphaHistory, History, Snapshots
-from fat.config import RunConfig, parse
+from fat.experiment import runner as experiment
+from fat.experiment.config import RunConfig, parse
+from fat.training.callbacks import AlphaHistory, CSVHistory, PeriodicCheckpoint
 
 CONF = Path(__file__).parents[1] / "conf"
 PARTS: dict[str, tuple[tuple[Any, tuple[str, ...]], ...]] = {
     "history.csv": (
-        (History, ("setup", "on_train_start", "on_train_batch_end", "on_validation_end")),
+        (CSVHistory, ("setup", "on_train_start", "on_train_batch_end", "on_validation_end")),
     ),
     "α in figures and histograms": ((AlphaHistory, ("on_validation_end",)),),
-    "checkpoints to go on from": ((Snapshots, ("on_train_batch_end", "on_validation_end")),),
+    "checkpoints to go on from": (
+        (PeriodicCheckpoint, ("on_train_batch_end", "on_validation_end")),
+    ),
     "logger, while training": ((WandbLogger, ("log_metrics", "log_hyperparams")),),
     "logger, start and end": ((experiment, ("make_logger", "log_results", "finish")),),
     "details of layers and images": ((experiment, ("write_details", "run_figures")),),

@@ -15,7 +15,8 @@ own with ``--threads`` cores, stopped after ``--limit`` seconds.
   loading and judging are not counted. FAT reads its images from their JPEG files instead.
 * Memory: the most that the process held until then, Python and libraries included.
 * *simulation*: the tool's own fake-quantized network; *file*: what ships, in its runtime.
-* Both are scored here with :class:`fat.metrics.Comparison` against the float network's logits.
+* Both are scored here with :class:`fat.evaluation.metrics.Comparison` against the float network's
+  logits.
 
 Finished cells, failures too, are not run again (``--retry`` tries failures once more), so interrupt
 at will. Results gather in ``--results``, from which the report is written.
@@ -43,14 +44,14 @@ from peers_report import markdown, plot
 from tools.common import LOGITS, RESULT, SHIPPED
 
 import fat
-from fat.config import DataConfig
-from fat.errors import FatError
+from fat.evaluation.metrics import Comparison
+from fat.experiment.build import InputSpec, make_data
+from fat.experiment.config import DataConfig
+from fat.export.base import Program
 from fat.export.onnx import Onnx, OnnxRuntime
-from fat.export.target import Program
-from fat.files import write_atomic, write_json
-from fat.inputs import Target, make_data
-from fat.metrics import Comparison
-from fat.models import load_float_network
+from fat.models.float_model import load_float_network
+from fat.utils.errors import FatError
+from fat.utils.io import write_atomic, write_json
 
 ROOT = Path(__file__).parents[1]
 TOOLS_FOLDER = Path(__file__).parent / "tools"
@@ -74,14 +75,21 @@ PINS = {
     "onnxruntime": ("onnxruntime==1.32.0", "onnx==1.23.2", "sympy==1.14.0"),
     "nncf": ("nncf==3.4.0", "openvino==2026.4.1"),
     "aimet": (
-        "aimet-torch==2.42.0", "onnx==1.23.2", "onnxscript==0.7.2", "onnxruntime==1.32.0", *TORCH,
+        "aimet-torch==2.42.0",
+        "onnx==1.23.2",
+        "onnxscript==0.7.2",
+        "onnxruntime==1.32.0",
+        *TORCH,
     ),
     "torchao": ("torchao==0.18.0", *TORCH),
     "brevitas": (
-        "brevitas==0.13.4", "onnx==1.23.2", "onnxscript==0.7.2", "onnxoptimizer==0.4.2",
+        "brevitas==0.13.4",
+        "onnx==1.23.2",
+        "onnxscript==0.7.2",
+        "onnxoptimizer==0.4.2",
         *TORCH,
     ),
-}  # fmt: skip
+}
 """What each environment has, beside what these need."""
 
 
@@ -182,7 +190,7 @@ def prepare(model: str, options: argparse.Namespace) -> Path:
     config = DataConfig(
         source="folder", root=str(options.data), calibration_images=10**6, workers=0
     )
-    data = make_data(config, Target.of(source), options.seed)
+    data = make_data(config, InputSpec.of(source), options.seed)
     train = [x for loader in (data.calibration_dataloader(), data.val_dataloader()) for x in loader]
     val = list(data.test_dataloader())
     with torch.no_grad():
@@ -251,9 +259,12 @@ def run_cell(
     for name in (RESULT, LOGITS, SHIPPED):
         (out / name).unlink(missing_ok=True)
     overrides = [
-        "data=folder", f"data.root={options.data}", f"model={model}", f"seed={options.seed}",
+        "data=folder",
+        f"data.root={options.data}",
+        f"model={model}",
+        f"seed={options.seed}",
         *(ours(about.recipe, setting) if about.venv is None else ()),
-    ]  # fmt: skip
+    ]
     job = {
         "recipe": about.recipe,
         "weight_bits": weights,
@@ -268,9 +279,12 @@ def run_cell(
     }
     write_json(out / "job.json", job)
     cell: dict[str, Any] = {
-        "tool": tool, "model": model, "setting": setting, "command": command(tool, model, setting),
+        "tool": tool,
+        "model": model,
+        "setting": setting,
+        "command": command(tool, model, setting),
         "machine": machine(options.threads),
-    }  # fmt: skip
+    }
     if about.venv is None:
         cell["train"] = " ".join(
             ["python train.py data=folder data.root=DIR export=onnx", *overrides[2:]]
@@ -281,9 +295,13 @@ def run_cell(
         with (out / "output.log").open("w") as log:
             done = subprocess.run(
                 [python, TOOLS_FOLDER / f"{about.script}.py", out / "job.json"],
-                cwd=out, stdout=log, stderr=subprocess.STDOUT, check=False, timeout=options.limit,
+                cwd=out,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+                timeout=options.limit,
                 env=environment(about, options.threads),
-            )  # fmt: skip
+            )
         if done.returncode:
             text = (out / "output.log").read_text(errors="replace")
             return cell | {"failed": f"{last_line(text)} (exit status {done.returncode})"}
@@ -382,9 +400,12 @@ def figures(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> di
     found, floats = judged.compute(), exact.compute()
     drop = None if found["top1"] is None else floats["top1"] - found["top1"]
     return {
-        "top1": found["top1"], "top1_drop": drop, "agreement": found["agreement"],
-        "sqnr_db": found["sqnr_db"], "images": len(labels),
-    }  # fmt: skip
+        "top1": found["top1"],
+        "top1_drop": drop,
+        "agreement": found["agreement"],
+        "sqnr_db": found["sqnr_db"],
+        "images": len(labels),
+    }
 
 
 # ----------------------------------------------------------------------------------------- results
@@ -492,8 +513,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     for name, known in (("tools", TOOLS), ("models", MODELS), ("settings", SETTINGS)):
-        parser.add_argument(f"--{name}", nargs="+", default=list(known), choices=known, metavar="X",
-                            help=", ".join(known))  # fmt: skip
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            default=list(known),
+            choices=known,
+            metavar="X",
+            help=", ".join(known),
+        )
     parser.add_argument("--threads", type=int, default=1, help="cores that a cell gets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=1800, help="seconds that a cell may take")

@@ -374,10 +374,15 @@ def plot(
                 tool = cell["tool"]
                 own = tool.startswith(OURS)
                 handles[tool] = axis.scatter(
-                    cell["cpu_seconds"], cell["simulation"]["sqnr_db"],
-                    s=58 if own else 34, marker=marks[tool], zorder=3 if own else 2,
-                    color=colours[tool.partition("-")[0]], edgecolor="black", linewidth=0.5,
-                )  # fmt: skip
+                    cell["cpu_seconds"],
+                    cell["simulation"]["sqnr_db"],
+                    s=58 if own else 34,
+                    marker=marks[tool],
+                    zorder=3 if own else 2,
+                    color=colours[tool.partition("-")[0]],
+                    edgecolor="black",
+                    linewidth=0.5,
+                )
             axis.set_xscale("log")
             axis.set_xlim(20, 8000)
             axis.set_xticks([30, 100, 300, 1000, 3000], ["30", "100", "300", "1000", "3000"])
@@ -392,9 +397,12 @@ def plot(
                 axis.set_xlabel("CPU seconds", fontsize=8)
     order = [tool for tool in tools if tool in handles]
     figure.legend(
-        [handles[tool] for tool in order], [labels[tool].replace("*", "") for tool in order],
-        loc="center right", fontsize=7, frameon=False,
-    )  # fmt: skip
+        [handles[tool] for tool in order],
+        [labels[tool].replace("*", "") for tool in order],
+        loc="center right",
+        fontsize=7,
+        frameon=False,
+    )
     figure.tight_layout(rect=(0, 0, 1 - 1.6 / (2.5 * len(used) + 1.9), 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -27,7 +27,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from tqdm.auto import tqdm
 
-from fat.files import write_text
+from fat.utils.io import write_text
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
@@ -62,11 +62,20 @@ def run_cell(arguments: Sequence[str], directory: Path, threads: int) -> None:
         (directory / name).unlink(missing_ok=True)
     with (directory / LOG).open("w") as log:
         outcome = subprocess.run(
-            [sys.executable, "train.py", *arguments, "logger=none", "trainer.progress=false",
-             f"hydra.run.dir={directory}"],
-            cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False,
+            [
+                sys.executable,
+                "train.py",
+                *arguments,
+                "logger=none",
+                "trainer.progress=false",
+                f"hydra.run.dir={directory}",
+            ],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        )  # fmt: skip
+        )
     if outcome.returncode == 0:
         write_text(remembered, text)
 

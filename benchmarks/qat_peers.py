@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fat.graph.patterns import module_of, source
-from fat.graph.trace import mark_data
-from fat.layers import SameConv2d, pad_same
+from fat.graph.tracing.capture import mark_data
+from fat.quant.layers import SameConv2d, pad_same
 
 __all__ = ["PEERS"]
 

@@ -50,11 +50,14 @@ DOORS: dict[str, tuple[str, Callable[[Lab], list[Result]]]] = {
     "artefacts": ("Exported files, `artefact=`", artefacts),
 }
 TOGETHER = {
-    ": empty": ": no such file", ": random bytes alone": ": no such file",
-    ": zeros alone": ": no such file", ": text": ": no such file",
-    ": a page of HTML": ": no such file", ": bytes after the end": ": more after the end",
+    ": empty": ": no such file",
+    ": random bytes alone": ": no such file",
+    ": zeros alone": ": no such file",
+    ": text": ": no such file",
+    ": a page of HTML": ": no such file",
+    ": bytes after the end": ": more after the end",
     ": twice in one file": ": more after the end",
-}  # fmt: skip
+}
 """How rows of the page end that stand as one."""
 SHOWN = 170
 """Letters of a message that the page shows."""
@@ -118,10 +121,8 @@ def scratch() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="fat-robustness-") as name:
         os.environ["XDG_CACHE_HOME"] = f"{name}/cache"
         # All that takes long to import, before the first fork.
-        import fat.analyses
-        import fat.artefacts
-        import fat.report.__main__
-        import fat.sweeps  # noqa: F401
+        import fat.experiment.evaluate
+        import fat.experiment.sweep  # noqa: F401
 
         yield Path(name)
         shutil.rmtree(f"{name}/cache", ignore_errors=True)
@@ -171,9 +172,13 @@ def line(row: str, results: Sequence[Result], folder: Path) -> str:
     shown = alike[len(alike) // 2]
     verdict = "**FAIL**" if counts["FAIL"] else "pass"
     cells = (
-        cell(row, folder), f"{len(results):,}", f"{counts['refused']:,}", f"{counts['worked']:,}",
-        f"{code(shown.case.what, folder)}: {cell(shown.text, folder)}", verdict,
-    )  # fmt: skip
+        cell(row, folder),
+        f"{len(results):,}",
+        f"{counts['refused']:,}",
+        f"{counts['worked']:,}",
+        f"{code(shown.case.what, folder)}: {cell(shown.text, folder)}",
+        verdict,
+    )
     return f"| {' | '.join(cells)} |"
 
 

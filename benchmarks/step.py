@@ -9,7 +9,7 @@ weights: the cost does not depend on them).
 * ``float fine-tuning``: all weights and biases are trained. ReLU6 does not work in place: torch
   would copy its input first, which takes the same memory and more time.
 * ``student, W``: thresholds, biases and what ``--weights`` names are trained, with optimizer and
-  projection as in :class:`fat.module.DistillModule`. The targets are known already.
+  projection as in :class:`fat.training.module.DistillModule`. The targets are known already.
 * ``teacher alone``: the forward pass that gives such targets, which a distillation adds.
 * ``--peers``: the training steps of Brevitas and torchao, see qat_peers.py; they train all weights.
 
@@ -47,16 +47,16 @@ from torch import Tensor, fx, nn
 from torch.optim import Adam, Optimizer
 
 import fat
-from fat import kernels
-from fat.graph.fold import fold_batch_norms
-from fat.graph.trace import trace
-from fat.losses import rmse
-from fat.memory import keep_freed_memory
-from fat.models import load_float_network
-from fat.module import DistillModule
+from fat.graph.passes.batch_norm_folding import fold_batch_norms
+from fat.graph.tracing.capture import trace
+from fat.models.float_model import load_float_network
+from fat.quant import kernels
+from fat.training.losses import rmse
+from fat.training.module import DistillModule
+from fat.utils.memory import keep_freed_memory
 
 NETWORKS = {"efficientnet_lite0": "tf_efficientnet_lite0", "mobilenet_v2": "mobilenetv2_100"}
-WEIGHTS = ("frozen", "pointwise", "rounding")
+WEIGHTS = ("frozen", "scale", "adaround")
 FLOAT, TEACHER, STUDENT = "float fine-tuning", "teacher alone", "student, "
 HEADINGS = ("network", "step", "median s", "min", "max", "ratio", "peak MB", "ratio")
 FORM = "{:20}{:21}{:>9}{:>9}{:>9}{:>8}{:>9}{:>8}"

@@ -28,15 +28,23 @@ from export import NETWORKS, setting
 from step import machine_name
 
 import fat
-from fat.batches import Images
-from fat.errors import FatError
-from fat.export.export import export
-from fat.export.target import Target
-from fat.export.targets import TARGETS, make_target
+from fat.export.base import ExportBackend
+from fat.export.exporter import export
+from fat.export.registry import TARGETS, make_target
+from fat.utils.batches import Images
+from fat.utils.errors import FatError
 
 HEADINGS = (
-    "sim dB", "sim %", "differing", "worst %", "file dB", "student dB", "layers", "ratio", "size",
-)  # fmt: skip
+    "sim dB",
+    "sim %",
+    "differing",
+    "worst %",
+    "file dB",
+    "student dB",
+    "layers",
+    "ratio",
+    "size",
+)
 FORM = "{:20} {:7} {:11}" + "{:>11}" * len(HEADINGS)
 
 
@@ -58,9 +66,11 @@ def main() -> None:
             source, calibration, test = setting(model, options)
             for granularity, scheme in itertools.product(options.granularity, options.scheme):
                 spec = fat.QuantSpec(
-                    weight_bits=options.bits, granularity=granularity, scheme=scheme,
+                    weight_bits=options.bits,
+                    granularity=granularity,
+                    scheme=scheme,
                     equalize=fat.EqualizeSpec(options.equalize),
-                )  # fmt: skip
+                )
                 student = fat.prepare(source, calibration, spec)
                 fat.calibrate(student, calibration)
                 path = folder / f"{model}-{granularity}-{scheme}{target.suffix}"
@@ -72,7 +82,7 @@ def main() -> None:
                 print(text, flush=True)
 
 
-def row(student: fat.Student, path: Path, target: Target, test: Images) -> Iterator[str]:
+def row(student: fat.Student, path: Path, target: ExportBackend, test: Images) -> Iterator[str]:
     """The cells of one file."""
     report = export(student, path, target, test)
     simulation, layers = report["simulation"], report["layers"]
@@ -96,7 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with train/ and val/")
     parser.add_argument("--images", type=int, default=64, help="test images")
     for name, choices in (
-        ("granularity", ("scalar", "vector")),
+        ("granularity", ("per_tensor", "per_channel")),
         ("scheme", ("asymmetric", "symmetric")),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=list(choices), choices=choices)

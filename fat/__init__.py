@@ -3,24 +3,52 @@
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from fat.utils import renamed
+
 if TYPE_CHECKING:
-    from fat.calibrate import calibrate
-    from fat.checkpoint import load, save
-    from fat.errors import FatError
-    from fat.evaluate import evaluate
-    from fat.export.export import export_onnx
-    from fat.finetune import FinetuneResult, finetune
-    from fat.fit import FitResult, fit
-    from fat.hub import push_to_hub, save_for_hub
-    from fat.mixed import choose_bits, size_mb
-    from fat.pipeline import prepare
-    from fat.sensitivity import TensorSensitivity, sensitivity
-    from fat.spec import EqualizeSpec, FinetuneSpec, InitSpec, QuantSpec, ReconstructSpec, TrainSpec
-    from fat.student import Student
+    from fat.evaluation.bit_allocation import choose_bits, size_mb
+    from fat.evaluation.evaluator import evaluate
+    from fat.evaluation.sensitivity_analysis import TensorSensitivity, sensitivity
+    from fat.export.exporter import export_onnx
+    from fat.models.calibration import calibrate
+    from fat.models.preparation import prepare
+    from fat.models.serialization import load, save
+    from fat.models.student import Student
+    from fat.quant.config import EqualizeSpec, InitSpec, QuantSpec
+    from fat.report.hub.upload import push_to_hub, save_for_hub
+    from fat.training.config import FinetuneSpec, ReconstructSpec, TrainSpec
+    from fat.training.finetuning import FinetuneResult, finetune
+    from fat.training.fitting import FitResult, fit
+    from fat.utils.errors import FatError
+
+_MODULES = {
+    "EqualizeSpec": "fat.quant.config",
+    "FatError": "fat.utils.errors",
+    "FinetuneResult": "fat.training.finetuning",
+    "FinetuneSpec": "fat.training.config",
+    "FitResult": "fat.training.fitting",
+    "InitSpec": "fat.quant.config",
+    "QuantSpec": "fat.quant.config",
+    "ReconstructSpec": "fat.training.config",
+    "Student": "fat.models.student",
+    "TensorSensitivity": "fat.evaluation.sensitivity_analysis",
+    "TrainSpec": "fat.training.config",
+    "calibrate": "fat.models.calibration",
+    "choose_bits": "fat.evaluation.bit_allocation",
+    "evaluate": "fat.evaluation.evaluator",
+    "export_onnx": "fat.export.exporter",
+    "finetune": "fat.training.finetuning",
+    "fit": "fat.training.fitting",
+    "load": "fat.models.serialization",
+    "prepare": "fat.models.preparation",
+    "push_to_hub": "fat.report.hub.upload",
+    "save": "fat.models.serialization",
+    "save_for_hub": "fat.report.hub.upload",
+    "sensitivity": "fat.evaluation.sensitivity_analysis",
+    "size_mb": "fat.evaluation.bit_allocation",
+}
 
 __all__ = [
     "EqualizeSpec",
@@ -49,56 +77,19 @@ __all__ = [
     "size_mb",
 ]
 
-_WHERE = {
-    "EqualizeSpec": "fat.spec",
-    "FatError": "fat.errors",
-    "FinetuneResult": "fat.finetune",
-    "FinetuneSpec": "fat.spec",
-    "FitResult": "fat.fit",
-    "InitSpec": "fat.spec",
-    "QuantSpec": "fat.spec",
-    "ReconstructSpec": "fat.spec",
-    "Student": "fat.student",
-    "TensorSensitivity": "fat.sensitivity",
-    "TrainSpec": "fat.spec",
-    "calibrate": "fat.calibrate",
-    "choose_bits": "fat.mixed",
-    "evaluate": "fat.evaluate",
-    "export_onnx": "fat.export.export",
-    "finetune": "fat.finetune",
-    "fit": "fat.fit",
-    "load": "fat.checkpoint",
-    "prepare": "fat.pipeline",
-    "push_to_hub": "fat.hub",
-    "save": "fat.checkpoint",
-    "save_for_hub": "fat.hub",
-    "sensitivity": "fat.sensitivity",
-    "size_mb": "fat.mixed",
-}
+
+def __getattr__(name: str) -> Any:
+    # Imports of torch and timm take seconds, and the command line needs neither to explain itself
+    # or to reject a mistyped option.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'fat' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
-class _Library(ModuleType):
-    """Imports what is asked for when it is asked for: torch and timm alone take seconds.
-
-    The command line does not need them to explain itself, or to refuse a mistyped option.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _WHERE:
-            raise AttributeError(f"module 'fat' has no attribute {name!r}")
-        value = getattr(importlib.import_module(_WHERE[name]), name)
-        setattr(self, name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Python binds every submodule here that is imported. Some have the name of their function,
-        # which is what users mean.
-        if isinstance(value, ModuleType) and name in _WHERE:
-            value = getattr(value, name, value)
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-sys.modules[__name__].__class__ = _Library
+renamed.install()

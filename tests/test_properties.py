@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import realistic
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fat
-from fat.graph.equalize import equalize
-from fat.graph.fold import fold_batch_norms
-from fat.graph.trace import trace
-from fat.metrics import logits_sqnr_db
+from fat.graph.passes.batch_norm_folding import fold_batch_norms
+from fat.graph.passes.equalization import equalize
+from fat.graph.tracing.capture import trace
+from fat.quant.metrics import logits_sqnr_db
+from tests.conftest import realistic
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "clip": lambda: nn.Hardtanh(-1.0, 2.0),
 }
-GRANULARITIES = ("scalar", "vector")
+GRANULARITIES = ("per_tensor", "per_channel")
 SIDE = 12
 MORE = int(os.environ.get("FAT_EXAMPLES", "1"))
 """So many times as many networks are drawn: FAT_EXAMPLES=20 pytest tests/test_properties.py."""
@@ -79,15 +79,17 @@ def built_layer(channels: int, layer: dict[str, Any]) -> tuple[nn.Module, int]:
     return nn.Sequential(*parts, ACTIVATIONS[layer["activation"]]()), out
 
 
-LAYERS = st.fixed_dictionaries({
-    "kernel": st.sampled_from([1, 3, 5]),
-    "dilation": st.sampled_from([1, 1, 2]),
-    "groups": st.sampled_from(["one", "one", "two", "all"]),
-    "out": st.sampled_from([4, 6, 8]),
-    "bias": st.booleans(),
-    "norm": st.sampled_from(["after", "after", "before", "none"]),
-    "activation": st.sampled_from(sorted(ACTIVATIONS)),
-})  # fmt: skip
+LAYERS = st.fixed_dictionaries(
+    {
+        "kernel": st.sampled_from([1, 3, 5]),
+        "dilation": st.sampled_from([1, 1, 2]),
+        "groups": st.sampled_from(["one", "one", "two", "all"]),
+        "out": st.sampled_from([4, 6, 8]),
+        "bias": st.booleans(),
+        "norm": st.sampled_from(["after", "after", "before", "none"]),
+        "activation": st.sampled_from(sorted(ACTIVATIONS)),
+    }
+)
 BLOCKS = st.tuples(
     st.sampled_from(["chain", "add", "join", "gate"]), st.lists(LAYERS, min_size=1, max_size=3)
 )
@@ -162,7 +164,9 @@ def test_a_student_comes_back_as_it_was(description: Any, granularity: str, bits
 @pytest.mark.slow
 @often(3)
 @given(
-    NETWORKS, st.sampled_from(["asymmetric", "symmetric"]), st.sampled_from(["vector", "scalar"])
+    NETWORKS,
+    st.sampled_from(["asymmetric", "symmetric"]),
+    st.sampled_from(["per_channel", "per_tensor"]),
 )
 def test_the_file_computes_the_same(description: Any, scheme: str, granularity: str) -> None:
     network, images = draw(description)

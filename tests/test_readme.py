@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import Tensor, nn
 
-from fat.config import EvaluateConfig, RunConfig, parse
+from fat.experiment.config import EvaluateConfig, RunConfig, parse
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,9 +64,7 @@ def of_first_job(word: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(command: str) -> None:
     _, script, *words = shlex.split(command)
-    overrides = [
-        of_first_job(word) for word in words if not word.startswith("-") and "=" in word
-    ]  # fmt: skip
+    overrides = [of_first_job(word) for word in words if not word.startswith("-") and "=" in word]
     name, schema = ("train", RunConfig) if script == "train.py" else ("evaluate", EvaluateConfig)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(schema, compose(name, overrides=overrides))

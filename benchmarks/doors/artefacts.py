@@ -16,8 +16,8 @@ from doors.trial import MUST_REFUSE, MUST_WORK, ROOT, Case, Result
 from hydra import compose, initialize_config_dir
 from onnx import TensorProto, helper, numpy_helper
 
-from fat.artefacts import judge_artefact
-from fat.config import EvaluateConfig, parse
+from fat.experiment.config import EvaluateConfig, parse
+from fat.experiment.evaluate import judge_artefact
 
 __all__ = ["artefacts"]
 
@@ -87,8 +87,16 @@ def artefacts(lab: Lab) -> list[Result]:
 
 
 def _config(root: str) -> EvaluateConfig:
-    words = ["artefact=x", "data=folder", root, "data.workers=0", "data.batch_size=8",
-             "data.test_images=8", "trainer.progress=false", "trainer.threads=1"]  # fmt: skip
+    words = [
+        "artefact=x",
+        "data=folder",
+        root,
+        "data.workers=0",
+        "data.batch_size=8",
+        "data.test_images=8",
+        "trainer.progress=false",
+        "trainer.threads=1",
+    ]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return parse(EvaluateConfig, compose("evaluate", overrides=words))
 

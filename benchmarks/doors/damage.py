@@ -14,9 +14,23 @@ from typing import Any
 __all__ = ["JUNK", "Evil", "damaged", "evils", "json_damaged"]
 
 JUNK: tuple[Any, ...] = (
-    None, True, -1, 0, 99, 10**12, 1e308, -0.5, "", "text", "../../etc/passwd", "__class__", [],
-    [1, "x"], {}, {"a": 1},
-)  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    99,
+    10**12,
+    1e308,
+    -0.5,
+    "",
+    "text",
+    "../../etc/passwd",
+    "__class__",
+    [],
+    [1, "x"],
+    {},
+    {"a": 1},
+)
 """What stands in place of a value in JSON or YAML."""
 
 

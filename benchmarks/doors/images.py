@@ -20,12 +20,12 @@ from doors.trial import MUST_REFUSE, MUST_WORK, Case, Result
 from PIL import Image
 
 from fat.data.cache import build_cache
-from fat.data.folders import FolderSource
-from fat.data.images import UnreadableImage, open_image
-from fat.data.index import ImageIndex
-from fat.data.listing import list_folder
-from fat.data.subset import choose
-from fat.files import cache_folder
+from fat.data.imagenet.subset import choose
+from fat.data.sources.decoding import UnreadableImage, open_image
+from fat.data.sources.folder import FolderSource
+from fat.data.sources.listing import list_folder
+from fat.data.sources.manifest import ImageIndex
+from fat.utils.io import cache_folder
 from tests.data import fake_imagenet
 from tests.data.fake_imagenet import LABELS, TRAIN, TRAINING, VALIDATION, WNIDS, fake, pack
 
@@ -198,9 +198,13 @@ def _folder(lab: Lab, make: Callable[[Path], object], count: int) -> str:
         make(root / WNIDS[0] / f"odd-{number}.jpg")
     words = [word for word in TINY if not word.startswith(("data=", "model.num_classes"))]
     lab.command(
-        "train.py", *words, "data=folder", f"data.root={root}", "optim.epochs=0",
+        "train.py",
+        *words,
+        "data=folder",
+        f"data.root={root}",
+        "optim.epochs=0",
         f"hydra.run.dir={lab.new('run')}",
-    )  # fmt: skip
+    )
     return "ran to its end"
 
 
@@ -236,9 +240,16 @@ def archives(lab: Lab) -> list[Result]:
 def _choose(root: Path) -> str:
     """The whole way of data=imagenet, and every image read."""
     index = choose(
-        root, classes=WNIDS, num_classes=len(WNIDS), fraction=0.5, train_images=20,
-        calibration_images=5, validation_images=5, test_images=10, seed=0,
-    )  # fmt: skip
+        root,
+        classes=WNIDS,
+        num_classes=len(WNIDS),
+        fraction=0.5,
+        train_images=20,
+        calibration_images=5,
+        validation_images=5,
+        test_images=10,
+        seed=0,
+    )
     read = skipped = 0
     for split in ("train", "calibration", "validation", "test"):
         source = index.source(split)
@@ -337,9 +348,10 @@ def _labels(lab: Lab) -> dict[str, Callable[[], str]]:
         VALIDATION["flat folder"](root)
         write(root)
         labels = [
-            path for path in sorted(root.rglob("*"))
+            path
+            for path in sorted(root.rglob("*"))
             if path.is_file() and path.suffix in (".txt", ".csv", ".mat", ".gz")
-        ]  # fmt: skip
+        ]
         for path in labels:
             name = path.relative_to(root).as_posix()
             content = path.read_bytes()
@@ -400,12 +412,25 @@ def indexes(lab: Lab) -> list[Result]:
         for how, where, broken in damaged(content, lab.random("index"), flips=80, head=900)
     ]
     for column, values in {
-        "path": ("/dev/zero", "/dev/stdin", str(fifo), "/etc/passwd", "../../../etc/passwd", "",
-                 "nowhere.png", "a" * 5000, "."),
-        "split": ("", "training", "test"), "label": ("-2", "99", "x", "9" * 400),
-        "offset": ("-5", "7", "9" * 30, "1e3"), "size": ("9" * 18, "-9"), "row": ("0", "9" * 18),
-        "sha256": ("", "0" * 64, "x" * 64), "name": ("", "a" * 5000, "<b>"),
-    }.items():  # fmt: skip
+        "path": (
+            "/dev/zero",
+            "/dev/stdin",
+            str(fifo),
+            "/etc/passwd",
+            "../../../etc/passwd",
+            "",
+            "nowhere.png",
+            "a" * 5000,
+            ".",
+        ),
+        "split": ("", "training", "test"),
+        "label": ("-2", "99", "x", "9" * 400),
+        "offset": ("-5", "7", "9" * 30, "1e3"),
+        "size": ("9" * 18, "-9"),
+        "row": ("0", "9" * 18),
+        "sha256": ("", "0" * 64, "x" * 64),
+        "name": ("", "a" * 5000, "<b>"),
+    }.items():
         for value in values:
             changed.append((f"{column} is {value[:30]}", row(**{column: value}), "either"))
     for key, value in (

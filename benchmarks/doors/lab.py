@@ -21,11 +21,21 @@ from PIL import Image
 __all__ = ["TINY", "Lab"]
 
 TINY = (
-    "model.name=test_efficientnet", "model.weights=random", "model.num_classes=10", "data=digits",
-    "data.image_size=32", "data.batch_size=8", "data.workers=0", "data.train_images=32",
-    "data.calibration_images=8", "data.validation_images=8", "data.test_images=16",
-    "trainer.threads=1", "trainer.progress=false", "logger=none",
-)  # fmt: skip
+    "model.name=test_efficientnet",
+    "model.weights=random",
+    "model.num_classes=10",
+    "data=digits",
+    "data.image_size=32",
+    "data.batch_size=8",
+    "data.workers=0",
+    "data.train_images=32",
+    "data.calibration_images=8",
+    "data.validation_images=8",
+    "data.test_images=16",
+    "trainer.threads=1",
+    "trainer.progress=false",
+    "logger=none",
+)
 """A run of two seconds: a small random network on digits."""
 
 
@@ -99,9 +109,7 @@ class Lab:
     def cut_off(self) -> Path:
         """A run whose process was killed in the middle of its training."""
         place = self.folder / "cut-off"
-        words = (
-            *TINY, "optim.epochs=8", "trainer.checkpoint_every=0", f"hydra.run.dir={place}",
-        )  # fmt: skip
+        words = (*TINY, "optim.epochs=8", "trainer.checkpoint_every=0", f"hydra.run.dir={place}")
         pid = os.fork()
         if pid == 0:
             _program("train.py", words, self.folder, os.open(os.devnull, os.O_WRONLY))
@@ -125,9 +133,13 @@ class Lab:
         """The finished run with a measured sensitivity."""
         place = self.copy(self.finished)
         self.command(
-            "evaluate.py", f"run={place}", "analysis=sensitivity", "analysis_images=4",
-            "data.workers=0", "trainer.progress=false",
-        )  # fmt: skip
+            "evaluate.py",
+            f"run={place}",
+            "analysis=sensitivity",
+            "analysis_images=4",
+            "data.workers=0",
+            "trainer.progress=false",
+        )
         return place
 
     @functools.cached_property
@@ -136,9 +148,13 @@ class Lab:
         place = self.folder / "indexed"
         words = [word for word in TINY if not word.startswith(("data=", "model.num_classes"))]
         self.command(
-            "train.py", *words, "data=folder", f"data.root={self.images}", "optim.epochs=0",
+            "train.py",
+            *words,
+            "data=folder",
+            f"data.root={self.images}",
+            "optim.epochs=0",
             f"hydra.run.dir={place}",
-        )  # fmt: skip
+        )
         return place
 
     @functools.cached_property
@@ -147,8 +163,10 @@ class Lab:
         place = self.folder / "sweep"
         for name in ("0-a", "1-b"):
             shutil.copytree(self.finished, place / name)
-        jobs = [{"directory": name, "overrides": ["seed=0"], "status": "finished"}
-                for name in ("0-a", "1-b")]  # fmt: skip
+        jobs = [
+            {"directory": name, "overrides": ["seed=0"], "status": "finished"}
+            for name in ("0-a", "1-b")
+        ]
         notes = {"id": "s", "command": "python train.py -m", "total": 2, "started": 0, "jobs": jobs}
         (place / "sweep.json").write_text(json.dumps(notes))
         hydra = {"overrides": {"task": ["seed=0,1"], "hydra": ["hydra.mode=MULTIRUN"]}}

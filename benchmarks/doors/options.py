@@ -17,45 +17,100 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fat.cli import explain
-from fat.config import EvaluateConfig, RunConfig, parse
-from fat.errors import FatError
+from fat.experiment.cli import explain
+from fat.experiment.config import EvaluateConfig, RunConfig, parse
+from fat.utils.errors import FatError
 
 __all__ = ["options"]
 
 BASES = {
-    "train": ((), ("data=folder",), ("data=imagenet",), ("data=distilled",), ("teacher=finetune",),
-              ("export=onnx",), ("export=litert",), ("init=lp",), ("init=mse",)),
+    "train": (
+        (),
+        ("data=folder",),
+        ("data=imagenet",),
+        ("data=distilled",),
+        ("teacher=finetune",),
+        ("export=onnx",),
+        ("export=litert",),
+        ("init=lp",),
+        ("init=mse",),
+    ),
     "evaluate": ((), ("data=folder",), ("export=onnx",)),
-}  # fmt: skip
+}
 """Choices that together have every option."""
 VALUES = (
-    "text", "true", "3", "3.7", "-1", "0", "nan", "inf", "-inf", "1e308", "1e-308", "1e400",
-    "1000000000", "99999999999999999999", "null", "''", "[]", "[1,2]", "[2,1]", "[1,x]",
-    "[nan,inf]", "{}", "{a:1}", "???", "'ünïcödé 日本 😀'", "'a\nb'", "'; touch x'",
-    "'<script>%s{}$1'", "'" + "a" * 5000 + "'", "'../../../../etc/passwd'", "/dev/null/x",
-    "${oc.env:HOME}", "${nothing}", "${oc.env:NO_SUCH_VARIABLE}", "${model.name}",
-    "${oc.decode:'[1'}", "{_target_:os.system,command:'touch executed'}",
-)  # fmt: skip
+    "text",
+    "true",
+    "3",
+    "3.7",
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e308",
+    "1e-308",
+    "1e400",
+    "1000000000",
+    "99999999999999999999",
+    "null",
+    "''",
+    "[]",
+    "[1,2]",
+    "[2,1]",
+    "[1,x]",
+    "[nan,inf]",
+    "{}",
+    "{a:1}",
+    "???",
+    "'ünïcödé 日本 😀'",
+    "'a\nb'",
+    "'; touch x'",
+    "'<script>%s{}$1'",
+    "'" + "a" * 5000 + "'",
+    "'../../../../etc/passwd'",
+    "/dev/null/x",
+    "${oc.env:HOME}",
+    "${nothing}",
+    "${oc.env:NO_SUCH_VARIABLE}",
+    "${model.name}",
+    "${oc.decode:'[1'}",
+    "{_target_:os.system,command:'touch executed'}",
+)
 RANDOM = 3
 """So many random texts for each option."""
 ENDLESS = (
-    "optim.epochs", "optim.reconstruction.steps", "optim.reconstruction.images", "teacher.epochs",
-    "quant.equalize.iterations", "data.distill.images", "data.distill.steps",
-    "data.distill.coarse_steps", "data.distill.batch_size", "data.train_images",
-    "data.calibration_images", "data.validation_images", "data.test_images", "trainer.devices",
-    "data.workers", "trainer.threads", "model.num_classes",
-)  # fmt: skip
+    "optim.epochs",
+    "optim.reconstruction.steps",
+    "optim.reconstruction.images",
+    "teacher.epochs",
+    "quant.equalize.iterations",
+    "data.distill.images",
+    "data.distill.steps",
+    "data.distill.coarse_steps",
+    "data.distill.batch_size",
+    "data.train_images",
+    "data.calibration_images",
+    "data.validation_images",
+    "data.test_images",
+    "trainer.devices",
+    "data.workers",
+    "trainer.threads",
+    "model.num_classes",
+)
 """Options whose large values are a matter of patience and memory: they are parsed, not run."""
 HEAVY = 1000
 """From here on a value of these is large."""
 MEANS = {
     "data=folder": ("data.root=IMAGES",),
     "data=imagenet": ("data.root=IMAGES",),
-    "data=distilled": ("data.distill.images=8", "data.distill.steps=1",
-                       "data.distill.coarse_steps=1"),
+    "data=distilled": (
+        "data.distill.images=8",
+        "data.distill.steps=1",
+        "data.distill.coarse_steps=1",
+    ),
     "teacher=finetune": ("teacher.epochs=1",),
-}  # fmt: skip
+}
 """What else a choice needs for a run of seconds."""
 
 
@@ -224,14 +279,24 @@ def _command(lab: Lab, option: Option, word: str) -> str:
     if option.program == "evaluate":
         run = lab.copy(lab.finished) if "export=onnx" in option.base else lab.finished
         text = lab.command(
-            "evaluate.py", f"run={run}", "data.batch_size=8", "data.workers=0", "trainer.threads=1",
-            "trainer.progress=false", *more, f"{option.key}={word}",
-        )  # fmt: skip
+            "evaluate.py",
+            f"run={run}",
+            "data.batch_size=8",
+            "data.workers=0",
+            "trainer.threads=1",
+            "trainer.progress=false",
+            *more,
+            f"{option.key}={word}",
+        )
     else:
         groups = {text.partition("=")[0] for text in option.base}
         tiny = [text for text in TINY if text.partition("=")[0] not in groups]
         text = lab.command(
-            "train.py", *tiny, "optim.epochs=1", f"hydra.run.dir={lab.new('run')}", *more,
+            "train.py",
+            *tiny,
+            "optim.epochs=1",
+            f"hydra.run.dir={lab.new('run')}",
+            *more,
             f"{option.key}={word}",
-        )  # fmt: skip
+        )
     return "ran to its end" if text else "said nothing"

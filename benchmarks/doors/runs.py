@@ -19,19 +19,27 @@ from doors.lab import TINY, Lab
 from doors.trial import MUST_REFUSE, MUST_WORK, Case, Refused, Result, results_of
 from hydra import compose, initialize_config_dir
 
-from fat.config import EvaluateConfig, parse
-from fat.experiment import _with_mixed_bits
+from fat.evaluation.sensitivity_file import read_sensitivity
+from fat.experiment.config import EvaluateConfig, parse
+from fat.experiment.evaluate import evaluate_run
+from fat.experiment.runner import _with_mixed_bits
+from fat.quant.config import QuantSpec
 from fat.report.__main__ import report
-from fat.report.sensitivity import read_sensitivity
-from fat.runs import evaluate_run
-from fat.spec import QuantSpec
 
 __all__ = ["runs"]
 
 FILES = (
-    "metrics.json", "config.yaml", "images.csv", "history.csv", "thresholds.csv", "layers.csv",
-    "details.json", "failure.json", "sensitivity.json", ".hydra/overrides.yaml",
-)  # fmt: skip
+    "metrics.json",
+    "config.yaml",
+    "images.csv",
+    "history.csv",
+    "thresholds.csv",
+    "layers.csv",
+    "details.json",
+    "failure.json",
+    "sensitivity.json",
+    ".hydra/overrides.yaml",
+)
 """What pages are made of."""
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +47,15 @@ ROOT = Path(__file__).parents[2]
 def runs(lab: Lab) -> list[Result]:
     """Damaged files of runs and sweeps, by the command that reads them."""
     return lab.run(
-        [*_reports(lab), *_sweeps(lab), *_evaluations(lab), *_mixed(lab), *_resumed(lab),
-         *_continued(lab)]
-    )  # fmt: skip
+        [
+            *_reports(lab),
+            *_sweeps(lab),
+            *_evaluations(lab),
+            *_mixed(lab),
+            *_resumed(lab),
+            *_continued(lab),
+        ]
+    )
 
 
 # --------------------------------------------------------------------------------------- reports
@@ -347,14 +361,20 @@ def _continued(lab: Lab) -> Iterator[Case]:
     """sweep.resume= and fat.search --resume on damaged notes."""
     assert lab.small_sweep  # made now, and not by each child
     for name, broken in (
-        ("sweep.json", b""), ("sweep.json", b"[]"), ("sweep.json", b'{"command": 3, "total": "x"}'),
-        ("0-test_efficientnet/metrics.json", b"{"), ("0-test_efficientnet/metrics.json", b"[]"),
+        ("sweep.json", b""),
+        ("sweep.json", b"[]"),
+        ("sweep.json", b'{"command": 3, "total": "x"}'),
+        ("0-test_efficientnet/metrics.json", b"{"),
+        ("0-test_efficientnet/metrics.json", b"[]"),
         ("0-test_efficientnet/metrics.json", b'{"status": "finished"}'),
         ("0-test_efficientnet/config.yaml", b"!!python/object/apply:os.system [touch executed]"),
         ("0-test_efficientnet/student.safetensors", b""),
-    ):  # fmt: skip
-        yield Case(f"`sweep.resume=`, `{Path(name).name}`", repr(broken)[2:40],
-                   functools.partial(_sweep_on, lab, name, broken))  # fmt: skip
+    ):
+        yield Case(
+            f"`sweep.resume=`, `{Path(name).name}`",
+            repr(broken)[2:40],
+            functools.partial(_sweep_on, lab, name, broken),
+        )
     for place in ("nowhere", "a" * 5000, "/dev/null", ""):
         call = functools.partial(lab.command, "train.py", "-m", "seed=0,1", f"sweep.resume={place}")
         yield Case("`sweep.resume=` what is no sweep", place[:20], call, MUST_REFUSE)
@@ -374,7 +394,12 @@ def _continued(lab: Lab) -> Iterator[Case]:
         folder.mkdir()
         (folder / "search.json").write_bytes(junk)
         call = functools.partial(
-            lab.command, "fat.search", "--resume", str(folder), "--conf", str(ROOT / "conf")
+            lab.command,
+            "fat.experiment.recipe_search",
+            "--resume",
+            str(folder),
+            "--conf",
+            str(ROOT / "conf"),
         )
         yield Case("`python -m fat.search --resume`", f"{number}: {junk[:40]!r}", call, MUST_REFUSE)
     for words in (
@@ -390,7 +415,7 @@ def _continued(lab: Lab) -> Iterator[Case]:
     ):
         call = functools.partial(
             lab.command,
-            "fat.search",
+            "fat.experiment.recipe_search",
             *words,
             "--conf",
             str(ROOT / "conf"),
@@ -398,9 +423,17 @@ def _continued(lab: Lab) -> Iterator[Case]:
             str(lab.new("search")),
         )
         yield Case("`python -m fat.search`, its words", words[-1], call, MUST_REFUSE)
-    for words in ((), ("x",), ("a/b/c",), ("a/b", "--sweep", "x' or 1"), ("a/b", "--nonsense"),
-                  ("../..",), ("a" * 5000,), ("a/b",)):  # fmt: skip
-        call = functools.partial(lab.command, "fat.dashboard", *words)
+    for words in (
+        (),
+        ("x",),
+        ("a/b/c",),
+        ("a/b", "--sweep", "x' or 1"),
+        ("a/b", "--nonsense"),
+        ("../..",),
+        ("a" * 5000,),
+        ("a/b",),
+    ):
+        call = functools.partial(lab.command, "fat.report.wandb_dashboard", *words)
         yield Case("`python -m fat.dashboard`", " ".join(words)[:40], call, MUST_REFUSE)
 
 

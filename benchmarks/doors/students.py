@@ -16,8 +16,8 @@ from doors.lab import Lab
 from doors.trial import MUST_REFUSE, MUST_WORK, Case, Result
 
 import fat
-from fat.checkpoint import FORMAT, VERSION
-from fat.runs import load_checkpoint
+from fat.experiment.run_directory import load_checkpoint
+from fat.models.serialization import FORMAT, VERSION
 
 __all__ = ["students"]
 
@@ -98,12 +98,18 @@ def _metadata(description: dict[str, Any], lab: Lab) -> Iterator[tuple[str, obje
         yield f"bits {bits!r}", {**description, "spec": spec}, MUST_REFUSE
     for what, node in (
         ("calls eval", {"op": "call_function", "target": "builtins.eval"}),
-        ("asks getattr for __class__", {"op": "call_function", "target": "builtins.getattr",
-                                        "args": {"tuple": [{"node": "X"}, "__class__"]}}),
+        (
+            "asks getattr for __class__",
+            {
+                "op": "call_function",
+                "target": "builtins.getattr",
+                "args": {"tuple": [{"node": "X"}, "__class__"]},
+            },
+        ),
         ("calls a method that writes", {"op": "call_method", "target": "data_ptr"}),
         ("a name with code", {"name": "x); __import__('os').system('touch executed') #"}),
         ("an input with code", {"op": "placeholder", "target": "x=open('executed', 'w')"}),
-    ):  # fmt: skip
+    ):
         changed = json.loads(json.dumps(description))
         nodes = changed["student"]["nodes"]
         first = nodes[0]["name"]

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fat.errors import FatError
+from fat.utils.errors import FatError
 
 __all__ = ["ROOT", "Case", "Refused", "Result", "command", "results_of", "run"]
 
@@ -35,9 +35,17 @@ LIMIT = 120.0
 MEMORY = 2_000_000
 """Kilobytes that one case may take beyond what the process had."""
 RESULTS = (
-    "student.safetensors", "metrics.json", "thresholds.csv", "config.yaml", "images.csv",
-    "history.csv", "layers.csv", "details.json", "student.onnx", "checkpoints/*.ckpt",
-)  # fmt: skip
+    "student.safetensors",
+    "metrics.json",
+    "thresholds.csv",
+    "config.yaml",
+    "images.csv",
+    "history.csv",
+    "layers.csv",
+    "details.json",
+    "student.onnx",
+    "checkpoints/*.ckpt",
+)
 """What a run directory must not lose."""
 EITHER, MUST_REFUSE, MUST_WORK = "either", "refused", "worked"
 

@@ -21,7 +21,7 @@ from doors.lab import TINY, Lab
 from doors.trial import MUST_REFUSE, MUST_WORK, Case, Result
 from torch import Tensor
 
-from fat.models import load_float_network
+from fat.models.float_model import load_float_network
 
 __all__ = ["weights"]
 
@@ -106,9 +106,11 @@ def _states(state: dict[str, Tensor]) -> Iterator[tuple[str, object, str]]:
         yield kind, each(lambda t, d=dtype: t.to(d)), MUST_REFUSE
     yield "sparse", {**state, first: state[first].to_sparse()}, MUST_REFUSE
     yield "on the meta device", each(lambda t: t.to("meta")), MUST_REFUSE
-    yield "quantized", {
-        **state, first: torch.quantize_per_tensor(state[first], 0.1, 0, torch.qint8)
-    }, "either"  # fmt: skip
+    yield (
+        "quantized",
+        {**state, first: torch.quantize_per_tensor(state[first], 0.1, 0, torch.qint8)},
+        "either",
+    )
     yield "NaN", {**state, last: torch.full_like(state[last], torch.nan)}, MUST_REFUSE
     yield "infinity", {**state, last: torch.full_like(state[last], torch.inf)}, MUST_REFUSE
     yield "a key missing", {k: v for k, v in state.items() if k != first}, MUST_REFUSE
@@ -116,9 +118,11 @@ def _states(state: dict[str, Tensor]) -> Iterator[tuple[str, object, str]]:
     yield "another shape", {**state, first: torch.zeros(3)}, MUST_REFUSE
     yield "no dimension", {**state, first: torch.zeros(())}, MUST_REFUSE
     yield "no elements", {**state, first: torch.zeros(0, 3, 3, 3)}, MUST_REFUSE
-    yield "10^12 elements in four bytes", {
-        **state, first: torch.zeros(1).expand(10**12)
-    }, MUST_REFUSE  # fmt: skip
+    yield (
+        "10^12 elements in four bytes",
+        {**state, first: torch.zeros(1).expand(10**12)},
+        MUST_REFUSE,
+    )
     yield "values that are no tensors", dict.fromkeys(state, 1.0), MUST_REFUSE
     yield "keys that are numbers", dict(enumerate(state.values())), MUST_REFUSE
     yield "a list", list(state.values()), MUST_REFUSE
@@ -126,15 +130,21 @@ def _states(state: dict[str, Tensor]) -> Iterator[tuple[str, object, str]]:
     yield "nothing", None, MUST_REFUSE
     yield "an empty dict", {}, MUST_REFUSE
     yield "a dict in itself ten times", _nested(state, 10), MUST_REFUSE
-    yield "classifier of 7 classes", {
-        k: v[:7] if k.startswith("classifier") else v for k, v in state.items()
-    }, MUST_WORK  # fmt: skip
-    yield "classifier of no class", {
-        k: v[:0] if k.startswith("classifier") else v for k, v in state.items()
-    }, MUST_REFUSE  # fmt: skip
-    yield "classifier without dimensions", {
-        k: torch.zeros(()) if k.startswith("classifier") else v for k, v in state.items()
-    }, MUST_REFUSE  # fmt: skip
+    yield (
+        "classifier of 7 classes",
+        {k: v[:7] if k.startswith("classifier") else v for k, v in state.items()},
+        MUST_WORK,
+    )
+    yield (
+        "classifier of no class",
+        {k: v[:0] if k.startswith("classifier") else v for k, v in state.items()},
+        MUST_REFUSE,
+    )
+    yield (
+        "classifier without dimensions",
+        {k: torch.zeros(()) if k.startswith("classifier") else v for k, v in state.items()},
+        MUST_REFUSE,
+    )
 
 
 def _nested(content: object, depth: int) -> object:

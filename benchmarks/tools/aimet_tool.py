@@ -87,9 +87,14 @@ def main(job: Job) -> None:
     job.logits(logits(sim.model, job.array("val")))
     with job.export(path):
         aimet_onnx.export(
-            sim, (example,), str(path), input_names=["input"], output_names=["logits"],
-            opset_version=21 if min(job.bits) < 8 else 17, dynamo=False,
-        )  # fmt: skip
+            sim,
+            (example,),
+            str(path),
+            input_names=["input"],
+            output_names=["logits"],
+            opset_version=21 if min(job.bits) < 8 else 17,
+            dynamo=False,
+        )
     job.note(images=len(images) * BATCH)
     job.finish("aimet-torch", "torch", "timm", "onnx")
 

@@ -68,9 +68,13 @@ def main(job: Job) -> None:
     job.logits(logits(quantized, job.array("val")))
     with job.export(path), torch.no_grad():
         export_onnx_qcdq(
-            quantized, images[0][0][:1], str(path), opset_version=17, dynamo=False,
+            quantized,
+            images[0][0][:1],
+            str(path),
+            opset_version=17,
+            dynamo=False,
             input_names=["input"],
-        )  # fmt: skip
+        )
     job.note(images=IMAGES)
     job.finish("brevitas", "torch", "timm", "onnx")
 

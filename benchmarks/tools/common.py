@@ -36,7 +36,7 @@ class Job:
         self.recipe: str = fields["recipe"]
         self.weight_bits: int = fields["weight_bits"]
         self.activation_bits: int = fields["activation_bits"]
-        self.vector: bool = fields["granularity"] == "vector"
+        self.vector: bool = fields["granularity"] == "per_channel"
         self.inputs, self.out = Path(fields["inputs"]), Path(fields["out"])
         self.threads: int = fields["threads"]
         self.seed: int = fields["seed"]

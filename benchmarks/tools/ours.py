@@ -22,11 +22,11 @@ def main(job: Job) -> None:
     from omegaconf import OmegaConf
 
     import fat
-    from fat.config import parse_run
-    from fat.inputs import Target, make_data
-    from fat.memo import LogitsMemo
-    from fat.models import load_float_network
-    from fat.runs import set_up
+    from fat.experiment.build import InputSpec, make_data
+    from fat.experiment.config import parse_run
+    from fat.experiment.run_directory import set_up
+    from fat.models.float_model import load_float_network
+    from fat.models.logits_cache import TeacherLogitsCache
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     conf = Path(fat.__file__).parents[1] / "conf"
@@ -36,22 +36,26 @@ def main(job: Job) -> None:
     config.trainer.threads = job.threads
     set_up(config.trainer, config.seed)
     source = load_float_network(**asdict(config.model))
-    data = make_data(config.data, Target.of(source), config.seed)
+    data = make_data(config.data, InputSpec.of(source), config.seed)
     spec, recipe = config.quant_spec(), config.train_spec()
     path = job.out / "student.onnx"
     with job.timed():
         with job.stage("prepare"):
             examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
             student = fat.prepare(source.network, examples or data.example_batch()[0], spec)
-            student.memo = LogitsMemo(student.teacher)
+            student.memo = TeacherLogitsCache(student.teacher)
         with job.stage("calibrate"):
             fat.calibrate(student, data.calibration_dataloader())
         if recipe.trains:
             with job.stage("train"):
                 result = fat.fit(
-                    student, data.train_dataloader(), validation=data.val_dataloader(),
-                    spec=recipe, progress=False, seed=config.seed,
-                )  # fmt: skip
+                    student,
+                    data.train_dataloader(),
+                    validation=data.val_dataloader(),
+                    spec=recipe,
+                    progress=False,
+                    seed=config.seed,
+                )
             job.note(training=asdict(result))
         with job.stage("export"):
             fat.export_onnx(student, path, data.val_dataloader())

@@ -77,8 +77,13 @@ def _padded(module: Conv2dSame, shape: torch.Size) -> nn.Module:
         amounts.append((total // 2, total - total // 2))
     (top, bottom), (left, right) = amounts
     conv = nn.Conv2d(
-        module.in_channels, module.out_channels, module.kernel_size, module.stride,
-        dilation=module.dilation, groups=module.groups, bias=module.bias is not None,
-    )  # fmt: skip
+        module.in_channels,
+        module.out_channels,
+        module.kernel_size,
+        module.stride,
+        dilation=module.dilation,
+        groups=module.groups,
+        bias=module.bias is not None,
+    )
     conv.load_state_dict(module.state_dict())
     return nn.Sequential(nn.ZeroPad2d((left, right, top, bottom)), conv)

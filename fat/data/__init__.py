@@ -1,1 +1,5 @@
-"""Images: where they come from, how they are cut, and the four splits that a run needs."""
+"""Images: sources, splits, transforms and the data module."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -35,10 +35,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from fat.data.images import UnreadableImage, open_image
-from fat.data.sources import ImageSource
+from fat.data.sources.base import ImageSource
+from fat.data.sources.decoding import UnreadableImage, open_image
 from fat.data.transforms import SHAPE
-from fat.errors import FatError, unknown_name
+from fat.utils.errors import FatError, unknown_name
 
 __all__ = ["MODES", "CachedSource", "Stamped", "build_cache"]
 
@@ -176,7 +176,8 @@ def build_cache(
     """Open the cache of some images, after building it if it is not there.
 
     An image is decoded (a large JPEG at a fraction of its size, see
-    :func:`fat.data.images.open_image`) and resized by a bicubic filter until its shorter side has
+    :func:`fat.data.sources.decoding.open_image`) and resized by a bicubic filter until its shorter
+    side has
     ``short_side`` pixels; smaller images stay as they are. A random crop that takes less than
     (input size / short_side)² of an image is therefore enlarged. What cannot be read is kept as
     such, with the reason.

@@ -13,7 +13,6 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 
-from fat import distributed
 from fat.data.cache import build_cache
 from fat.data.dataset import (
     Batch,
@@ -24,10 +23,10 @@ from fat.data.dataset import (
     WholeBatches,
     collate,
 )
-from fat.data.folders import FolderSource
-from fat.data.images import UnreadableImage
-from fat.data.index import PHOTO_TESTS, ImageIndex, some
-from fat.data.sources import ImageSource, PhotoSource
+from fat.data.sources.base import ImageSource, PhotoSource
+from fat.data.sources.decoding import UnreadableImage
+from fat.data.sources.folder import FolderSource
+from fat.data.sources.manifest import PHOTO_TESTS, ImageIndex, some
 from fat.data.splits import (
     CALIBRATION_DRAW,
     SPLIT_DRAW,
@@ -40,19 +39,16 @@ from fat.data.splits import (
     loading,
     share,
 )
-from fat.data.transforms import DeviceCropTransform, generator
-from fat.errors import FatError, unknown_name
-from fat.files import cache_folder
+from fat.data.transforms import DeviceCropTransform
+from fat.utils import distributed
+from fat.utils.errors import FatError, unknown_name
+from fat.utils.io import cache_folder
+from fat.utils.random import generator
 
 if TYPE_CHECKING:
-    from fat.models import Preprocessing
+    from fat.models.float_model import Preprocessing
 
-__all__ = [
-    "TEST_PHOTOS",
-    "TRAIN_PHOTOS",
-    "VALIDATION_PHOTOS",
-    "FatDataModule",
-]
+__all__ = ["TEST_PHOTOS", "TRAIN_PHOTOS", "VALIDATION_PHOTOS", "FatDataModule"]
 
 log = logging.getLogger(__name__)
 
@@ -372,22 +368,31 @@ class FatDataModule(pl.LightningDataModule):
 
     def _write_down(self, root: Path, test_root: Path | None, progress: bool) -> None:
         """Hash the images, and leave out copies of images that a later split has."""
-        splits = {"test": self.test, "validation": self.validation, "train": self.train,
-                  "calibration": self.calibration}  # fmt: skip
+        splits = {
+            "test": self.test,
+            "validation": self.validation,
+            "train": self.train,
+            "calibration": self.calibration,
+        }
         options = {}
         if isinstance(self.test.source, PhotoSource):  # no files; they follow from their number
             options[PHOTO_TESTS] = len(splits.pop("test"))
         index = ImageIndex.of(
             {name: (data.source, data.indices.tolist()) for name, data in splits.items()},
-            root=root, val_root=test_root, seed=self.seed, options=options, progress=progress,
+            root=root,
+            val_root=test_root,
+            seed=self.seed,
+            options=options,
+            progress=progress,
             shared=frozenset({("calibration", "train")}),
-        )  # fmt: skip
+        )
         kept, copies = index.without_copies(("test", "validation", "train"))
         if copies:
             log.warning(
                 "Left out %d images whose copies are in a split that judges: %s.",
-                len(copies), some([record.name for record in copies]),
-            )  # fmt: skip
+                len(copies),
+                some([record.name for record in copies]),
+            )
             gone = {(record.split, record.name) for record in copies}
             for name, data in splits.items():
                 data.keep([(name, data.source.name(int(i))) not in gone for i in data.indices])

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fat import distributed
-from fat.data.images import UnreadableImage
-from fat.data.sources import ImageSource
-from fat.data.transforms import Parts, Transform, generator
-from fat.errors import FatError
+from fat.data.sources.base import ImageSource
+from fat.data.sources.decoding import UnreadableImage
+from fat.data.transforms import Parts, Transform
+from fat.utils import distributed
+from fat.utils.errors import FatError
+from fat.utils.random import generator
 
 __all__ = [
     "Batch",

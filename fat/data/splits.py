@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from fat.data.dataset import ImageDataset
-from fat.data.sources import ImageSource
-from fat.data.transforms import (
-    DeviceCropTransform,
-    EvalTransform,
-    RandomCropTransform,
-    Transform,
-    generator,
-)
-from fat.errors import FatError, unknown_name
+from fat.data.sources.base import ImageSource
+from fat.data.transforms import DeviceCropTransform, EvalTransform, RandomCropTransform, Transform
+from fat.utils.errors import FatError, unknown_name
+from fat.utils.random import generator
 
 if TYPE_CHECKING:
-    from fat.models import Preprocessing
+    from fat.models.float_model import Preprocessing
 
 __all__ = [
     "AUGMENT",

@@ -18,10 +18,11 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-from fat.errors import FatError, unknown_name
+from fat.utils.errors import FatError, unknown_name
+from fat.utils.random import generator
 
 if TYPE_CHECKING:
-    from fat.models import Preprocessing
+    from fat.models.float_model import Preprocessing
 
 __all__ = [
     "DeviceCropTransform",
@@ -31,7 +32,6 @@ __all__ = [
     "Transform",
     "apply",
     "crop_box",
-    "generator",
 ]
 
 CROP_MODES = ("center", "squash", "border")
@@ -316,32 +316,10 @@ def crop_box(
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return (
-                int(rng.integers(width - w + 1)),
-                int(rng.integers(height - h + 1)),
-                w,
-                h,
-            )
+            return (int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h)
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
-
-
-def generator(*key: int) -> np.random.Generator:
-    """Return the random generator of a key such as (seed, epoch, index).
-
-    Equal keys give equal draws in every process, whatever was drawn before.
-
-    Raises:
-        FatError: If a number is negative.
-
-    Examples:
-        >>> generator(0, 1, 2).random() == generator(0, 1, 2).random()
-        True
-    """
-    if min(key) < 0:
-        raise FatError(f"Seeds, epochs and indices must not be negative, but came {key}.")
-    return np.random.default_rng(key)
 
 
 def _filter(preprocessing: Preprocessing) -> InterpolationMode:

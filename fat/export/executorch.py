@@ -31,10 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fat.errors import FatError, first_line
-from fat.export.lower import Style, in_order
-from fat.export.target import Kernels, Program, Runtime, Tolerance
-from fat.files import write_atomic
+from fat.export.base import Kernels, Program, Runtime, Tolerance
+from fat.export.lowering import Style, in_order
+from fat.utils.errors import FatError, first_line
+from fat.utils.io import write_atomic
 
 __all__ = ["ExecuTorch", "ExecuTorchRuntime"]
 
@@ -71,7 +71,7 @@ class ExecuTorch:
             raise FatError("ExecuTorch is not installed: type pip install 'fat-quant[executorch]'.")
 
     def write(self, program: Program, path: Path) -> None:
-        """Write a file that gives logits, see :class:`fat.export.target.Target`."""
+        """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""
         self._write(program.logits_only(), program, path)
 
     def write_tapped(self, program: Program, shipped: Path, path: Path) -> None:
@@ -155,7 +155,7 @@ class ExecuTorchRuntime:
         return self._shape
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs for images [N, 3, H, W], see :class:`fat.export.target.Runtime`."""
+        """All outputs for images [N, 3, H, W], see :class:`fat.export.base.Runtime`."""
         count, *size = self.input_shape
         assert count is not None
         if list(images.shape[1:]) != size:
@@ -218,9 +218,7 @@ def _converted(network: fx.GraphModule, example: Tensor, metadata: Mapping[str, 
     """
     try:
         with _quiet(), torch.no_grad():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
-                XnnpackPartitioner,
-            )
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
             exported = torch.export.export(in_order(network), (example.contiguous(),))

@@ -23,18 +23,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fat.errors import FatError, first_line
-from fat.export.lower import Style, in_order
-from fat.export.target import Kernels, Program, Runtime, Tolerance
-from fat.files import write_atomic
+from fat.export.base import Kernels, Program, Runtime, Tolerance
+from fat.export.lowering import Style, in_order
+from fat.utils.errors import FatError, first_line
+from fat.utils.io import write_atomic
 
 __all__ = ["LiteRT", "LiteRTRuntime"]
 
 IDENTIFIER = b"TFL3"
 """Bytes 4 to 7 of every file."""
-LAYERS = frozenset({
-    "CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL",
-})  # fmt: skip
+LAYERS = frozenset(
+    {"CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL"}
+)
 SAME_PLACE = frozenset({"PAD", "PADV2", "MAXIMUM", "MINIMUM", "QUANTIZE", "DEQUANTIZE"})
 """Operators that can be done before a transpose instead of after it."""
 INEXACT = frozenset({"HARD_SWISH", "LEAKY_RELU", "AVERAGE_POOL_2D", "QUANTIZE", "SOFTMAX"})
@@ -77,7 +77,7 @@ class LiteRT:
                 raise FatError("LiteRT is not installed: type pip install 'fat-quant[litert]'.")
 
     def write(self, program: Program, path: Path) -> None:
-        """Write a file that gives logits, see :class:`fat.export.target.Target`."""
+        """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""
         self.check()
         file = _File(_converted(program))
         file.name_integers(program)
@@ -178,7 +178,7 @@ class LiteRTRuntime:
         return self._file.metadata()
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs for images [N, 3, H, W], see :class:`fat.export.target.Runtime`."""
+        """All outputs for images [N, 3, H, W], see :class:`fat.export.base.Runtime`."""
         given = images.numpy()
         if self._channels_last:
             given = given.transpose(TO_NHWC)
@@ -298,10 +298,7 @@ def _spelled(program: Program) -> fx.GraphModule:
 
 
 def _is_dequantize(node: fx.Node) -> bool:
-    return node.target in (
-        _OPS.dequantize_per_tensor.default,
-        _OPS.dequantize_per_channel.default,
-    )
+    return node.target in (_OPS.dequantize_per_tensor.default, _OPS.dequantize_per_channel.default)
 
 
 def _real_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, int]) -> None:
@@ -309,9 +306,11 @@ def _real_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, in
     held = dict(network.named_buffers()) | vars(network)
     per_channel = node.target is _OPS.dequantize_per_channel.default
     name = str(node.args[0].target)  # type: ignore[union-attr]
-    values = node.target(*(  # type: ignore[operator]
-        held[arg.target] if isinstance(arg, fx.Node) else arg for arg in node.args
-    ))  # fmt: skip
+    values = node.target(
+        *(  # type: ignore[operator]
+            held[arg.target] if isinstance(arg, fx.Node) else arg for arg in node.args
+        )
+    )
     attribute = f"{name.replace('.', '_')}_real"
     network.register_buffer(attribute, values)
     if name in bits:  # any weight is int8; fewer bits use fewer of its integers
@@ -452,7 +451,7 @@ class _File:
         return found
 
     def kernels(self) -> Kernels:
-        """See :class:`fat.export.target.Kernels`."""
+        """See :class:`fat.export.base.Kernels`."""
         counts = Counter(map(self.kind, self.graph.operators))
         layers = integers = 0
         in_float = []
@@ -546,8 +545,10 @@ class _File:
         for tensor, grid in zip(outputs[1:], program.tensors, strict=True):
             place = tensor
             while place in producers and self.kind(producers[place]) in (
-                "DEQUANTIZE", "TRANSPOSE", "RESHAPE",
-            ):  # fmt: skip
+                "DEQUANTIZE",
+                "TRANSPOSE",
+                "RESHAPE",
+            ):
                 place = int(producers[place].inputs[0])
             named.setdefault(place, []).append(grid.key)
         for place, keys in named.items():

@@ -26,10 +26,10 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from fat.errors import FatError, first_line
-from fat.export.lower import Style
-from fat.export.target import Kernels, Program, Runtime, Tolerance
-from fat.files import write_atomic
+from fat.export.base import Kernels, Program, Runtime, Tolerance
+from fat.export.lowering import Style
+from fat.utils.errors import FatError, first_line
+from fat.utils.io import write_atomic
 
 __all__ = ["OPSETS", "Onnx", "OnnxRuntime"]
 
@@ -39,14 +39,28 @@ OPSETS = range(18, 24)
 INT4_OPSET = 21
 """The first that has 4-bit integers."""
 INTEGER_LAYERS = {
-    "QLinearConv": 3, "QGemm": 3, "QLinearMatMul": 3, "ConvInteger": 1, "MatMulInteger": 1,
-    "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1,
-}  # fmt: skip
+    "QLinearConv": 3,
+    "QGemm": 3,
+    "QLinearMatMul": 3,
+    "ConvInteger": 1,
+    "MatMulInteger": 1,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
+}
 """Integer kernels, and which of their inputs is the weight: attention multiplies activations."""
-FLOAT_LAYERS = frozenset({
-    "Conv", "FusedConv", "NhwcConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul",
-    "MatMulNBits",
-})  # fmt: skip
+FLOAT_LAYERS = frozenset(
+    {
+        "Conv",
+        "FusedConv",
+        "NhwcConv",
+        "ConvTranspose",
+        "Gemm",
+        "FusedGemm",
+        "MatMul",
+        "FusedMatMul",
+        "MatMulNBits",
+    }
+)
 
 
 class Onnx:
@@ -79,7 +93,7 @@ class Onnx:
         """Nothing is missing: ONNX and its runtime come with FAT."""
 
     def write(self, program: Program, path: Path) -> None:
-        """Write a file that gives logits, see :class:`fat.export.target.Target`."""
+        """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""
         model = self.build(program)
         write_atomic(path, lambda temporary: temporary.write_bytes(model.SerializeToString()))
 
@@ -222,7 +236,7 @@ class OnnxRuntime:
         return tuple(size if isinstance(size, int) else None for size in self._input.shape)
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs for images [N, 3, H, W], see :class:`fat.export.target.Runtime`."""
+        """All outputs for images [N, 3, H, W], see :class:`fat.export.base.Runtime`."""
         given = np.ascontiguousarray(images.numpy())
         fixed = self.input_shape[0]
         if fixed is None or fixed == len(given):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fat.errors import FatError
+from fat.export.base import Kernels, Runtime, Tolerance
 from fat.export.onnx import Onnx, saturates
-from fat.export.target import Kernels, Runtime, Tolerance
+from fat.utils.errors import FatError
 
 __all__ = ["OpenVino", "OpenVinoRuntime"]
 
@@ -109,7 +109,7 @@ class OpenVinoRuntime:
         return f"openvino {self._version}"
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs for images [N, 3, H, W], see :class:`fat.export.target.Runtime`."""
+        """All outputs for images [N, 3, H, W], see :class:`fat.export.base.Runtime`."""
         given = np.ascontiguousarray(images.numpy())
         rows = [given] if self.input_shape[0] != 1 else [row[None] for row in given]
         parts = [[np.array(value) for value in self._compiled(row).values()] for row in rows]

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, fx
 from tqdm.auto import tqdm
 
-from fat.batches import Images, as_batches, split
-from fat.errors import FatError
-from fat.export.lower import Integers
-from fat.export.target import Kernels, Runtime, Tolerance
-from fat.graph.integers import IntegerInterpreter, OnGrid, requantize
+from fat.evaluation.metrics import Comparison
+from fat.export.base import Kernels, Runtime, Tolerance
+from fat.export.lowering import Integers
 from fat.graph.patterns import module_of, source
-from fat.metrics import Comparison, logits_sqnr_db
-from fat.quant.quantizers import ActivationQuantizer, QuantLayer
-from fat.student import Student
+from fat.models.integer_inference import IntegerInterpreter, OnGrid, requantize
+from fat.models.student import Student
+from fat.quant.metrics import logits_sqnr_db
+from fat.quant.quantized_layers import QuantLayer
+from fat.quant.quantizers import ActivationQuantizer
+from fat.utils.batches import Images, as_batches, split
+from fat.utils.errors import FatError
 
 __all__ = [
     "LayerDifference",
@@ -48,7 +50,7 @@ class LayerDifference:
         layer: Name of the operation; of the layer where an activation is fused into one.
         share: Share of the integers that differ, but for ties.
         steps: The largest difference, in steps.
-        tied: Share of those that differ as ties may, see :class:`fat.export.target.Tolerance`.
+        tied: Share of those that differ as ties may, see :class:`fat.export.base.Tolerance`.
     """
 
     layer: str
@@ -114,10 +116,7 @@ class _Forced(IntegerInterpreter):
     """Goes on with the file's integers after each quantizer, so that differences do not add up."""
 
     def __init__(
-        self,
-        network: fx.GraphModule,
-        integers: dict[str, tuple[Integers, Tensor]],
-        ties: float,
+        self, network: fx.GraphModule, integers: dict[str, tuple[Integers, Tensor]], ties: float
     ) -> None:
         super().__init__(network)
         self.integers, self.ties = integers, ties
@@ -164,7 +163,7 @@ def compare_layers(
         tapped: The file's twin that tells its integers.
         tensors: What its results after the logits are.
         images: One batch.
-        ties: See :class:`fat.export.target.Tolerance`.
+        ties: See :class:`fat.export.base.Tolerance`.
 
     Returns:
         One entry per quantizer, in the order of the graph.

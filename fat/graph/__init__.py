@@ -1,1 +1,5 @@
-"""Passes over the graph of a network: trace, fold, equalize, insert."""
+"""Work on the graph of a network: tracing, patterns, partition and passes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

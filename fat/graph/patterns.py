@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fat.layers import ChannelClip
+from fat.quant.layers import ChannelClip
 
 __all__ = [
     "FUSED_ACTIVATIONS",
@@ -77,26 +77,76 @@ PRESERVING_FUNCTIONS: frozenset[Any] = frozenset(
 )
 PRESERVING_METHODS = frozenset(
     {
-        "chunk", "clone", "contiguous", "expand", "expand_as", "flatten", "flip", "float",
-        "movedim", "narrow", "permute", "repeat", "repeat_interleave", "reshape", "reshape_as",
-        "roll", "select", "split", "squeeze", "swapaxes", "tile", "to", "transpose", "unbind",
-        "unflatten", "unfold", "unsqueeze", "view",
+        "chunk",
+        "clone",
+        "contiguous",
+        "expand",
+        "expand_as",
+        "flatten",
+        "flip",
+        "float",
+        "movedim",
+        "narrow",
+        "permute",
+        "repeat",
+        "repeat_interleave",
+        "reshape",
+        "reshape_as",
+        "roll",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "tile",
+        "to",
+        "transpose",
+        "unbind",
+        "unflatten",
+        "unfold",
+        "unsqueeze",
+        "view",
     }
-)  # fmt: skip
+)
 PRESERVING_ATTRIBUTES = frozenset({"T", "mT"})
 SOFTMAX = frozenset({torch.softmax, F.softmax, "softmax"})
 DIVISIONS = frozenset({operator.truediv, torch.div, "div", "div_"})
 RECIPROCAL_ROOTS = frozenset({torch.rsqrt, "rsqrt"})
 PRODUCTS = frozenset({operator.mul, torch.mul, "mul"})
 STATISTICS = PRODUCTS | {
-    operator.add, operator.sub, operator.pow, torch.add, torch.clamp, torch.mean, torch.norm,
-    torch.pow, torch.sqrt, torch.square, torch.sub, torch.sum, "abs", "add", "clamp", "clamp_min",
-    "mean", "norm", "pow", "sqrt", "square", "sub", "sum",
-}  # fmt: skip
+    operator.add,
+    operator.sub,
+    operator.pow,
+    torch.add,
+    torch.clamp,
+    torch.mean,
+    torch.norm,
+    torch.pow,
+    torch.sqrt,
+    torch.square,
+    torch.sub,
+    torch.sum,
+    "abs",
+    "add",
+    "clamp",
+    "clamp_min",
+    "mean",
+    "norm",
+    "pow",
+    "sqrt",
+    "square",
+    "sub",
+    "sum",
+}
 """What a norm makes of its input, to divide by."""
 POSITIVE_MODULES = (
-    nn.ReLU, nn.ReLU6, ChannelClip, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.Softmax,
-)  # fmt: skip
+    nn.ReLU,
+    nn.ReLU6,
+    ChannelClip,
+    nn.Sigmoid,
+    nn.Hardsigmoid,
+    nn.Softplus,
+    nn.Softmax,
+)
 MEAN_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
@@ -245,9 +295,14 @@ def non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
     if isinstance(target, POSITIVE_MODULES):
         return True
     averages = isinstance(target, MEAN_MODULES) or node.target in (
-        torch.mean, F.avg_pool2d, F.adaptive_avg_pool2d, "mean", operator.add, operator.mul,
+        torch.mean,
+        F.avg_pool2d,
+        F.adaptive_avg_pool2d,
+        "mean",
+        operator.add,
+        operator.mul,
         torch.cat,
-    )  # fmt: skip
+    )
     if not (averages or is_value_preserving(module, node)):
         return False
     return all(

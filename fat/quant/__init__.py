@@ -1,1 +1,5 @@
-"""Quantization of tensors: grids, statistics, thresholds, quantizers."""
+"""Quantization itself: grids, observers, range estimators, thresholds, quantizers and layers."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

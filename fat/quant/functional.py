@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from fat import kernels
+from fat.quant import kernels
 
 __all__ = [
     "INT32_MAX",
@@ -175,7 +175,7 @@ class _FakeQuantize(Function):
 
 
 class _FusedFakeQuantize(Function):
-    """The same with one threshold, in one pass each way (:mod:`fat.kernels`).
+    """The same with one threshold, in one pass each way (:mod:`fat.quant.kernels`).
 
     It keeps one byte per element, the rounding error to 1/252 of a step, and may write over its
     input: a step then holds 1.25 times the activations of a float step and not 2. The gradient of

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fat import distributed
+from fat.utils import distributed
 
 __all__ = ["HistogramStatistics", "RangeStatistics", "SampleStatistics", "Statistics"]
 

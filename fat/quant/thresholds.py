@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fat.quant.config import Grid, QuantSpec
 from fat.quant.functional import clip_inclusive, round_ste
-from fat.spec import Grid, QuantSpec
 
 __all__ = ["Thresholds", "power_of_two_ste"]
 
@@ -117,7 +117,7 @@ class Thresholds(nn.Module):
         self.shift: nn.Parameter | None = None
         if self.kind != "frozen":
             self.alpha = nn.Parameter(torch.full(shape, self._start))
-            if grid.kind == "asymmetric":
+            if grid.kind == "affine":
                 self.shift = nn.Parameter(torch.zeros(shape))
         if self.kind == "lsq":
             self.register_buffer("elements", torch.tensor(1.0))
@@ -143,11 +143,11 @@ class Thresholds(nn.Module):
         On asymmetric grids they contain 0 as long as :meth:`project` is called after each step.
         """
         low, extent = self._adjusted()
-        return low, low + extent if self.grid.kind == "asymmetric" else extent
+        return low, low + extent if self.grid.kind == "affine" else extent
 
     def _extent(self) -> Tensor:
         """What the calibrated grid's steps share: R on asymmetric grids, T on symmetric ones."""
-        return self.high - self.low if self.grid.kind == "asymmetric" else self.high
+        return self.high - self.low if self.grid.kind == "affine" else self.high
 
     def _adjusted(self) -> tuple[Tensor, Tensor]:
         """(T_l, what the grid's steps share) with everything that is trained."""
@@ -186,7 +186,7 @@ class Thresholds(nn.Module):
         scale = _step(extent, self.grid.qmax)
         if self.power_of_two:
             scale = power_of_two_ste(scale)
-        if self.grid.kind != "asymmetric":
+        if self.grid.kind != "affine":
             return scale, torch.zeros_like(self.high)
         zero_point = clip_inclusive(round_ste(-low / scale), self.grid.qmin, self.grid.qmax)
         return scale, zero_point
@@ -202,7 +202,7 @@ class Thresholds(nn.Module):
         if self.alpha is None:
             return
         self.alpha.clamp_(*self.alpha_range)
-        if self.grid.kind != "asymmetric":
+        if self.grid.kind != "affine":
             if math.isfinite(self.limit):
                 self.alpha.copy_(torch.minimum(self.alpha, self._inverse(self.limit / self.high)))
             return

@@ -1,1 +1,5 @@
-"""What a run leaves for people and programs."""
+"""Pages, tables and cards made from the files of runs. Nothing here runs a network."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fat.errors import FatError, first_line
-from fat.report.reading import Run, find_runs, is_run, is_sweep, read_run, read_sweep
+from fat.report.records import Run, find_runs, is_run, is_sweep, read_run, read_sweep
 from fat.report.run_page import write_run
 from fat.report.sweep_page import write_comparison, write_sweep
+from fat.utils.errors import FatError, first_line
 
 __all__ = ["main"]
 

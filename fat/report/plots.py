@@ -14,12 +14,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from fat.report.grid import Panel, Stage, pareto_front
-from fat.report.page import escape, plain
+from fat.report.html import escape, plain
+from fat.report.records import finite, read_csv, read_json
+from fat.report.sweep_grid import Panel, Stage, pareto_front
 
 __all__ = [
+    "BARS",
     "COLOURS",
     "SCALE",
     "Dot",
@@ -29,6 +32,7 @@ __all__ = [
     "heat_map",
     "histogram",
     "layer_bars",
+    "run_figures",
     "scale_top",
     "sensitivity_bars",
     "trade_off",
@@ -44,8 +48,17 @@ BEFORE, AFTER = "#c2720c", "#2a6f97"
 # Okabe and Ito's colours, which people with any colour vision can tell apart, darkest first.
 NETWORKS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#56b4e9", "#8c6d1f", "#444444")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
-SCALE = ("#fdfcea", "#edf6c5", "#c9e8b8", "#93d2b9", "#5cb8c0", "#3796bb", "#2c6da5", "#27478c",
-         "#1c2a66")  # fmt: skip
+SCALE = (
+    "#fdfcea",
+    "#edf6c5",
+    "#c9e8b8",
+    "#93d2b9",
+    "#5cb8c0",
+    "#3796bb",
+    "#2c6da5",
+    "#27478c",
+    "#1c2a66",
+)
 """Light yellow to dark blue, after ColorBrewer's YlGnBu: lightness alone tells more from less."""
 DARK = 0.705
 """Place in the scale from which on letters are white: there black and white are read alike."""
@@ -63,11 +76,15 @@ def _figure(data: list[Any], layout: Mapping[str, Any]) -> Figure:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "margin": {"l": 52, "r": 12, "t": 10, "b": 44},
-        "hoverlabel": {"align": "left", "bgcolor": "#ffffff", "bordercolor": "#9aa5b1",
-                       "font": font},
+        "hoverlabel": {
+            "align": "left",
+            "bgcolor": "#ffffff",
+            "bordercolor": "#9aa5b1",
+            "font": font,
+        },
         "showlegend": False,
         "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
-    }  # fmt: skip
+    }
     return {"data": data, "layout": {**base, **layout}}
 
 
@@ -92,8 +109,14 @@ def _log_axis(values: Sequence[float | None], title: str = "", **more: Any) -> d
     steps = (1, 2, 5) if len(decades) <= 3 else (1,)
     every = max(1, math.ceil(len(decades) / 6))
     ticks = [step * 10.0**decade for decade in decades[::every] for step in steps]
-    return _axis(title, type="log", tickmode="array", tickvals=ticks,
-                 ticktext=[_tick(value) for value in ticks], **more)  # fmt: skip
+    return _axis(
+        title,
+        type="log",
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=[_tick(value) for value in ticks],
+        **more,
+    )
 
 
 def _tick(value: float) -> str:
@@ -135,7 +158,7 @@ def heat_map(panel: Panel, stage: Stage, top: float, status: Sequence[str]) -> F
     eighty.
 
     Args:
-        panel: From :func:`fat.report.grid.panels`.
+        panel: From :func:`fat.report.sweep_grid.panels`.
         stage: ``calibrated`` or ``trained``.
         top: Loss of the darkest colour, points.
         status: For every run of the sweep what stands in its cell without a figure.
@@ -170,21 +193,43 @@ def heat_map(panel: Panel, stage: Stage, top: float, status: Sequence[str]) -> F
     )
     data = [
         {
-            "type": "heatmap", "x": [*columns], "y": [*rows], "z": layer.z, "text": layer.text,
-            "customdata": layer.runs, "texttemplate": "%{text}", "hoverinfo": "none",
-            "showscale": False, "xgap": 2, "ygap": 2, "hoverongaps": False,
-            "zmin": 0, "zmax": 1, "colorscale": scale, "textfont": {"size": size, "color": ink},
+            "type": "heatmap",
+            "x": [*columns],
+            "y": [*rows],
+            "z": layer.z,
+            "text": layer.text,
+            "customdata": layer.runs,
+            "texttemplate": "%{text}",
+            "hoverinfo": "none",
+            "showscale": False,
+            "xgap": 2,
+            "ygap": 2,
+            "hoverongaps": False,
+            "zmin": 0,
+            "zmax": 1,
+            "colorscale": scale,
+            "textfont": {"size": size, "color": ink},
         }
         for layer, (scale, ink, size) in zip(layers, looks, strict=True)
-    ]  # fmt: skip
+    ]
     flat = {"showgrid": False, "showline": False, "fixedrange": True, "tickmode": "array"}
     layout = {
-        "xaxis": _axis(tickvals=[*columns], ticktext=[*map(escape, panel.bits)], side="top",
-                       range=[-0.5, len(panel.bits) - 0.5], **flat),
-        "yaxis": _axis(tickvals=[*rows], ticktext=[_short(name) for name in panel.networks],
-                       range=[len(panel.networks) - 0.5, -0.5], ticklabelstandoff=6, **flat),
+        "xaxis": _axis(
+            tickvals=[*columns],
+            ticktext=[*map(escape, panel.bits)],
+            side="top",
+            range=[-0.5, len(panel.bits) - 0.5],
+            **flat,
+        ),
+        "yaxis": _axis(
+            tickvals=[*rows],
+            ticktext=[_short(name) for name in panel.networks],
+            range=[len(panel.networks) - 0.5, -0.5],
+            ticklabelstandoff=6,
+            **flat,
+        ),
         "margin": {"l": 8, "r": 4, "t": 26, "b": 4},
-    }  # fmt: skip
+    }
     return _figure(data, layout)
 
 
@@ -202,34 +247,51 @@ def before_after(rows: Sequence[tuple[str, float | None, float | None]], title: 
     """
     data: list[Any] = [
         {
-            "type": "scatter", "mode": "lines", "hoverinfo": "skip", "showlegend": False,
+            "type": "scatter",
+            "mode": "lines",
+            "hoverinfo": "skip",
+            "showlegend": False,
             "x": [x for _, before, after in rows for x in (before, after, None)],
             "y": [y for place in range(len(rows)) for y in (place, place, None)],
             "line": {"color": "#9aa5b1", "width": 2},
         }
-    ]  # fmt: skip
+    ]
     for name, colour, symbol, place in (
-        ("calibrated only", BEFORE, "circle-open", 1), ("trained", AFTER, "circle", 2),
-    ):  # fmt: skip
+        ("calibrated only", BEFORE, "circle-open", 1),
+        ("trained", AFTER, "circle", 2),
+    ):
         members = [i for i, row in enumerate(rows) if row[place] is not None]
         data.append(
             {
-                "type": "scatter", "mode": "markers", "name": name, "y": members,
-                "x": [rows[i][place] for i in members], "hoverinfo": "none",
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
+                "y": members,
+                "x": [rows[i][place] for i in members],
+                "hoverinfo": "none",
                 "customdata": [str(i) for i in members],
-                "marker": {"size": 11, "color": colour, "symbol": symbol,
-                           "line": {"width": 2, "color": colour}},
+                "marker": {
+                    "size": 11,
+                    "color": colour,
+                    "symbol": symbol,
+                    "line": {"width": 2, "color": colour},
+                },
             }
-        )  # fmt: skip
+        )
     layout = {
         "xaxis": _axis(title, zeroline=True, zerolinecolor="#9aa5b1", rangemode="tozero"),
-        "yaxis": _axis(range=[len(rows) - 0.4, -0.6], tickmode="array", ticklabelstandoff=6,
-                       tickvals=[*range(len(rows))], ticktext=[_short(row[0], 26) for row in rows]),
+        "yaxis": _axis(
+            range=[len(rows) - 0.4, -0.6],
+            tickmode="array",
+            ticklabelstandoff=6,
+            tickvals=[*range(len(rows))],
+            ticktext=[_short(row[0], 26) for row in rows],
+        ),
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
         "hovermode": "closest",
         "margin": {"l": 8, "r": 16, "t": 30, "b": 44},
-    }  # fmt: skip
+    }
     return _figure(data, layout)
 
 
@@ -261,26 +323,35 @@ def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> Figure:
     front = [dots[i] for i in pareto_front([(dot.x, dot.y) for dot in dots])]
     data: list[Any] = [
         {
-            "type": "scatter", "mode": "lines", "name": "Pareto front", "hoverinfo": "skip",
-            "x": [dot.x for dot in front], "y": [dot.y for dot in front],
+            "type": "scatter",
+            "mode": "lines",
+            "name": "Pareto front",
+            "hoverinfo": "skip",
+            "x": [dot.x for dot in front],
+            "y": [dot.y for dot in front],
             "line": {"shape": "hv", "color": INK, "width": 1.5, "dash": "dot"},
         }
-    ]  # fmt: skip
+    ]
     for place, group in enumerate(dict.fromkeys(dot.group for dot in dots)):
         members = [dot for dot in dots if dot.group == group]
         data.append(
             {
-                "type": "scatter", "mode": "markers", "name": _short(group, 30),
-                "x": [dot.x for dot in members], "y": [dot.y for dot in members],
+                "type": "scatter",
+                "mode": "markers",
+                "name": _short(group, 30),
+                "x": [dot.x for dot in members],
+                "y": [dot.y for dot in members],
                 "hoverinfo": "none",
                 "customdata": [str(dot.run) for dot in members],
                 "marker": {
-                    "size": 11, "opacity": 0.9, "color": NETWORKS[place % len(NETWORKS)],
+                    "size": 11,
+                    "opacity": 0.9,
+                    "color": NETWORKS[place % len(NETWORKS)],
                     "symbol": SYMBOLS[place // len(NETWORKS) % len(SYMBOLS)],
                     "line": {"color": "#ffffff", "width": 1},
                 },
             }
-        )  # fmt: skip
+        )
     layout = {
         "xaxis": _axis(x_title, rangemode="tozero"),
         "yaxis": _axis(y_title, zeroline=True, zerolinecolor="#9aa5b1", rangemode="tozero"),
@@ -313,14 +384,16 @@ def curves(
         colour = AFTER if judged else "#9db7c9"
         data.append(
             {
-                "type": "scatter", "name": escape(_CURVES.get(name, name)),
+                "type": "scatter",
+                "name": escape(_CURVES.get(name, name)),
                 "mode": "lines+markers" if judged or len(points) == 1 else "lines",
-                "x": [x for x, _ in points], "y": [y for _, y in points],
+                "x": [x for x, _ in points],
+                "y": [y for _, y in points],
                 "line": {"color": colour, "width": 2 if judged else 1.2},
                 "marker": {"size": 7, "color": colour},
                 "hovertemplate": "step %{x}: %{y:.5g}<extra>%{fullData.name}</extra>",
             }
-        )  # fmt: skip
+        )
     layout: dict[str, Any] = {
         "margin": {"l": 44, "r": 12, "t": 10, "b": 44},
         "xaxis": _axis("optimizer step", rangemode="tozero"),
@@ -331,9 +404,17 @@ def curves(
     if best is not None:
         layout["shapes"] = [_upright(best, BEFORE, "dash")]
         layout["annotations"] = [
-            {"x": best, "y": 1, "yref": "paper", "text": f"best: step {best:g}", "showarrow": False,
-             "xanchor": "auto", "yanchor": "bottom", "font": {"size": 11, "color": BEFORE}}
-        ]  # fmt: skip
+            {
+                "x": best,
+                "y": 1,
+                "yref": "paper",
+                "text": f"best: step {best:g}",
+                "showarrow": False,
+                "xanchor": "auto",
+                "yanchor": "bottom",
+                "font": {"size": 11, "color": BEFORE},
+            }
+        ]
         layout["margin"] = {"l": 44, "r": 12, "t": 26, "b": 44}
     return _figure(data, layout)
 
@@ -347,10 +428,7 @@ def _upright(x: float, colour: str, dash: str) -> dict[str, Any]:
 
 
 def histogram(
-    edges: Sequence[float],
-    counts: Sequence[float],
-    before: Sequence[float],
-    after: Sequence[float],
+    edges: Sequence[float], counts: Sequence[float], before: Sequence[float], after: Sequence[float]
 ) -> Figure:
     """How often each value occurs, on a log axis, and where the thresholds stand.
 
@@ -367,11 +445,14 @@ def histogram(
     widths = [b - a for a, b in pairwise(ends)]
     data = [
         {
-            "type": "bar", "x": middles, "width": widths, "hoverinfo": "x+y",
+            "type": "bar",
+            "x": middles,
+            "width": widths,
+            "hoverinfo": "x+y",
             "y": [count if count > 0 else None for count in sums],
             "marker": {"color": "#b8c4ce", "line": {"width": 0}},
         }
-    ]  # fmt: skip
+    ]
     marks = [_upright(x, BEFORE, "dash") for x in before] + [
         _upright(x, AFTER, "solid") for x in after
     ]
@@ -403,14 +484,16 @@ def filter_ranges(before: Sequence[float], after: Sequence[float]) -> Figure:
     ):
         data.append(
             {
-                "type": "scatter", "mode": "markers", "name": name,
+                "type": "scatter",
+                "mode": "markers",
+                "name": name,
                 "x": [*range(1, len(order) + 1)],
                 "y": [values[k] if values[k] > 0 else None for k in order],
                 "customdata": order,
                 "marker": {"size": 5, "color": colour, "symbol": symbol},
                 "hovertemplate": "filter %{customdata}: %{y:.4g}<extra>" + name + "</extra>",
             }
-        )  # fmt: skip
+        )
     layout = {
         "xaxis": _axis("filters, narrow to wide before"),
         "yaxis": _log_axis([*before, *after]),
@@ -436,13 +519,16 @@ def layer_bars(layers: Sequence[tuple[str, str, float | None]], unit: str) -> Fi
         if members:
             data.append(
                 {
-                    "type": "bar", "name": f"{kind}s", "x": [place for place, _, _ in members],
-                    "y": [value for _, _, value in members], "width": 0.86,
+                    "type": "bar",
+                    "name": f"{kind}s",
+                    "x": [place for place, _, _ in members],
+                    "y": [value for _, _, value in members],
+                    "width": 0.86,
                     "customdata": [escape(layer) for _, layer, _ in members],
                     "marker": {"color": colour, "line": {"width": 0}},
                     "hovertemplate": f"%{{customdata}}<br>{kind}: %{{y:.4g}} {unit}<extra></extra>",
                 }
-            )  # fmt: skip
+            )
     layout = {
         "xaxis": _axis("tensors, first to last", range=[0, len(layers) + 1], showgrid=False),
         "yaxis": _axis(zeroline=True, zerolinecolor="#9aa5b1"),
@@ -471,25 +557,61 @@ def sensitivity_bars(rows: Sequence[tuple[str, str, int, float]]) -> Figure:
         if members:
             data.append(
                 {
-                    "type": "bar", "orientation": "h", "name": f"{kind}s", "width": 0.78,
+                    "type": "bar",
+                    "orientation": "h",
+                    "name": f"{kind}s",
+                    "width": 0.78,
                     "y": [place for place, *_ in members],
                     "x": [min(100 * 10 ** (-db / 20), MOST_ERROR) for *_, db in members],
                     "text": [plain(db, 1, " dB") for *_, db in members],
-                    "textposition": "auto", "textfont": {"size": 10}, "cliponaxis": False,
+                    "textposition": "auto",
+                    "textfont": {"size": 10},
+                    "cliponaxis": False,
                     "customdata": [f"{escape(row[1])} ({row[3]} bits)" for row in members],
                     "marker": {"color": colour, "line": {"width": 0}},
                     "hovertemplate": "%{customdata}<br>%{x:.3g} % of the logits, %{text}"
                     "<extra></extra>",
                 }
-            )  # fmt: skip
+            )
     names = [_short(layer, 24) for layer, *_ in rows]
     layout = {
         "xaxis": _axis("relative error of the logits, %", rangemode="tozero"),
-        "yaxis": _axis(range=[len(rows) - 0.4, -0.6], showgrid=False, tickmode="array",
-                       tickvals=[*range(len(rows))], ticktext=names, tickfont={"size": 11}),
+        "yaxis": _axis(
+            range=[len(rows) - 0.4, -0.6],
+            showgrid=False,
+            tickmode="array",
+            tickvals=[*range(len(rows))],
+            ticktext=names,
+            tickfont={"size": 11},
+        ),
         "showlegend": True,
         "legend": {"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom"},
         "hovermode": "closest",
         "margin": {"l": 8, "r": 12, "t": 30, "b": 44},
-    }  # fmt: skip
+    }
     return _figure(data, layout)
+
+
+BARS = (("sqnr_db", "dB", 1.0), ("saturated", "%", 100.0), ("alpha_at_edge", "%", 100.0))
+
+
+def run_figures(directory: Path) -> dict[str, Figure]:
+    """Bars over all quantizers, and the thresholds of the worst tensors on their histograms.
+
+    Args:
+        directory: A run with layers.csv and details.json.
+    """
+    problems: list[str] = []
+    layers = read_csv(directory / "layers.csv", problems) or []
+    details = read_json(directory / "details.json", problems) or {}
+    figures: dict[str, Figure] = {}
+    for column, unit, factor in BARS:
+        values = [(row["layer"], row["kind"], finite(row[column])) for row in layers]
+        if any(value is not None for *_, value in values):
+            scaled = [(a, b, None if value is None else factor * value) for a, b, value in values]
+            figures[column] = layer_bars(scaled, unit)
+    for entry in details.get("histograms", []):
+        figures[f"thresholds/{entry['layer']}.{entry['kind']}"] = histogram(
+            entry["edges"], entry["counts"], entry["before"], entry["after"]
+        )
+    return figures

@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fat.errors import FatError
-from fat.files import write_text
-from fat.report.grid import Measure, Stage, choose_measure, final_loss, labels_of
-from fat.report.page import (
+from fat.report.html import (
     Column,
     cell,
     command_line,
@@ -26,7 +23,7 @@ from fat.report.page import (
     table,
     tiles,
 )
-from fat.report.reading import (
+from fat.report.records import (
     Run,
     dig,
     finite,
@@ -40,7 +37,7 @@ from fat.report.reading import (
     total_seconds,
     word,
 )
-from fat.report.run_details import (
+from fat.report.run_sections import (
     example_section,
     filter_section,
     layer_section,
@@ -48,6 +45,9 @@ from fat.report.run_details import (
     threshold_section,
     training_section,
 )
+from fat.report.sweep_grid import Measure, Stage, choose_measure, final_loss, labels_of
+from fat.utils.errors import FatError
+from fat.utils.io import write_text
 
 __all__ = ["HTML", "run_page", "write_run"]
 
@@ -60,9 +60,18 @@ FIGURES = (
     ("rmse", "RMSE", "root of the mean squared difference between the logits"),
 )
 LEFT = (
-    "metrics.json", "config.yaml", "failure.json", "history.csv", "layers.csv", "thresholds.csv",
-    "equalization.csv", "sensitivity.csv", "details.json", "images.csv", "train.log",
-)  # fmt: skip
+    "metrics.json",
+    "config.yaml",
+    "failure.json",
+    "history.csv",
+    "layers.csv",
+    "thresholds.csv",
+    "equalization.csv",
+    "sensitivity.csv",
+    "details.json",
+    "images.csv",
+    "train.log",
+)
 """Files of a run that the page links to."""
 
 
@@ -116,11 +125,14 @@ def run_page(directory: Path) -> str:
     absent = [
         name
         for name, found in (
-            ("metrics.json", run.metrics), ("config.yaml", run.config), ("history.csv", history),
-            ("layers.csv", layers), ("details.json", details),
+            ("metrics.json", run.metrics),
+            ("config.yaml", run.config),
+            ("history.csv", history),
+            ("layers.csv", layers),
+            ("details.json", details),
         )
         if not found
-    ]  # fmt: skip
+    ]
     sections.append(_files(directory, absent, problems))
     return page(f"{_title(run)} · {run.status}", _header(run), sections)
 
@@ -201,11 +213,16 @@ def _figures(run: Run, measure: Measure) -> str:
         ("Time", _duration(total_seconds(metrics)), "all stages"),
     ]
     rows = [
-        [cell(name), *(figure_cell(number(metrics, f"{key}.{figure}"), 4 if figure == "rmse" else 2)
-                       for figure, _, _ in FIGURES)]
+        [
+            cell(name),
+            *(
+                figure_cell(number(metrics, f"{key}.{figure}"), 4 if figure == "rmse" else 2)
+                for figure, _, _ in FIGURES
+            ),
+        ]
         for key, name in (("float", "float"), ("calibrated", "calibrated"), ("trained", "trained"))
         if isinstance(metrics.get(key), Mapping)
-    ]  # fmt: skip
+    ]
     columns = [Column("network"), *(Column(title, True, why) for _, title, why in FIGURES)]
     test = number(metrics, "data.splits.test.images")
     images = "on the test images" if test is None else f"on {test:.0f} test images"
@@ -301,20 +318,31 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
         ("File", f"{escape(report.get('file', '–'))} in {escape(report.get('runtime', '–'))}"),
         ("Judged on", escape(f"{report.get('images', '–')} {report.get('on', 'images')}")),
         ("Top-1", escape(plain(number(report, "quantized.top1"), 2, " %"))),
-        ("Agreement", escape(plain(number(report, "quantized.agreement"), 2, " %"))
+        (
+            "Agreement",
+            escape(plain(number(report, "quantized.agreement"), 2, " %"))
             + " with the float network, "
             + escape(plain(number(report, "simulation.agreement"), 2, " %"))
-            + " with its simulation"),
+            + " with its simulation",
+        ),
         ("Integers", escape(integers)),
         ("Kernels", escape(kernels)),
-        ("Latency", escape(
-            f"{plain(number(report, f'{time}.float'), 2, ' ms')} in float → "
-            f"{plain(number(report, f'{time}.quantized'), 2, ' ms')}, {faster} of float's time"
-            + ("" if threads is None else f", one image, {threads:.0f} thread(s)"))),
-        ("Size", escape(
-            f"{plain(number(report, f'{size}.float'), 2, ' MB')} in float → "
-            f"{plain(number(report, f'{size}.quantized'), 2, ' MB')}")),
-    ]  # fmt: skip
+        (
+            "Latency",
+            escape(
+                f"{plain(number(report, f'{time}.float'), 2, ' ms')} in float → "
+                f"{plain(number(report, f'{time}.quantized'), 2, ' ms')}, {faster} of float's time"
+                + ("" if threads is None else f", one image, {threads:.0f} thread(s)")
+            ),
+        ),
+        (
+            "Size",
+            escape(
+                f"{plain(number(report, f'{size}.float'), 2, ' MB')} in float → "
+                f"{plain(number(report, f'{size}.quantized'), 2, ' MB')}"
+            ),
+        ),
+    ]
     return [facts(entry for entry in entries if entry[1] != "–")]
 
 

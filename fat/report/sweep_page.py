@@ -8,23 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
-from fat.errors import FatError
-from fat.files import write_text
-from fat.report.grid import (
-    MEASURES,
-    Labels,
-    Measure,
-    Panel,
-    Stage,
-    choose_measure,
-    final_loss,
-    is_axis,
-    labels_of,
-    loss,
-    panels,
-    varied_options,
-)
-from fat.report.page import (
+from fat.report.html import (
     Column,
     cell,
     command_line,
@@ -42,7 +26,7 @@ from fat.report.page import (
     tiles,
 )
 from fat.report.plots import SCALE, Dot, before_after, heat_map, scale_top, trade_off
-from fat.report.reading import (
+from fat.report.records import (
     Run,
     Sweep,
     is_sweep,
@@ -53,7 +37,23 @@ from fat.report.reading import (
     word,
 )
 from fat.report.run_page import HTML
-from fat.report.table import CSV, write_table
+from fat.report.sweep_grid import (
+    MEASURES,
+    Labels,
+    Measure,
+    Panel,
+    Stage,
+    choose_measure,
+    final_loss,
+    is_axis,
+    labels_of,
+    loss,
+    panels,
+    varied_options,
+)
+from fat.report.tables import CSV, write_table
+from fat.utils.errors import FatError
+from fat.utils.io import write_text
 
 __all__ = ["combine", "sweep_page", "write_comparison", "write_sweep"]
 
@@ -159,7 +159,7 @@ def sweep_page(sweep: Sweep, table_name: str | None = None) -> str:
     """A sweep's page as HTML that needs no other file and no network.
 
     Args:
-        sweep: From :func:`fat.report.reading.read_sweep` or :func:`combine`.
+        sweep: From :func:`fat.report.records.read_sweep` or :func:`combine`.
         table_name: Name of the CSV file beside the page, to link to; ``None`` where there is none.
     """
     runs = sweep.runs
@@ -238,16 +238,28 @@ def _told(run: Run) -> list[tuple[str, str]]:
     """Figures of a run in words, without those it does not have."""
     metrics = run.metrics
     entries = [
-        ("top-1", " → ".join(
-            plain(value) for key in ("float", "calibrated", "trained")
-            if (value := number(metrics, f"{key}.top1")) is not None)),
-        ("agreement", " → ".join(
-            plain(value, 2, " %") for key in ("calibrated", "trained")
-            if (value := number(metrics, f"{key}.agreement")) is not None)),
+        (
+            "top-1",
+            " → ".join(
+                plain(value)
+                for key in ("float", "calibrated", "trained")
+                if (value := number(metrics, f"{key}.top1")) is not None
+            ),
+        ),
+        (
+            "agreement",
+            " → ".join(
+                plain(value, 2, " %")
+                for key in ("calibrated", "trained")
+                if (value := number(metrics, f"{key}.agreement")) is not None
+            ),
+        ),
         ("size", plain(number(metrics, "size_mb.quantized"), 2, " MB")),
-        *((f"latency in {target}", plain(time, 2, " ms"))
-          for target, time in latencies(metrics).items()),
-    ]  # fmt: skip
+        *(
+            (f"latency in {target}", plain(time, 2, " ms"))
+            for target, time in latencies(metrics).items()
+        ),
+    ]
     return [(name, value) for name, value in entries if value not in ("", "–")]
 
 
@@ -260,10 +272,12 @@ def _pick(shown: _Shown, place: int) -> dict[str, object]:
         "status": run.status,
         "link": shown.link(place),
         "command": run.command,
-        "lines": [*(f"{n}={v}" for n, v in shown.options(place)),
-                  *(f"{n}: {v}" for n, v in _told(run)),
-                  *([run.error] if run.error else [])],
-    }  # fmt: skip
+        "lines": [
+            *(f"{n}={v}" for n, v in shown.options(place)),
+            *(f"{n}: {v}" for n, v in _told(run)),
+            *([run.error] if run.error else []),
+        ],
+    }
 
 
 def _heat_maps(shown: _Shown) -> str:
@@ -287,17 +301,22 @@ def _heat_maps(shown: _Shown) -> str:
             title,
             plot(
                 before_after(
-                    [(run.name, loss(run, "calibrated", shown.measure),
-                      loss(run, "trained", shown.measure)) for run in shown.runs],
+                    [
+                        (
+                            run.name,
+                            loss(run, "calibrated", shown.measure),
+                            loss(run, "trained", shown.measure),
+                        )
+                        for run in shown.runs
+                    ],
                     f"{shown.points}, points",
                 ),
                 f"The {shown.points} of each run, calibrated and trained; the table below has the "
                 "same figures",
                 height=90 + 30 * len(shown.runs),
             ),
-            intro=f"{lost}; left is good. Choose a point for the command that gives its run "
-            "again.",
-        )  # fmt: skip
+            intro=f"{lost}; left is good. Choose a point for the command that gives its run again.",
+        )
     values = [
         mean
         for panel in laid
@@ -384,17 +403,13 @@ def _trade_offs(shown: _Shown) -> str:
         runtimes = {word(shown.runs[dot.run].metrics, f"exported.{target}.runtime") for dot in dots}
         runtime = ", ".join(sorted(name for name in runtimes if name))
         parts.append(
-            _scatter(
-                dots,
-                "latency of one image, ms",
-                y,
-                f"Latency in {runtime or target}",
-            )
+            _scatter(dots, "latency of one image, ms", y, f"Latency in {runtime or target}")
         )
     missing = ""
     if not timed:
-        missing = (note("No run wrote a file that ships (export=onnx, …), so there is no "
-                          "latency to show."))  # fmt: skip
+        missing = note(
+            "No run wrote a file that ships (export=onnx, …), so there is no latency to show."
+        )
     return section(
         "What accuracy costs",
         f'<div class="panels two">{"".join(parts)}</div>',
@@ -418,26 +433,33 @@ def _table(shown: _Shown, table_name: str | None) -> str:
     runs = shown.runs
     targets = list(dict.fromkeys(target for run in runs for target in latencies(run.metrics)))
     figures = [
-        ("float top-1", "float.top1", 2), ("calibrated top-1", "calibrated.top1", 2),
-        ("trained top-1", "trained.top1", 2), ("calibrated agreement", "calibrated.agreement", 2),
-        ("trained agreement", "trained.agreement", 2), ("calibrated SQNR, dB",
-        "calibrated.sqnr_db", 1), ("trained SQNR, dB", "trained.sqnr_db", 1),
+        ("float top-1", "float.top1", 2),
+        ("calibrated top-1", "calibrated.top1", 2),
+        ("trained top-1", "trained.top1", 2),
+        ("calibrated agreement", "calibrated.agreement", 2),
+        ("trained agreement", "trained.agreement", 2),
+        ("calibrated SQNR, dB", "calibrated.sqnr_db", 1),
+        ("trained SQNR, dB", "trained.sqnr_db", 1),
         ("size, MB", "size_mb.quantized", 2),
-    ]  # fmt: skip
+    ]
     figures = [
         entry for entry in figures if any(number(run.metrics, entry[1]) is not None for run in runs)
     ]
     # Network, bits and init have columns of their own.
     options = [name for name in shown.varied if not is_axis(name)][:MOST_OPTIONS]
     columns = [
-        Column("run"), Column("status"), Column("network"), Column("bits"), Column("init"),
+        Column("run"),
+        Column("status"),
+        Column("network"),
+        Column("bits"),
+        Column("init"),
         *(Column(name) for name in options),
         Column(shown.points, True, "of the network that the run ended with, points"),
         *(Column(title, True) for title, _, _ in figures),
         *(Column(f"{target}, ms", True, "latency of one image") for target in targets),
         Column("seconds", True, "all stages"),
         Column("command"),
-    ]  # fmt: skip
+    ]
     rows = []
     for place, run in enumerate(runs):
         label, link = shown.labels[place], shown.link(place)
@@ -450,15 +472,17 @@ def _table(shown: _Shown, table_name: str | None) -> str:
                 cell(escape(label.network)),
                 cell(escape(label.bits or "–"), widths if label.bits else ""),
                 cell(escape(label.init or "–"), label.init),
-                *(cell(escape(shown.varied[name][place] or "–"), shown.varied[name][place])
-                  for name in options),
+                *(
+                    cell(escape(shown.varied[name][place] or "–"), shown.varied[name][place])
+                    for name in options
+                ),
                 figure_cell(final_loss(run, shown.measure)),
                 *(figure_cell(number(run.metrics, key), digits) for _, key, digits in figures),
                 *(figure_cell(latencies(run.metrics).get(target)) for target in targets),
                 figure_cell(total_seconds(run.metrics), 0),
                 cell(command_line(run.command), run.command or ""),
             ]
-        )  # fmt: skip
+        )
     beside = ""
     if table_name is not None:
         link = f'<a href="{escape(quote(table_name))}">{escape(table_name)}</a>'

@@ -12,10 +12,11 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from fat.config import EvaluateConfig, RunConfig, parse, suggest_key
-from fat.errors import FatError
-from fat.loggers import LOGGERS
-from fat.spec import InitName, InitSpec, QuantSpec, TrainSpec
+from fat.experiment.config import EvaluateConfig, RunConfig, parse, suggest_key
+from fat.quant.config import InitName, InitSpec, QuantSpec
+from fat.training.config import TrainSpec
+from fat.training.loggers import LOGGERS
+from fat.utils.errors import FatError
 
 ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"

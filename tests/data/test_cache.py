@@ -25,17 +25,12 @@ from PIL import Image
 from fat.data import cache
 from fat.data.cache import MODES, CachedSource, build_cache
 from fat.data.dataset import ImageDataset, ImageLoader, collate
-from fat.data.folders import FolderSource
-from fat.data.images import UnreadableImage
-from fat.data.transforms import (
-    SHAPE,
-    DeviceCropTransform,
-    RandomCropTransform,
-    apply,
-    generator,
-)
-from fat.errors import FatError
-from fat.models import Preprocessing
+from fat.data.sources.decoding import UnreadableImage
+from fat.data.sources.folder import FolderSource
+from fat.data.transforms import SHAPE, DeviceCropTransform, RandomCropTransform, apply
+from fat.models.float_model import Preprocessing
+from fat.utils.errors import FatError
+from fat.utils.random import generator
 
 SIDE = 32
 CROP = RandomCropTransform(
@@ -94,14 +89,16 @@ class Counting(FolderSource):
 
 
 def build(
-    source: FolderSource, folder: Path, mode: str = "pixels", indices: object = None,
+    source: FolderSource,
+    folder: Path,
+    mode: str = "pixels",
+    indices: object = None,
     **options: object,
-) -> CachedSource:  # fmt: skip
+) -> CachedSource:
     chosen = range(len(source)) if indices is None else indices
     return build_cache(
-        source, chosen, mode=mode, folder=folder, progress=False,
-        **{"short_side": SIDE, **options},
-    )  # fmt: skip
+        source, chosen, mode=mode, folder=folder, progress=False, **{"short_side": SIDE, **options}
+    )
 
 
 def readable(source: FolderSource) -> list[int]:
@@ -200,8 +197,9 @@ def test_names_labels_and_numbers_are_the_sources(root: Path, tmp_path: Path) ->
     assert list(cached.indices) == [2, 11, 30]
     for index in (2, 11, 30):
         assert (cached.name(index), cached.label(index)) == (
-            source.name(index), source.label(index),
-        )  # fmt: skip
+            source.name(index),
+            source.label(index),
+        )
         np.testing.assert_array_equal(
             np.asarray(cached.load(index)), np.asarray(expected(source, index))
         )
@@ -281,8 +279,9 @@ def test_an_interrupted_build_goes_on_where_it_stopped(source: Counting, tmp_pat
         with pytest.raises(KeyboardInterrupt):
             build(source, tmp_path / "cache")
         assert [file.suffix for file in sorted((tmp_path / "cache").iterdir())] == [
-            ".lock", ".part",
-        ]  # fmt: skip
+            ".lock",
+            ".part",
+        ]
     source.loaded.clear()
     source.after = -1
     resumed = build(source, tmp_path / "cache").file
@@ -400,9 +399,12 @@ def test_a_changed_data_set_has_another_cache(root: Path, tmp_path: Path) -> Non
     changed.rename(changed.with_name("05.png"))
     third = file()
     others = [
-        file(mode="jpeg"), file(short_side=SIDE + 1), file(indices=range(5)),
-        file(key="a digest"), file(key="another digest"),
-    ]  # fmt: skip
+        file(mode="jpeg"),
+        file(short_side=SIDE + 1),
+        file(indices=range(5)),
+        file(key="a digest"),
+        file(key="another digest"),
+    ]
     assert len({first, second, third, *others}) == 8
 
 

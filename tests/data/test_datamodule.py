@@ -13,16 +13,11 @@ import torch
 from PIL import Image
 
 from fat.data import datamodule
-from fat.data.datamodule import (
-    TEST_PHOTOS,
-    TRAIN_PHOTOS,
-    VALIDATION_PHOTOS,
-    FatDataModule,
-)
+from fat.data.datamodule import TEST_PHOTOS, TRAIN_PHOTOS, VALIDATION_PHOTOS, FatDataModule
 from fat.data.dataset import Batch, ImageLoader, StepBatches
 from fat.data.transforms import EvalTransform, apply
-from fat.errors import FatError
-from fat.models import Preprocessing
+from fat.models.float_model import Preprocessing
+from fat.utils.errors import FatError
 
 PREPROCESSING = Preprocessing(
     size=(32, 32),
@@ -341,7 +336,7 @@ def test_a_step_must_be_shared_evenly_among_processes(
     )
     data.train.indices = data.train.indices[:images]
     data.train_dataloader()  # one process takes anything
-    monkeypatch.setattr("fat.distributed.size", lambda: 4)
+    monkeypatch.setattr("fat.utils.distributed.size", lambda: 4)
     with pytest.raises(FatError, match=rf"batch_size is {batch_size}, .*a multiple of 4"):
         data.train_dataloader()
     # What is judged is shared however it comes.

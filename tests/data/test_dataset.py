@@ -18,8 +18,8 @@ from fat.data.dataset import (
     WholeBatches,
     collate,
 )
-from fat.data.images import UnreadableImage
-from fat.errors import FatError
+from fat.data.sources.decoding import UnreadableImage
+from fat.utils.errors import FatError
 
 
 class Numbers:
@@ -121,8 +121,8 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Makes this process one of several, as far as samplers ask."""
 
     def become(rank: int, size: int) -> None:
-        monkeypatch.setattr("fat.distributed.rank", lambda: rank)
-        monkeypatch.setattr("fat.distributed.size", lambda: size)
+        monkeypatch.setattr("fat.utils.distributed.rank", lambda: rank)
+        monkeypatch.setattr("fat.utils.distributed.size", lambda: size)
 
     return become
 

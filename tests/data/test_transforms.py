@@ -17,10 +17,10 @@ from fat.data.transforms import (
     RandomCropTransform,
     apply,
     crop_box,
-    generator,
 )
-from fat.errors import FatError
-from fat.models import Preprocessing
+from fat.models.float_model import Preprocessing
+from fat.utils.errors import FatError
+from fat.utils.random import generator
 
 PREPROCESSING = Preprocessing(
     size=(64, 64),

@@ -7,17 +7,19 @@ from typing import Any
 
 import timm
 import torch
-from conftest import TinyNet, realistic
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fat
 from fat import QuantSpec, Student
-from fat.layers import ChannelClip
+from fat.quant.layers import ChannelClip
+from tests.conftest import TinyNet, realistic
 
 SCHEMES = [
     QuantSpec(granularity=granularity, scheme=scheme)
-    for granularity, scheme in itertools.product(("scalar", "vector"), ("asymmetric", "symmetric"))
+    for granularity, scheme in itertools.product(
+        ("per_tensor", "per_channel"), ("asymmetric", "symmetric")
+    )
 ]
 NAMES = [f"{spec.granularity}-{spec.scheme}" for spec in SCHEMES]
 
@@ -45,10 +47,14 @@ def student_of(
         "name": type(network).__name__,
         "num_classes": 10,
         "preprocessing": {
-            "size": [size, size], "mean": [0.5] * 3, "std": [0.5] * 3,
-            "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",
+            "size": [size, size],
+            "mean": [0.5] * 3,
+            "std": [0.5] * 3,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
         },
-    }  # fmt: skip
+    }
     return student
 
 
@@ -67,7 +73,7 @@ class ClipAtOne(nn.Hardtanh):
 
 def clipped_student(**options: Any) -> Student:
     """A student of a TinyNet that clips channels at bounds of their own, as ``exact`` makes it."""
-    spec = QuantSpec(granularity="scalar", equalize=fat.EqualizeSpec("exact"), **options)
+    spec = QuantSpec(granularity="per_tensor", equalize=fat.EqualizeSpec("exact"), **options)
     student = tiny_student(spec, act=ClipAtOne)
     clips = [q for q in student.activation_quantizers() if isinstance(q.activation, ChannelClip)]
     assert len(clips) > 1

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from students import (
+from torch import nn
+
+from fat import FatError, QuantSpec, Student
+from fat.export.base import Kernels, Program
+from fat.export.executorch import ExecuTorch
+from fat.export.lowering import lower
+from fat.export.verify import LayerDifference, check_kernels, check_layers, compare_layers
+from tests.export.students import (
     NAMES,
     SCHEMES,
     Everything,
@@ -18,13 +25,6 @@ from students import (
     student_of,
     tiny_student,
 )
-from torch import nn
-
-from fat import FatError, QuantSpec, Student
-from fat.export.executorch import ExecuTorch
-from fat.export.lower import lower
-from fat.export.target import Kernels, Program
-from fat.export.verify import LayerDifference, check_kernels, check_layers, compare_layers
 
 needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,

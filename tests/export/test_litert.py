@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from students import (
+from torch import nn
+
+from fat import FatError, QuantSpec, Student
+from fat.export import litert
+from fat.export.base import Program
+from fat.export.litert import LiteRT, LiteRTRuntime
+from fat.export.lowering import lower
+from fat.export.verify import check_kernels, check_layers, compare, compare_layers
+from tests.export.students import (
     NAMES,
     SCHEMES,
     Everything,
@@ -19,14 +27,6 @@ from students import (
     student_of,
     tiny_student,
 )
-from torch import nn
-
-from fat import FatError, QuantSpec, Student
-from fat.export import litert
-from fat.export.litert import LiteRT, LiteRTRuntime
-from fat.export.lower import lower
-from fat.export.target import Program
-from fat.export.verify import check_kernels, check_layers, compare, compare_layers
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "litert_torch"))
 needs_litert = pytest.mark.skipif(

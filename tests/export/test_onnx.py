@@ -11,7 +11,16 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from students import (
+from torch import Tensor, nn
+
+import fat
+from fat import FatError, QuantSpec, Student
+from fat.export import onnx as module
+from fat.export.base import Program
+from fat.export.lowering import lower
+from fat.export.onnx import OPSETS, Onnx, OnnxRuntime
+from fat.export.verify import check_kernels, compare, compare_layers
+from tests.export.students import (
     NAMES,
     SCHEMES,
     Everything,
@@ -21,15 +30,6 @@ from students import (
     student_of,
     tiny_student,
 )
-from torch import Tensor, nn
-
-import fat
-from fat import FatError, QuantSpec, Student
-from fat.export import onnx as module
-from fat.export.lower import lower
-from fat.export.onnx import OPSETS, Onnx, OnnxRuntime
-from fat.export.target import Program
-from fat.export.verify import check_kernels, compare, compare_layers
 
 
 def written(
@@ -88,9 +88,10 @@ def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray[Any, Any]]:
 def dequantized(model: onnx.ModelProto, kind: int) -> list[onnx.NodeProto]:
     stored = {x.name for x in model.graph.initializer if x.data_type == kind}
     return [
-        node for node in model.graph.node
+        node
+        for node in model.graph.node
         if node.op_type == "DequantizeLinear" and node.input[0] in stored
-    ]  # fmt: skip
+    ]
 
 
 # ------------------------------------------------------------------------------------ equality
@@ -106,7 +107,7 @@ def test_every_kind_of_operation_is_equal_in_the_runtime(spec: QuantSpec, tmp_pa
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
-        ("test_resnet", QuantSpec(granularity="scalar")),
+        ("test_resnet", QuantSpec(granularity="per_tensor")),
         ("test_efficientnet", QuantSpec(scheme="symmetric")),
         ("test_efficientnet", QuantSpec(bits=4, power_of_two=True)),
         ("lcnet_035", QuantSpec(weight_bits=7)),
@@ -212,7 +213,7 @@ def test_weights_are_int8_and_biases_int32(file: Path, tiny: Student) -> None:
 
 
 def test_scalar_weights_have_one_step(tmp_path: Path) -> None:
-    path, _ = written(tiny_student(QuantSpec(granularity="scalar")), tmp_path)
+    path, _ = written(tiny_student(QuantSpec(granularity="per_tensor")), tmp_path)
     model = onnx.load(path)
     stored = initializers(model)
     for node in dequantized(model, TensorProto.INT8):
@@ -365,9 +366,11 @@ def test_a_damaged_file_is_said_to_be_one(share: float, file: Path, tmp_path: Pa
 
 def test_only_processors_with_avx2_alone_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability, vnni, expected in (
-        ("AVX2", False, True), ("AVX2", True, False), ("AVX512", False, False),
+        ("AVX2", False, True),
+        ("AVX2", True, False),
+        ("AVX512", False, False),
         ("DEFAULT", False, False),
-    ):  # fmt: skip
+    ):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         monkeypatch.setattr(module, "_vnni", lambda v=vnni: v)
         assert module.saturates() == expected

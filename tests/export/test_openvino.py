@@ -8,13 +8,20 @@ import pytest
 
 pytest.importorskip("openvino", reason="needs OpenVINO: pip install -e '.[openvino]'")
 
-from students import NAMES, SCHEMES, Heads, clipped_student, structured, student_of, tiny_student
-
 from fat import FatError, QuantSpec
-from fat.export.export import export
+from fat.export.base import Program
+from fat.export.exporter import export
 from fat.export.onnx import Onnx, saturates
 from fat.export.openvino import OpenVino, OpenVinoRuntime
-from fat.export.target import Program
+from tests.export.students import (
+    NAMES,
+    SCHEMES,
+    Heads,
+    clipped_student,
+    structured,
+    student_of,
+    tiny_student,
+)
 
 
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)

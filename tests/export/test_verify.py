@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from students import structured, tiny_student
 from torch import Tensor
 
 from fat import FatError, Student
-from fat.export.lower import Integers, Style, lower
-from fat.export.target import Kernels, Tolerance
+from fat.export.base import Kernels, Tolerance
+from fat.export.lowering import Integers, Style, lower
 from fat.export.verify import (
     LayerDifference,
     check_kernels,
@@ -21,6 +20,7 @@ from fat.export.verify import (
     latency,
     most_different,
 )
+from tests.export.students import structured, tiny_student
 
 TOLERANCE = Tolerance(off_by_one=0.001, sqnr_db=40.0, agreement=99.5)
 

@@ -19,7 +19,7 @@ from fat.graph.patterns import (
     only_user,
     source,
 )
-from fat.graph.trace import trace
+from fat.graph.tracing.capture import trace
 
 
 @pytest.fixture(autouse=True)
@@ -89,12 +89,19 @@ def test_operations_that_compute(name: str) -> None:
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (nn.MaxPool2d(2), True), (nn.Flatten(), True), (nn.ZeroPad2d(1), True),
-        (nn.ConstantPad2d(1, 0), True), (nn.ConstantPad2d(1, 2.0), False),
-        (nn.ReflectionPad2d(1), True), (nn.AvgPool2d(2), False), (nn.Conv2d(4, 4, 1), False),
-        (nn.PixelShuffle(2), True), (nn.Hardswish(), False), (nn.AdaptiveMaxPool2d(1), True),
+        (nn.MaxPool2d(2), True),
+        (nn.Flatten(), True),
+        (nn.ZeroPad2d(1), True),
+        (nn.ConstantPad2d(1, 0), True),
+        (nn.ConstantPad2d(1, 2.0), False),
+        (nn.ReflectionPad2d(1), True),
+        (nn.AvgPool2d(2), False),
+        (nn.Conv2d(4, 4, 1), False),
+        (nn.PixelShuffle(2), True),
+        (nn.Hardswish(), False),
+        (nn.AdaptiveMaxPool2d(1), True),
     ],
-)  # fmt: skip
+)
 def test_modules_that_only_move_values(layer: nn.Module, expected: bool) -> None:
     graph, node = last_node(lambda x, layer: layer(x), layer)
     assert is_value_preserving(graph, node) is expected

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fat import kernels
+from fat.quant import kernels
+from fat.quant.config import Grid
 from fat.quant.functional import (
     INT32_MAX,
     clip_inclusive,
@@ -19,7 +20,6 @@ from fat.quant.functional import (
     quantize,
     round_ste,
 )
-from fat.spec import Grid
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -28,7 +28,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": lambda x: torch.stack([x, x], dim=-1)[..., 0],
 }
 GRIDS = st.builds(
-    Grid, bits=st.integers(2, 8), kind=st.sampled_from(["signed", "unsigned", "asymmetric"])
+    Grid,
+    bits=st.integers(2, 8),
+    kind=st.sampled_from(["symmetric", "symmetric_unsigned", "affine"]),
 )
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -42,7 +44,7 @@ def draw(seed: int, shape: tuple[int, ...], grid: Grid, scale: float, per_channe
     generator = np.random.default_rng(seed)
     size = (shape[0],) + (1,) * (len(shape) - 1) if per_channel else ()
     steps = np.float32(scale) * generator.uniform(0.5, 2.0, size).astype(np.float32)
-    zeros = generator.integers(0, grid.qmax + 1, size) * (grid.kind == "asymmetric")
+    zeros = generator.integers(0, grid.qmax + 1, size) * (grid.kind == "affine")
     integers = generator.integers(grid.qmin - 4, grid.qmax + 5, shape) - zeros
     x = (integers + generator.uniform(-0.45, 0.45, shape)) * steps
     grad = generator.normal(size=shape)
@@ -118,7 +120,7 @@ def test_value_and_gradients_are_the_closed_form(
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4), (2, 3, 4, 5), (2, 2, 3, 2, 3)])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_any_number_of_dimensions(shape: tuple[int, ...], per_channel: bool) -> None:
-    grid = Grid(4, "asymmetric")
+    grid = Grid(4, "affine")
     x, step, zero_point, grad = (t.double() for t in draw(1, shape, grid, 0.1, per_channel))
     inputs = [t.requires_grad_() for t in (x, step, zero_point)]
     out = fake_quantize(x, step, zero_point, grid.qmin, grid.qmax)
@@ -131,10 +133,7 @@ def test_any_number_of_dimensions(shape: tuple[int, ...], per_channel: bool) -> 
 
 
 @given(
-    seed=st.integers(0, 2**31),
-    grid=GRIDS,
-    scale=st.floats(1e-4, 1e2),
-    per_channel=st.booleans(),
+    seed=st.integers(0, 2**31), grid=GRIDS, scale=st.floats(1e-4, 1e2), per_channel=st.booleans()
 )
 @settings(deadline=None, max_examples=60)
 def test_value_and_gradients_are_torchs_own(
@@ -170,7 +169,7 @@ def test_value_and_gradients_are_torchs_own(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_expanded_gradient(layout: str) -> None:
-    grid = Grid(8, "signed")
+    grid = Grid(8, "symmetric")
     x, step, zero_point, _ = draw(2, (2, 3, 4, 5), grid, 0.1, False)
     x = LAYOUTS[layout](x)
     step.requires_grad_()
@@ -186,7 +185,7 @@ def test_an_expanded_gradient(layout: str) -> None:
     "wanting", [(True, False, False), (False, True, False), (False, False, True)]
 )
 def test_only_who_asks_gets_a_gradient_and_it_is_the_same(wanting: tuple[bool, ...]) -> None:
-    grid = Grid(5, "asymmetric")
+    grid = Grid(5, "affine")
     x, step, zero_point, grad = (t.double() for t in draw(3, (4, 2, 3, 3), grid, 1.0, False))
     inputs = [t.requires_grad_(on) for t, on in zip((x, step, zero_point), wanting, strict=True)]
     fake_quantize(*inputs, grid.qmin, grid.qmax).backward(grad)
@@ -199,7 +198,7 @@ def test_only_who_asks_gets_a_gradient_and_it_is_the_same(wanting: tuple[bool, .
 
 
 def test_inputs_are_left_alone() -> None:
-    grid = Grid(4, "asymmetric")
+    grid = Grid(4, "affine")
     tensors = draw(4, (3, 4, 5, 2), grid, 0.3, True)
     before = [t.clone() for t in tensors]
     inputs = [t.requires_grad_() for t in tensors[:3]]
@@ -214,7 +213,7 @@ def test_inputs_are_left_alone() -> None:
 def test_halves_go_to_the_even_neighbour(grid: Grid, power: int, data: st.DataObject) -> None:
     # A power of two keeps the halves exact.
     step = 2.0**power
-    zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "asymmetric" else 0
+    zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "affine" else 0
     integers = np.arange(grid.qmin - zero_point, grid.qmax - zero_point)
     x = torch.from_numpy(((integers + 0.5) * step).astype(np.float32))
     wanted = integers + integers % 2
@@ -246,7 +245,7 @@ def test_fake_quantization_is_the_integers_times_the_step(
 @given(grid=GRIDS, scale=st.floats(1e-30, 1e30), data=st.data())
 @settings(deadline=None, max_examples=50)
 def test_zero_is_exact(grid: Grid, scale: float, data: st.DataObject) -> None:
-    zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "asymmetric" else 0
+    zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "affine" else 0
     arguments = (torch.tensor(scale), torch.tensor(float(zero_point)), grid.qmin, grid.qmax)
     assert quantize(torch.zeros(1), *arguments).item() == zero_point
     assert fake_quantize(torch.zeros(1), *arguments).item() == 0.0
@@ -314,11 +313,7 @@ def test_round_is_numpys_and_lets_the_gradient_pass(values: list[float]) -> None
     assert torch.equal(x.grad, grad)
 
 
-@given(
-    seed=st.integers(0, 2**31),
-    exponent=st.floats(-12, 0),
-    per_channel=st.booleans(),
-)
+@given(seed=st.integers(0, 2**31), exponent=st.floats(-12, 0), per_channel=st.booleans())
 @settings(deadline=None, max_examples=60)
 def test_biases_lie_on_the_int32_grid(seed: int, exponent: float, per_channel: bool) -> None:
     generator = np.random.default_rng(seed)

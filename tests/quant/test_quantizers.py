@@ -12,21 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fat.errors import FatError
-from fat.layers import ChannelClip
+from fat.quant.config import Grid, InitSpec, QuantSpec
 from fat.quant.functional import fake_quantize_weight
-from fat.quant.quantizers import (
-    ActivationQuantizer,
-    QuantConv2d,
-    QuantLayer,
-    QuantLinear,
-    WeightQuantizer,
-)
+from fat.quant.layers import ChannelClip
+from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
+from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from fat.quant.thresholds import Thresholds
-from fat.spec import Grid, InitSpec, QuantSpec
+from fat.utils.errors import FatError
 
 INT32_MAX = 2**31 - 1
-WEIGHT_GRID = Grid(8, "signed")
+WEIGHT_GRID = Grid(8, "symmetric")
 
 
 def spec_of(**options: Any) -> QuantSpec:
@@ -155,7 +150,7 @@ def check_not_a_bit_differs(
 
 BITS = st.integers(2, 8)
 PAIR = st.tuples(st.integers(1, 2), st.integers(1, 2))
-ACTIVATIONS = st.sampled_from(["signed", "unsigned", "asymmetric"])
+ACTIVATIONS = st.sampled_from(["symmetric", "symmetric_unsigned", "affine"])
 
 
 @given(
@@ -163,10 +158,10 @@ ACTIVATIONS = st.sampled_from(["signed", "unsigned", "asymmetric"])
     weight_bits=BITS,
     activation_bits=BITS,
     kind=ACTIVATIONS,
-    granularity=st.sampled_from(["scalar", "vector"]),
+    granularity=st.sampled_from(["per_tensor", "per_channel"]),
     thresholds=st.sampled_from([*TRAINED, "frozen"]),
     power_of_two=st.booleans(),
-    weights=st.sampled_from(["frozen", "pointwise", "rounding"]),
+    weights=st.sampled_from(["frozen", "scale", "adaround"]),
     bias=st.sampled_from([None, "frozen", "trained"]),
     shape=st.sampled_from([(1, 3, 4), (2, 4, 6), (4, 4, 4), (4, 4, 8)]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
@@ -196,12 +191,15 @@ def test_convolution_is_the_integer_reference(
     groups, channels, filters = shape
     generator = torch.Generator().manual_seed(seed)
     spec = spec_of(
-        granularity=granularity, weights=weights, bias=bias or "frozen", thresholds=thresholds,
+        granularity=granularity,
+        weights=weights,
+        bias=bias or "frozen",
+        thresholds=thresholds,
         power_of_two=power_of_two,
-    )  # fmt: skip
-    grid = Grid(weight_bits, "signed")
+    )
+    grid = Grid(weight_bits, "symmetric")
     x = torch.randn(2, channels, 7, 6, generator=generator)
-    x = x.relu() if kind == "unsigned" else x + 0.5
+    x = x.relu() if kind == "symmetric_unsigned" else x + 0.5
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     layer = QuantConv2d(
@@ -224,7 +222,7 @@ def test_convolution_is_the_integer_reference(
 
     input_scale, zero_point = source.thresholds()
     weight_scale = layer.weight_quantizer.scale()
-    columns = weight_scale.reshape(-1, 1, 1, 1) if granularity == "vector" else weight_scale
+    columns = weight_scale.reshape(-1, 1, 1, 1) if granularity == "per_channel" else weight_scale
     w = integers(adjusted(layer, columns), columns, torch.zeros(()), grid)
     q = integers(x, input_scale, zero_point, source.grid)
     step = (weight_scale * input_scale).detach().numpy()
@@ -250,10 +248,10 @@ def test_convolution_is_the_integer_reference(
     weight_bits=BITS,
     activation_bits=BITS,
     kind=ACTIVATIONS,
-    granularity=st.sampled_from(["scalar", "vector"]),
+    granularity=st.sampled_from(["per_tensor", "per_channel"]),
     thresholds=st.sampled_from([*TRAINED, "frozen"]),
     power_of_two=st.booleans(),
-    weights=st.sampled_from(["frozen", "pointwise", "rounding"]),
+    weights=st.sampled_from(["frozen", "scale", "adaround"]),
     bias=st.booleans(),
     lead=st.sampled_from([(5,), (2, 3), (1, 2, 2)]),
 )
@@ -274,9 +272,9 @@ def test_linear_is_the_integer_reference(
     spec = spec_of(
         granularity=granularity, weights=weights, thresholds=thresholds, power_of_two=power_of_two
     )
-    grid = Grid(weight_bits, "signed")
+    grid = Grid(weight_bits, "symmetric")
     x = torch.randn(*lead, 11, generator=generator)
-    x = x.relu() if kind == "unsigned" else x - 0.4
+    x = x.relu() if kind == "symmetric_unsigned" else x - 0.4
     layer = QuantLinear(
         "linear",
         torch.randn(7, 11, generator=generator),
@@ -291,7 +289,7 @@ def test_linear_is_the_integer_reference(
     move_factors(source, seed + 1)
     input_scale, zero_point = source.thresholds()
     weight_scale = layer.weight_quantizer.scale()
-    columns = weight_scale.reshape(-1, 1) if granularity == "vector" else weight_scale
+    columns = weight_scale.reshape(-1, 1) if granularity == "per_channel" else weight_scale
     w = integers(adjusted(layer, columns), columns, torch.zeros(()), grid)
     q = integers(x, input_scale, zero_point, source.grid)
     step = (weight_scale * input_scale).detach().numpy()
@@ -312,11 +310,11 @@ def test_with_steps_that_are_powers_of_two_not_a_bit_differs(
     seed: int, kind: str, exponents: tuple[int, int]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    spec = spec_of(granularity="scalar")
+    spec = spec_of(granularity="per_tensor")
     grid = Grid(8, kind)  # type: ignore[arg-type]
     w_step, x_step = (2.0**e for e in exponents)
     source = ActivationQuantizer("input", spec, grid)
-    zero_point = 77 if kind == "asymmetric" else 0
+    zero_point = 77 if kind == "affine" else 0
     source.thresholds.calibrated(
         torch.tensor((grid.qmin - zero_point) * x_step),
         torch.tensor((grid.qmax - zero_point) * x_step),
@@ -347,12 +345,12 @@ def vanishing(scale: float, granularity: str, bias: float = 0.5) -> tuple[QuantC
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 2, 3, 3, generator=generator)
     weight[1] *= scale
-    if granularity == "scalar":
+    if granularity == "per_tensor":
         weight *= scale
     x = torch.rand(1, 2, 6, 6, generator=generator)
     spec = spec_of(granularity=granularity)
     layer = QuantConv2d("conv", weight, torch.tensor([-bias, bias, 0.0]), spec, WEIGHT_GRID)
-    layer.reads_from(watching(Grid(8, "unsigned"), x, spec))
+    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), x, spec))
     return layer, x
 
 
@@ -360,7 +358,7 @@ def vanishing(scale: float, granularity: str, bias: float = 0.5) -> tuple[QuantC
 @pytest.mark.parametrize("bias", [0.5, 0.123456, 300.0])
 @pytest.mark.parametrize("factor", [1.0, 0.5])
 def test_a_vanishing_filter_delivers_its_bias(scale: float, bias: float, factor: float) -> None:
-    layer, x = vanishing(scale, "vector", bias)
+    layer, x = vanishing(scale, "per_channel", bias)
     before = layer.weight.abs().amax(dim=(1, 2, 3))
     assert layer.calibrate() == 1
     top = layer.weight_quantizer.thresholds.high
@@ -377,19 +375,23 @@ def test_a_vanishing_filter_delivers_its_bias(scale: float, bias: float, factor:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30])
 def test_a_vanishing_tensor_with_one_threshold_delivers_its_biases(scale: float) -> None:
-    layer, x = vanishing(scale, "scalar")
+    layer, x = vanishing(scale, "per_tensor")
     assert layer.calibrate() == 1
     out = layer(layer.input_quantizer(x)).mean(dim=(0, 2, 3))
     torch.testing.assert_close(out.detach(), torch.tensor([-0.5, 0.5, 0.0]), rtol=2e-6, atol=1e-9)
 
 
 def test_without_widening_that_bias_would_be_lost() -> None:
-    layer, x = vanishing(1e-30, "vector")
+    layer, x = vanishing(1e-30, "per_channel")
     layer.weight_quantizer.calibrate(layer.weight)
     assert layer(layer.input_quantizer(x))[:, 1].abs().max() < 0.1
 
 
-@given(seed=st.integers(0, 2**31), granularity=st.sampled_from(["scalar", "vector"]), bits=BITS)
+@given(
+    seed=st.integers(0, 2**31),
+    granularity=st.sampled_from(["per_tensor", "per_channel"]),
+    bits=BITS,
+)
 @settings(deadline=None, max_examples=30)
 def test_ordinary_filters_are_not_widened(seed: int, granularity: str, bits: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -399,18 +401,18 @@ def test_ordinary_filters_are_not_widened(seed: int, granularity: str, bits: int
     )
     spec = spec_of(granularity=granularity, thresholds="frozen")
     layer = QuantLinear(
-        "linear", weight, 6 * torch.rand(5, generator=generator) - 3, spec, Grid(bits, "signed")
+        "linear", weight, 6 * torch.rand(5, generator=generator) - 3, spec, Grid(bits, "symmetric")
     )
-    layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1), spec))
+    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))
     assert layer.calibrate() == 0
     tops = np.abs(weight.numpy())
-    wanted = tops.max(axis=1) if granularity == "vector" else tops.max()
+    wanted = tops.max(axis=1) if granularity == "per_channel" else tops.max()
     np.testing.assert_array_equal(layer.weight_quantizer.thresholds.high.numpy(), wanted)
     np.testing.assert_array_equal(layer.weight_quantizer.thresholds.low.numpy(), -wanted)
 
 
 def test_biases_lie_on_the_grid_of_the_accumulators() -> None:
-    layer, _ = vanishing(1.0, "vector", 0.7)
+    layer, _ = vanishing(1.0, "per_channel", 0.7)
     layer.calibrate()
     move_factors(layer, 3)
     _, bias = layer.quantized()
@@ -425,7 +427,7 @@ def test_biases_lie_on_the_grid_of_the_accumulators() -> None:
 
 
 def test_gradient_of_a_bias_passes_straight_through() -> None:
-    layer, x = vanishing(1.0, "vector")
+    layer, x = vanishing(1.0, "per_channel")
     layer.calibrate()
     out = layer(layer.input_quantizer(x))
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -434,14 +436,14 @@ def test_gradient_of_a_bias_passes_straight_through() -> None:
     torch.testing.assert_close(layer.bias.grad, weights.sum(dim=(0, 2, 3)))
 
 
-@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> None:
     generator = torch.Generator().manual_seed(5)
     weight = torch.randn(4, 6, generator=generator)
     spec = spec_of(granularity=granularity, bias="frozen")
-    layer = QuantLinear("linear", weight, None, spec, Grid(4, "signed"))
+    layer = QuantLinear("linear", weight, None, spec, Grid(4, "symmetric"))
     x = torch.rand(9, 6, generator=generator)
-    source = watching(Grid(8, "unsigned"), x, spec)
+    source = watching(Grid(8, "symmetric_unsigned"), x, spec)
     layer.reads_from(source)
     layer.calibrate()
     move_factors(layer, 2)
@@ -453,11 +455,11 @@ def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> No
     by_weight = grad.double().numpy().T @ on_grid.double().numpy()
     top = layer.weight_quantizer.thresholds.high.double().numpy()
     step = alpha.detach().double().numpy() * top / 7
-    rows = step[:, None] if granularity == "vector" else step
+    rows = step[:, None] if granularity == "per_channel" else step
     ratio = weight.double().numpy() / rows
     clipped = np.clip(np.rint(ratio), -7, 7)
     terms = by_weight * np.where(clipped == np.rint(ratio), clipped - ratio, clipped)
-    wanted = (terms.sum(axis=1) if granularity == "vector" else terms.sum()) * top / 7
+    wanted = (terms.sum(axis=1) if granularity == "per_channel" else terms.sum()) * top / 7
     assert alpha.grad is not None
     np.testing.assert_allclose(alpha.grad.numpy(), wanted, rtol=1e-4, atol=1e-5)
 
@@ -465,10 +467,10 @@ def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> No
 def test_gradient_of_pointwise_factors_and_their_projection() -> None:
     weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4]])
     spec = QuantSpec(
-        weights="pointwise", thresholds="frozen", granularity="scalar", pointwise_range=(0.75, 1.25)
+        weights="scale", thresholds="frozen", granularity="per_tensor", pointwise_range=(0.75, 1.25)
     )
-    layer = QuantLinear("linear", weight, None, spec, Grid(8, "signed"))
-    source = watching(Grid(8, "unsigned"), torch.ones(1), spec)
+    layer = QuantLinear("linear", weight, None, spec, Grid(8, "symmetric"))
+    source = watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec)
     layer.reads_from(source)
     layer.calibrate()
     assert layer.factor is not None
@@ -497,13 +499,13 @@ def rounding_layer(
     weight: Tensor, granularity: str, bits: int, reach: tuple[float, float]
 ) -> QuantLinear:
     spec = QuantSpec(
-        weights="rounding",
+        weights="adaround",
         thresholds="frozen",
         granularity=granularity,
         rounding_range=reach,  # type: ignore[arg-type]
     )
-    layer = QuantLinear("linear", weight, None, spec, Grid(bits, "signed"))
-    layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1), spec))
+    layer = QuantLinear("linear", weight, None, spec, Grid(bits, "symmetric"))
+    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))
     layer.calibrate()
     return layer
 
@@ -511,7 +513,7 @@ def rounding_layer(
 @given(
     seed=st.integers(0, 2**31),
     bits=BITS,
-    granularity=st.sampled_from(["scalar", "vector"]),
+    granularity=st.sampled_from(["per_tensor", "per_channel"]),
     reach=st.sampled_from([(-1.0, 1.0), (-0.5, 0.5), (-0.25, 0.0), (0.0, 2.0)]),
 )
 @settings(deadline=None, max_examples=60)
@@ -550,7 +552,7 @@ def test_learned_rounding_stays_near_the_weight(
     assert float(layer.factor.detach().max()) <= reach[1]
 
 
-@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_gradient_of_learned_rounding(granularity: str) -> None:
     """∂out/∂f = the step, inside the grid and inside the range, its ends included."""
     weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4], [0.1, 0.2, -0.3, 0.1, 0.0, 0.25]])
@@ -559,7 +561,7 @@ def test_gradient_of_learned_rounding(granularity: str) -> None:
     layer.factor.data = torch.tensor([[1.0, -1.0, 0.3, 0.9, 1.2, -1.1]]).repeat(2, 1)
     grad = torch.arange(1.0, 13.0).reshape(2, 6)
     layer.quantized()[0].backward(grad)
-    step = np.array([[1.0], [0.3 if granularity == "vector" else 1.0]]) / 7
+    step = np.array([[1.0], [0.3 if granularity == "per_channel" else 1.0]]) / 7
     moved = weight.double().numpy() / step + np.clip(layer.factor.detach().numpy(), -1, 1)
     inside = np.abs(np.rint(moved)) <= 7
     assert not inside.all()
@@ -574,14 +576,16 @@ def test_gradient_of_learned_rounding(granularity: str) -> None:
 # LSQ's number of elements.
 
 
-@pytest.mark.parametrize(("granularity", "wanted"), [("vector", 18), ("scalar", 90)])
+@pytest.mark.parametrize(("granularity", "wanted"), [("per_channel", 18), ("per_tensor", 90)])
 def test_weights_share_a_threshold_among_so_many(granularity: str, wanted: int) -> None:
     spec = spec_of(thresholds="lsq", granularity=granularity)
     weight = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[1] *= 1e-30
     layer = QuantConv2d("conv", weight, torch.ones(5), spec, WEIGHT_GRID)
-    layer.reads_from(watching(Grid(8, "unsigned"), torch.ones(1, 2, 3, 3), spec))
-    assert layer.calibrate() == (1 if granularity == "vector" else 0)  # widening keeps the number
+    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), torch.ones(1, 2, 3, 3), spec))
+    assert layer.calibrate() == (
+        1 if granularity == "per_channel" else 0
+    )  # widening keeps the number
     assert layer.weight_quantizer.thresholds.elements.item() == wanted
     other = QuantConv2d("conv", torch.zeros(5, 2, 3, 3), torch.zeros(5), spec, WEIGHT_GRID)
     other.load_state_dict(layer.state_dict())
@@ -590,7 +594,9 @@ def test_weights_share_a_threshold_among_so_many(granularity: str, wanted: int) 
 
 @pytest.mark.parametrize("batch", [1, 7])
 def test_activations_count_the_elements_of_one_image(batch: int) -> None:
-    quantizer = watching(Grid(8, "unsigned"), torch.rand(batch, 3, 4, 5), spec_of(thresholds="lsq"))
+    quantizer = watching(
+        Grid(8, "symmetric_unsigned"), torch.rand(batch, 3, 4, 5), spec_of(thresholds="lsq")
+    )
     assert quantizer.thresholds.elements.item() == 60
 
 
@@ -604,17 +610,17 @@ def test_activations_count_the_elements_of_one_image(batch: int) -> None:
         ({"thresholds": "frozen", "bias": "trained"}, {"bias"}),
         ({"thresholds": "fat", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
         (
-            {"thresholds": "fat", "bias": "trained", "weights": "pointwise"},
+            {"thresholds": "fat", "bias": "trained", "weights": "scale"},
             {"bias", "factor", "weight_quantizer.thresholds.alpha"},
         ),
-        ({"thresholds": "frozen", "bias": "frozen", "weights": "rounding"}, {"factor"}),
+        ({"thresholds": "frozen", "bias": "frozen", "weights": "adaround"}, {"factor"}),
         ({"thresholds": "lsq", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
         ({"thresholds": "tqt", "bias": "frozen"}, {"weight_quantizer.thresholds.alpha"}),
     ],
 )
 def test_parameters_are_exactly_what_is_trained(options: dict[str, str], wanted: set[str]) -> None:
     layer = QuantLinear("x", torch.ones(3, 2), torch.ones(3), spec_of(**options), WEIGHT_GRID)
-    layer.reads_from(ActivationQuantizer("input", spec_of(), Grid(8, "unsigned")))
+    layer.reads_from(ActivationQuantizer("input", spec_of(), Grid(8, "symmetric_unsigned")))
     assert {name for name, _ in layer.named_parameters()} == wanted
     assert {"weight", "bias"} <= set(layer.state_dict())
     assert not any("input" in name for name in layer.state_dict())
@@ -634,7 +640,7 @@ def test_the_source_keeps_its_weights() -> None:
 
 @pytest.mark.parametrize("who", ["weight", "input", "both"])
 def test_switched_off_the_layer_is_torchs(who: str) -> None:
-    layer, x = vanishing(1.0, "vector")
+    layer, x = vanishing(1.0, "per_channel")
     layer.calibrate()
     source = layer.input_quantizer
     layer.weight_quantizer.enabled = who == "input"
@@ -656,11 +662,11 @@ def test_switched_off_the_layer_is_torchs(who: str) -> None:
 # Calibration.
 
 
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("init", [InitSpec("minmax"), InitSpec("percentile", 99.0)])
 def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: InitSpec) -> None:
     x = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0)) + 0.3
-    if kind == "unsigned":
+    if kind == "symmetric_unsigned":
         x = x.relu()
     quantizer = ActivationQuantizer("act", spec_of(activation_init=init), Grid(8, kind))  # type: ignore[arg-type]
     quantizer.start_observing()
@@ -670,8 +676,8 @@ def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: Init
     share = 1.0 if init.name == "minmax" else 0.99
     values = x.double().numpy()
     low, high = {
-        "signed": (-np.quantile(np.abs(values), share), np.quantile(np.abs(values), share)),
-        "unsigned": (0.0, np.quantile(values, share)),
+        "symmetric": (-np.quantile(np.abs(values), share), np.quantile(np.abs(values), share)),
+        "symmetric_unsigned": (0.0, np.quantile(values, share)),
         "asymmetric": (np.quantile(values, (1 - share) / 2), np.quantile(values, (1 + share) / 2)),
     }[kind]
     assert quantizer.thresholds.low.item() == pytest.approx(low, rel=5e-3)
@@ -684,7 +690,7 @@ def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: Init
 
 
 def test_what_was_watched_can_be_forgotten() -> None:
-    quantizer = watching(Grid(8, "signed"), torch.tensor([2.0]), spec_of())
+    quantizer = watching(Grid(8, "symmetric"), torch.tensor([2.0]), spec_of())
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer.start_observing()
     quantizer(torch.tensor([50.0]))
@@ -697,7 +703,7 @@ def test_what_was_watched_can_be_forgotten() -> None:
 
 
 def test_each_calibration_starts_anew() -> None:
-    quantizer = watching(Grid(8, "signed"), torch.tensor([2.0]), spec_of())
+    quantizer = watching(Grid(8, "symmetric"), torch.tensor([2.0]), spec_of())
     quantizer.start_observing()
     quantizer(torch.tensor([0.5]))
     quantizer.stop_observing(keep=True)
@@ -707,7 +713,7 @@ def test_each_calibration_starts_anew() -> None:
 @pytest.mark.parametrize("init", ["minmax", "percentile"])
 def test_no_image_came(init: str) -> None:
     spec = spec_of(activation_init=InitSpec(init))  # type: ignore[arg-type]
-    quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "unsigned"))
+    quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "symmetric_unsigned"))
     quantizer.start_observing()
     with pytest.raises(FatError, match=r"No image reached 'blocks\.0\.act1'.*the set is empty"):
         quantizer.stop_observing(keep=True)
@@ -719,7 +725,7 @@ def test_no_image_came(init: str) -> None:
 @pytest.mark.parametrize("when", [0, 1])
 def test_values_that_are_not_finite(init: str, bad: float, when: int) -> None:
     spec = spec_of(activation_init=InitSpec(init))  # type: ignore[arg-type]
-    quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "signed"))
+    quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "symmetric"))
     batches = [torch.tensor([1.0, 2.0])]
     batches.insert(when, torch.tensor([0.5, bad]))
     quantizer.start_observing()
@@ -735,24 +741,24 @@ def test_values_that_are_not_finite(init: str, bad: float, when: int) -> None:
     seed=st.integers(0, 2**31),
     bits=BITS,
     shape=st.sampled_from([(4, 3), (4, 3, 2, 2), (1, 5), (6, 1, 3, 3)]),
-    granularity=st.sampled_from(["scalar", "vector"]),
+    granularity=st.sampled_from(["per_tensor", "per_channel"]),
 )
 @settings(deadline=None, max_examples=40)
 def test_weights_are_put_on_their_grid(
     seed: int, bits: int, shape: tuple[int, ...], granularity: str
 ) -> None:
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    quantizer = WeightQuantizer(spec_of(granularity=granularity), Grid(bits, "signed"), shape)
+    quantizer = WeightQuantizer(spec_of(granularity=granularity), Grid(bits, "symmetric"), shape)
     quantizer.calibrate(weight)
     q = 2 ** (bits - 1) - 1
     values = weight.numpy()
-    axes = tuple(range(1, len(shape))) if granularity == "vector" else None
+    axes = tuple(range(1, len(shape))) if granularity == "per_channel" else None
     step = np.abs(values).max(axis=axes, keepdims=True) / np.float32(q)
     quantized = fake_quantize_weight(weight, quantizer.scale(), quantizer.grid.qmax)
     np.testing.assert_allclose(
         quantized.detach().numpy(), np.rint(values / step) * step, rtol=1e-5, atol=1e-7
     )
-    assert quantizer.scale().shape == ((shape[0],) if granularity == "vector" else ())
+    assert quantizer.scale().shape == ((shape[0],) if granularity == "per_channel" else ())
     # The largest weight is on the last integer, so calibration saturates nothing.
     assert float((quantized.detach() - weight).abs().max()) <= 0.5001 * step.max()
 
@@ -763,7 +769,7 @@ def test_messages_for_people() -> None:
     assert "blocks.0.conv, weight=[2, 3, 1, 1], bias=False" in repr(layer)
     assert "bits=8, thresholds=2" in repr(layer)
     assert "act, bits=4, grid=unsigned" in repr(
-        ActivationQuantizer("act", spec_of(), Grid(4, "unsigned"))
+        ActivationQuantizer("act", spec_of(), Grid(4, "symmetric_unsigned"))
     )
 
 
@@ -774,7 +780,7 @@ def calibrated_quantizer(
     activation: nn.Module | None, x: Tensor, **options: object
 ) -> ActivationQuantizer:
     spec = QuantSpec(**options)  # type: ignore[arg-type]
-    quantizer = ActivationQuantizer("layer", spec, Grid(8, "unsigned"), activation)
+    quantizer = ActivationQuantizer("layer", spec, Grid(8, "symmetric_unsigned"), activation)
     quantizer.start_observing()
     quantizer(x)
     quantizer.stop_observing(keep=True)
@@ -852,7 +858,7 @@ def test_nothing_above_6_comes_out_after_relu6(
     x = torch.linspace(-9, 9, 2001).reshape(1, 1, 3, 667)
     spec = QuantSpec(thresholds=thresholds, power_of_two=power_of_two, alpha_range=(0.5, 1.3))  # type: ignore[arg-type]
     for top in (0.3, 3.1, 9.0):
-        quantizer = ActivationQuantizer("layer", spec, Grid(bits, "unsigned"), nn.ReLU6())
+        quantizer = ActivationQuantizer("layer", spec, Grid(bits, "symmetric_unsigned"), nn.ReLU6())
         quantizer.start_observing()
         quantizer(x.clamp(max=top))
         quantizer.stop_observing(keep=True)
@@ -877,7 +883,7 @@ def test_overwriting_the_input_changes_neither_values_nor_gradients(
     x = 5 * torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(0))
     grad = torch.randn(4, 3, 9, 9, generator=torch.Generator().manual_seed(1))
     spec = QuantSpec(power_of_two=power_of_two)
-    quantizer = ActivationQuantizer("layer", spec, Grid(4, "unsigned"), activation)
+    quantizer = ActivationQuantizer("layer", spec, Grid(4, "symmetric_unsigned"), activation)
     quantizer.start_observing()
     quantizer(x)
     quantizer.stop_observing(keep=True)
@@ -895,7 +901,7 @@ def test_overwriting_the_input_changes_neither_values_nor_gradients(
 
 def test_a_clip_that_the_grid_does_not_do_is_applied_before_rounding() -> None:
     spec = QuantSpec(scheme="symmetric")
-    quantizer = ActivationQuantizer("layer", spec, Grid(8, "signed"), nn.Hardtanh(-1.0, 2.0))
+    quantizer = ActivationQuantizer("layer", spec, Grid(8, "symmetric"), nn.Hardtanh(-1.0, 2.0))
     quantizer.start_observing()
     quantizer(torch.tensor([-4.0, 4.0]).reshape(1, 2, 1, 1))
     quantizer.stop_observing(keep=True)

@@ -10,14 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fat.quant.config import Grid, QuantSpec
 from fat.quant.functional import fake_quantize, quantize
-from fat.quant.thresholds import (
-    LARGEST_FACTOR,
-    SMALLEST_FACTOR,
-    Thresholds,
-    power_of_two_ste,
-)
-from fat.spec import Grid, QuantSpec
+from fat.quant.thresholds import LARGEST_FACTOR, SMALLEST_FACTOR, Thresholds, power_of_two_ste
 
 BITS = st.integers(2, 8)
 ROWS = st.sampled_from([None, 1, 5])
@@ -52,7 +47,7 @@ def calibrated(
 
 
 def symmetric(grid: Grid, top: Tensor, alpha: Tensor | float = 1.0, **options: Any) -> Thresholds:
-    thresholds = calibrated(grid, -top if grid.kind == "signed" else 0 * top, top, **options)
+    thresholds = calibrated(grid, -top if grid.kind == "symmetric" else 0 * top, top, **options)
     thresholds.get_parameter("alpha").data.copy_(torch.as_tensor(alpha))
     return thresholds
 
@@ -65,7 +60,7 @@ def asymmetric(
     shift: Tensor | float = 0.0,
     **options: Any,
 ) -> Thresholds:
-    thresholds = calibrated(Grid(bits, "asymmetric"), low, high, **options)
+    thresholds = calibrated(Grid(bits, "affine"), low, high, **options)
     thresholds.get_parameter("alpha").data.copy_(torch.as_tensor(alpha))
     thresholds.get_parameter("shift").data.copy_(torch.as_tensor(shift))
     return thresholds
@@ -74,7 +69,7 @@ def asymmetric(
 @given(
     seed=st.integers(0, 2**31),
     bits=BITS,
-    kind=st.sampled_from(["signed", "unsigned"]),
+    kind=st.sampled_from(["symmetric", "symmetric_unsigned"]),
     rows=ROWS,
     exponent=st.integers(-30, 30),
 )
@@ -84,7 +79,7 @@ def test_symmetric_step(seed: int, bits: int, kind: str, rows: int | None, expon
     top = numbers(seed, 0.5, 2.0, rows) * 10.0**exponent
     alpha = numbers(seed + 1, 0.3, 1.2, rows)
     scale, zero_point = symmetric(grid, top, alpha)()
-    steps = 2 ** (bits - 1) - 1 if kind == "signed" else 2**bits - 1
+    steps = 2 ** (bits - 1) - 1 if kind == "symmetric" else 2**bits - 1
     wanted = np.clip(double(alpha), 0.5, 1.0) * double(top) / steps
     np.testing.assert_allclose(double(scale), wanted, rtol=1e-6)
     assert scale.shape == top.shape
@@ -94,7 +89,7 @@ def test_symmetric_step(seed: int, bits: int, kind: str, rows: int | None, expon
 @given(
     seed=st.integers(0, 2**31),
     bits=BITS,
-    kind=st.sampled_from(["signed", "unsigned"]),
+    kind=st.sampled_from(["symmetric", "symmetric_unsigned"]),
     vector=st.booleans(),
     limits=st.sampled_from([(0.5, 1.0), (0.5, 1.3), (1.0, 1.0)]),
 )
@@ -137,7 +132,7 @@ def test_gradient_of_alpha_through_the_quantizer(
 
 
 @pytest.mark.parametrize("parametrization", TRAINED)
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("rows", [None, 4])
 def test_alpha_starts_where_nothing_changes_and_moves(
     parametrization: str, kind: str, rows: int | None
@@ -145,7 +140,7 @@ def test_alpha_starts_where_nothing_changes_and_moves(
     """The paper's trap: FAT's α starts at the upper end of its range, where a clamp is dead."""
     grid = Grid(4, kind)  # type: ignore[arg-type]
     top = torch.ones(()) if rows is None else torch.ones(rows)
-    low = 0 * top if kind == "unsigned" else -top
+    low = 0 * top if kind == "symmetric_unsigned" else -top
     thresholds = calibrated(grid, low, top, thresholds=parametrization, alpha_range=ALPHA)
     alpha = thresholds.get_parameter("alpha")
     start = START[parametrization]
@@ -171,7 +166,7 @@ def test_alpha_starts_where_nothing_changes_and_moves(
     assert errors[-1] < errors[0]
 
 
-@pytest.mark.parametrize("kind", ["signed", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
 def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> None:
     grid = Grid(8, kind)  # type: ignore[arg-type]
     thresholds = calibrated(grid, torch.tensor(-1.0), torch.tensor(1.0), alpha_range=ALPHA)
@@ -186,7 +181,7 @@ def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> Non
     move(-1.0)
     assert alpha.item() > 1.0
     # Left there, it is dead: this is why there is a projection.
-    assert thresholds()[0].item() == pytest.approx(2 / 255 if kind == "asymmetric" else 1 / 127)
+    assert thresholds()[0].item() == pytest.approx(2 / 255 if kind == "affine" else 1 / 127)
     optimizer.zero_grad()
     thresholds()[0].backward()
     assert alpha.grad is not None
@@ -200,7 +195,7 @@ def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> Non
 @pytest.mark.parametrize("parametrization", TRAINED)
 @pytest.mark.parametrize("start", [-30.0, -3.0, 1e-4, 0.49, 0.5, 0.7, 1.0, 1.01, 9.0, 11.0, 2000.0])
 def test_projection_is_numpys_clip(parametrization: str, start: float) -> None:
-    thresholds = symmetric(Grid(8, "signed"), torch.ones(3), start, thresholds=parametrization)
+    thresholds = symmetric(Grid(8, "symmetric"), torch.ones(3), start, thresholds=parametrization)
     thresholds.project()
     wanted = np.full(3, np.clip(np.float32(start), *np.float32(REACH[parametrization])))
     alpha = thresholds.get_parameter("alpha").detach().numpy()
@@ -274,7 +269,7 @@ ALPHAS = {  # below, at and above both ends, and between
 
 @given(
     **RANGES,
-    kind=st.sampled_from(["signed", "unsigned", "asymmetric"]),
+    kind=st.sampled_from(["symmetric", "symmetric_unsigned", "affine"]),
     choice=st.sampled_from([(name, alpha) for name in TRAINED for alpha in ALPHAS[name]]),
     shift=st.sampled_from([-0.3, -0.2, -0.03, 0.0, 0.11, 0.4, 0.5]),
     power_of_two=st.booleans(),
@@ -298,19 +293,25 @@ def test_gradients_are_the_closed_form(
     """∂(a·step + b·zero point)/∂α and /∂shift in float64, for everything that can be trained."""
     name, alpha = choice
     low, high = draw_range(seed, rows, exponent, reach)
-    if kind == "signed":
+    if kind == "symmetric":
         high = torch.maximum(-low, high)
         low = -high
-    elif kind == "unsigned":
+    elif kind == "symmetric_unsigned":
         high = torch.maximum(-low, high)
         low = 0 * high
     grid = Grid(bits, kind)  # type: ignore[arg-type]
     thresholds = calibrated(
-        grid, low, high, elements,
-        thresholds=name, power_of_two=power_of_two, alpha_range=ALPHA, shift_range=SHIFT,
-    )  # fmt: skip
+        grid,
+        low,
+        high,
+        elements,
+        thresholds=name,
+        power_of_two=power_of_two,
+        alpha_range=ALPHA,
+        shift_range=SHIFT,
+    )
     thresholds.get_parameter("alpha").data.fill_(alpha)
-    if kind == "asymmetric":
+    if kind == "affine":
         thresholds.get_parameter("shift").data.fill_(shift)
     scale, zero_point = thresholds()
     unit = float(np.float32(10.0**exponent))
@@ -321,7 +322,7 @@ def test_gradients_are_the_closed_form(
     alpha_in = float(reached == alpha)
     factor = 2.0**reached if name == "tqt" else reached
     by_factor = alpha_in * (factor * math.log(2) if name == "tqt" else share)
-    extent = double(high) - (double(low) if kind == "asymmetric" else 0.0)
+    extent = double(high) - (double(low) if kind == "affine" else 0.0)
     step = factor * extent / grid.qmax
     step_by_alpha = by_factor * extent / grid.qmax
     if power_of_two:
@@ -333,7 +334,7 @@ def test_gradients_are_the_closed_form(
     np.testing.assert_allclose(double(scale), step, rtol=1e-5)
     terms = [weights[0] * step_by_alpha / unit]
     by_shift = np.zeros_like(step)
-    if kind == "asymmetric":
+    if kind == "affine":
         span = SHIFT if name == "fat" else (-LARGEST_FACTOR, LARGEST_FACTOR)
         moved = np.clip(np.float64(np.float32(shift)), *np.float32(span))
         shift_in = float(moved == np.float32(shift)) * share
@@ -381,22 +382,22 @@ def test_a_power_of_two_stays_what_it_is(exponent: int) -> None:
         assert power_of_two_ste(below).item() == (step if exponent > -148 else below).item()
 
 
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("bits", [2, 8])
 def test_lsqs_gradient_is_scaled_by_the_elements_and_the_levels(kind: str, bits: int) -> None:
     grid = Grid(bits, kind)  # type: ignore[arg-type]
     grads = {}
     for name in ("fat", "lsq"):
-        low, high = torch.tensor(0.0 if kind == "unsigned" else -3.0), torch.tensor(3.0)
+        low, high = torch.tensor(0.0 if kind == "symmetric_unsigned" else -3.0), torch.tensor(3.0)
         thresholds = calibrated(grid, low, high, 150_528, thresholds=name)
         thresholds()[0].backward()
         grads[name] = thresholds.get_parameter("alpha").grad
-    levels = {"signed": 2 ** (bits - 1) - 1}.get(kind, 2**bits - 1)
+    levels = {"symmetric": 2 ** (bits - 1) - 1}.get(kind, 2**bits - 1)
     assert float(grads["lsq"] / grads["fat"]) == pytest.approx(1 / math.sqrt(150_528 * levels))
 
 
 def test_lsqs_number_of_elements_is_kept() -> None:
-    grid = Grid(8, "signed")
+    grid = Grid(8, "symmetric")
     one = torch.tensor([1.0, 2.0])
     source = calibrated(grid, -one, one, 36, thresholds="lsq")
     source.calibrated(-2 * one, 2 * one)  # widened: another range of the same elements
@@ -413,7 +414,11 @@ def test_tqts_step_and_its_gradient(alpha: float) -> None:
     """Jain et al. 2019, eq. 7: ∂step/∂log2 T = step · ln 2, of the step that is used."""
     for power_of_two in (False, True):
         thresholds = symmetric(
-            Grid(8, "signed"), torch.tensor(3.0), alpha, thresholds="tqt", power_of_two=power_of_two
+            Grid(8, "symmetric"),
+            torch.tensor(3.0),
+            alpha,
+            thresholds="tqt",
+            power_of_two=power_of_two,
         )
         step = thresholds()[0]
         step.backward()
@@ -427,7 +432,7 @@ def test_tqts_step_and_its_gradient(alpha: float) -> None:
 
 @given(
     **RANGES,
-    kind=st.sampled_from(["signed", "unsigned", "asymmetric"]),
+    kind=st.sampled_from(["symmetric", "symmetric_unsigned", "affine"]),
     thresholds=st.sampled_from([*TRAINED, "frozen"]),
 )
 @settings(deadline=None, max_examples=100)
@@ -443,7 +448,7 @@ def test_steps_that_are_powers_of_two(
     low, high = draw_range(seed, rows, exponent, reach)
     if kind != "asymmetric":
         high = torch.maximum(-low, high)
-        low = -high if kind == "signed" else 0 * high
+        low = -high if kind == "symmetric" else 0 * high
     grid = Grid(bits, kind)  # type: ignore[arg-type]
     options: dict[str, Any] = {"thresholds": thresholds}
     module = calibrated(grid, low, high, **options, power_of_two=True)
@@ -454,7 +459,7 @@ def test_steps_that_are_powers_of_two(
     # The grid reaches both thresholds, to half a step: z is rounded.
     step, z = double(scale), double(zero_point)
     assert np.all((grid.qmax - z + 0.5) * step >= double(high) * (1 - 1e-6))
-    if kind != "unsigned":
+    if kind != "symmetric_unsigned":
         assert np.all((grid.qmin - z - 0.5) * step <= double(low) * (1 - 1e-6))
 
 
@@ -546,7 +551,7 @@ def test_projection_keeps_zero_between_the_thresholds(
     bits=BITS,
     rows=ROWS,
     name=st.sampled_from(TRAINED),
-    kind=st.sampled_from(["signed", "unsigned"]),
+    kind=st.sampled_from(["symmetric", "symmetric_unsigned"]),
     alpha=st.floats(-12.0, 12.0) | st.sampled_from([-1e4, 1e4]),
 )
 @settings(deadline=None, max_examples=80)
@@ -558,7 +563,7 @@ def test_no_threshold_passes_its_limit(
     thresholds = Thresholds(QuantSpec(thresholds=name, alpha_range=(0.5, 1.3)), grid, rows)  # type: ignore[arg-type]
     thresholds.limit = 6.0
     top = numbers(seed, 0.5, 9.0, rows)
-    thresholds.calibrated(-top if kind == "signed" else 0 * top, top)
+    thresholds.calibrated(-top if kind == "symmetric" else 0 * top, top)
     assert torch.equal(thresholds.high, top.clamp(max=6.0))
     thresholds.get_parameter("alpha").data.fill_(alpha)
     thresholds.project()
@@ -581,7 +586,7 @@ def test_projection_leaves_factors_that_are_in_order() -> None:
     assert factors == pytest.approx({"alpha": 0.8, "shift": 0.1})
 
 
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("thresholds", [*TRAINED, "frozen"])
 @pytest.mark.parametrize("extent", [0.0, 1e-40])
 @pytest.mark.parametrize("power_of_two", [False, True])
@@ -611,17 +616,17 @@ def test_no_extent_gives_a_finite_step(
 
 def test_small_filters_keep_their_own_step() -> None:
     top = torch.tensor([1e-30, 1e-10, 1.0])
-    scale, _ = symmetric(Grid(8, "signed"), top)()
+    scale, _ = symmetric(Grid(8, "symmetric"), top)()
     np.testing.assert_allclose(double(scale), double(top) / 127, rtol=1e-6)
 
 
 @pytest.mark.parametrize("thresholds", [*TRAINED, "frozen"])
-@pytest.mark.parametrize("kind", ["signed", "unsigned", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("rows", [None, 3])
 def test_parameters_exist_from_the_start(thresholds: str, kind: str, rows: int | None) -> None:
     spec = QuantSpec(thresholds=thresholds)  # type: ignore[arg-type]
     module = Thresholds(spec, Grid(8, kind), rows)  # type: ignore[arg-type]
-    wanted = {"alpha"} | ({"shift"} if kind == "asymmetric" else set())
+    wanted = {"alpha"} | ({"shift"} if kind == "affine" else set())
     named = dict(module.named_parameters())
     assert set(named) == set(module.factors()) == (set() if thresholds == "frozen" else wanted)
     assert all(p.shape == (() if rows is None else (rows,)) for p in named.values())
@@ -636,7 +641,7 @@ def test_calibrating_again_starts_anew(name: str) -> None:
     values = {key: value.item() for key, value in thresholds.named_parameters()}
     assert values == {"alpha": START[name], "shift": 0.0}
     assert [t.item() for t in thresholds.range()] == [-2.0, 3.0]
-    plain = symmetric(Grid(8, "signed"), torch.tensor(1.0), 0.6, thresholds=name)
+    plain = symmetric(Grid(8, "symmetric"), torch.tensor(1.0), 0.6, thresholds=name)
     plain.calibrated(torch.tensor([-2.0]), torch.tensor([2.0]))
     assert [t.item() for t in plain.range()] == [-2.0, 2.0]
 
@@ -658,12 +663,12 @@ def test_a_saved_state_gives_the_same_grid(name: str, power_of_two: bool) -> Non
 @pytest.mark.parametrize(
     ("grid", "low", "high", "ends"),
     [
-        (Grid(8, "signed"), -3.0, 3.0, (-3.0, 3.0)),
-        (Grid(4, "unsigned"), 0.0, 6.0, (0.0, 6.0)),
+        (Grid(8, "symmetric"), -3.0, 3.0, (-3.0, 3.0)),
+        (Grid(4, "symmetric_unsigned"), 0.0, 6.0, (0.0, 6.0)),
         # d = 5/15, z = round(3) = 3: three steps below 0 and twelve above.
-        (Grid(4, "asymmetric"), -1.0, 4.0, (-1.0, 4.0)),
+        (Grid(4, "affine"), -1.0, 4.0, (-1.0, 4.0)),
         # d = 1, z = round(2.4) = 2.
-        (Grid(4, "asymmetric"), -2.4, 12.6, (-2.0, 13.0)),
+        (Grid(4, "affine"), -2.4, 12.6, (-2.0, 13.0)),
     ],
 )
 def test_range_of_the_grid(grid: Grid, low: float, high: float, ends: tuple[float, float]) -> None:
@@ -678,7 +683,7 @@ def test_range_of_the_grid(grid: Grid, low: float, high: float, ends: tuple[floa
 
 def test_range_of_a_grid_whose_step_is_a_power_of_two() -> None:
     low, high = torch.tensor([-100.0, -127.0]), torch.tensor([100.0, 127.0])
-    found = calibrated(Grid(8, "signed"), low, high, thresholds="tqt", power_of_two=True)
+    found = calibrated(Grid(8, "symmetric"), low, high, thresholds="tqt", power_of_two=True)
     assert found.grid_range()[1].tolist() == [127.0, 127.0]
     found.alpha.data = torch.tensor([0.0, 0.01])
     assert found.grid_range()[1].tolist() == [127.0, 254.0]
@@ -690,14 +695,14 @@ def test_factors_at_an_end_of_their_range(kind: str) -> None:
     low, high = REACH[kind]
     middle = (low + high) / 2
     values = torch.tensor([low, low + 2e-3, middle, high - 2e-3, high])
-    found = calibrated(Grid(8, "signed"), -torch.ones(5), torch.ones(5), thresholds=kind)
+    found = calibrated(Grid(8, "symmetric"), -torch.ones(5), torch.ones(5), thresholds=kind)
     found.alpha.data = values
     assert found.at_edge().tolist() == [True, False, False, False, True]
     assert found.at_edge(5e-3).tolist() == [True, True, False, True, True]
 
 
 def test_relu6_ends_a_range() -> None:
-    found = Thresholds(QuantSpec(thresholds="lsq"), Grid(8, "unsigned"), None)
+    found = Thresholds(QuantSpec(thresholds="lsq"), Grid(8, "symmetric_unsigned"), None)
     found.limit = 6.0
     found.calibrated(torch.tensor(0.0), torch.tensor(3.0), elements=1)
     for factor, at_edge in ((1.0, False), (1.99, False), (2.0, True)):
@@ -706,5 +711,5 @@ def test_relu6_ends_a_range() -> None:
 
 
 def test_what_is_frozen_stands_at_no_end() -> None:
-    frozen = calibrated(Grid(8, "signed"), -torch.ones(2), torch.ones(2), thresholds="frozen")
+    frozen = calibrated(Grid(8, "symmetric"), -torch.ones(2), torch.ones(2), thresholds="frozen")
     assert frozen.at_edge() is None

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import fat
 from fat import InitSpec, QuantSpec, Student, TrainSpec
-from fat.losses import rmse
-from fat.module import DistillModule
 from fat.quant.quantizers import ActivationQuantizer
 from fat.quant.thresholds import LARGEST_FACTOR
+from fat.training.losses import rmse
+from fat.training.module import DistillModule
 
 CUT = InitSpec("percentile", 98.0)
 """Leaves some values outside most grids: else the shift of a lower threshold has no gradient."""
@@ -40,7 +40,7 @@ def shifts_inside(student: Student, images: Tensor) -> set[str]:
 
 @pytest.mark.parametrize("thresholds", ["fat", "lsq", "tqt", "frozen"])
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
-@pytest.mark.parametrize("granularity", ["scalar", "vector"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 def test_one_step_moves_every_parameter(
     tiny: nn.Module, images: Tensor, granularity: str, scheme: str, thresholds: str
 ) -> None:
@@ -48,7 +48,7 @@ def test_one_step_moves_every_parameter(
     for bits in range(2, 9):
         options: dict[str, Any] = {
             "bits": bits,
-            "weights": ("pointwise", "rounding")[bits % 2],
+            "weights": ("scale", "adaround")[bits % 2],
             # At 2 and 3 bits coarser steps would round whole layers to 0, and nothing passes those.
             "power_of_two": bits > 3 and bits % 3 == 0,
         }
@@ -63,7 +63,10 @@ def test_one_step_moves_every_parameter(
         student = fat.prepare(tiny, images[:2], spec)
         fat.calibrate(student, images)
         kinds = {quantizer.grid.kind for quantizer in student.activation_quantizers()}
-        assert kinds == {"unsigned", "signed" if scheme == "symmetric" else "asymmetric"}
+        assert kinds == {
+            "symmetric_unsigned",
+            "symmetric" if scheme == "symmetric" else "asymmetric",
+        }
         wanted = {"factor", "bias"} | ({"alpha"} if thresholds != "frozen" else set())
         if "alpha" in wanted and scheme == "asymmetric":
             wanted.add("shift")

@@ -21,9 +21,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from fat.report.sensitivity import SensitivityReport, write_sensitivity
-from fat.sensitivity import TensorSensitivity
-from fat.spec import BITS, QuantSpec
+from fat.evaluation.sensitivity_analysis import TensorSensitivity
+from fat.evaluation.sensitivity_file import SensitivityReport, write_sensitivity
+from fat.quant.config import BITS, QuantSpec
 
 HOSTILE = (
     "</script><script>document.title='broken'</script><b onmouseover=\"x\">&amp; 'q' %{x} $1$ 日本"
@@ -56,7 +56,7 @@ def metrics(
     model: str = "mobilenet_v2",
     bits: tuple[float, float] = (8, 8),
     init: str = "mse",
-    granularity: str = "vector",
+    granularity: str = "per_channel",
     drops: tuple[float, float | None] = (4.0, 1.0),
     labelled: bool = True,
     latency: float | None = 12.0,
@@ -86,14 +86,23 @@ def metrics(
                 "quantized": judged(after if done else before),
                 "simulation": {"agreement": 100.0, "sqnr_db": 200.0, "largest_step": 0.0},
                 "layers": {"compared": 61, "images": 8, "differing": 0, "worst": None},
-                "kernels": {"operators": {"QLinearConv": 52}, "integer_operators": 60,
-                            "integer_layers": 53, "float_layers": []},
-                "latency_ms": {"float": 1.4 * latency, "quantized": latency, "ratio": 1 / 1.4,
-                               "threads": 1, "batch": 1},
+                "kernels": {
+                    "operators": {"QLinearConv": 52},
+                    "integer_operators": 60,
+                    "integer_layers": 53,
+                    "float_layers": [],
+                },
+                "latency_ms": {
+                    "float": 1.4 * latency,
+                    "quantized": latency,
+                    "ratio": 1 / 1.4,
+                    "threads": 1,
+                    "batch": 1,
+                },
                 "size_mb": {"float": size, "quantized": size * bits[0] / 32 + 0.2, "ratio": 0.3},
                 "seconds": 26.2,
             }
-        }  # fmt: skip
+        }
     return {
         "command": command,
         "sweep": None,
@@ -101,8 +110,13 @@ def metrics(
         "model": model,
         "weights": "hub timm",
         "teacher": None,
-        "data": {"source": "folder", "root": "DIR", "labelled": labelled, "seed": seed,
-                 "splits": {"test": {"images": 500, "first_skipped": []}}},
+        "data": {
+            "source": "folder",
+            "root": "DIR",
+            "labelled": labelled,
+            "seed": seed,
+            "splits": {"test": {"images": 500, "first_skipped": []}},
+        },
         "bits": {"weight": bits[0], "activation": bits[1]},
         "granularity": granularity,
         "scheme": "asymmetric",
@@ -113,16 +127,35 @@ def metrics(
         "calibrated": judged(before),
         "trained": judged(after) if done and after is not None else None,
         "accuracy_drop": (after if done else before) if labelled else None,
-        "seconds": {"load": 0.6, "prepare": 1.4, "calibrate": 24.4, "evaluate": 58.0,
-                    "train": 310.25 if done else 0.0, "export": 30.0},
-        "equalization": {"method": "balanced", "pairs": 3, "locked_share": 0.0,
-                         "float_shift_db": 23.4},
-        "training": {"steps": 180, "calibrated_loss": 0.41, "best_loss": 0.083, "best_step": 150,
-                     "bias_correction": "kept", "reconstruction": "off", "restored": 0,
-                     "interrupted": False} if done else None,
+        "seconds": {
+            "load": 0.6,
+            "prepare": 1.4,
+            "calibrate": 24.4,
+            "evaluate": 58.0,
+            "train": 310.25 if done else 0.0,
+            "export": 30.0,
+        },
+        "equalization": {
+            "method": "balanced",
+            "pairs": 3,
+            "locked_share": 0.0,
+            "float_shift_db": 23.4,
+        },
+        "training": {
+            "steps": 180,
+            "calibrated_loss": 0.41,
+            "best_loss": 0.083,
+            "best_step": 150,
+            "bias_correction": "kept",
+            "reconstruction": "off",
+            "restored": 0,
+            "interrupted": False,
+        }
+        if done
+        else None,
         "size_mb": {"float": size, "quantized": size * bits[0] / 32},
         "exported": exported,
-    }  # fmt: skip
+    }
 
 
 def config(told: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -137,11 +170,13 @@ def config(told: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, 
             "granularity": told["granularity"],
             "mixed": None,
         },
-        "init": {"weight": {"name": told["init"]["weight"]},
-                 "activation": {"name": told["init"]["activation"]}},
+        "init": {
+            "weight": {"name": told["init"]["weight"]},
+            "activation": {"name": told["init"]["activation"]},
+        },
         "seed": told["seed"],
         "name": None,
-    }  # fmt: skip
+    }
     for entry in overrides:
         name, _, value = entry.partition("=")
         if name == "optim.lr":
@@ -191,8 +226,11 @@ def fake_run(
         history += [(step, "train/lr", rate)]
     for step in range(0, 181, 30):
         loss = 0.33 * math.exp(-step / 60) + 0.083 + (0.004 if step == 180 else 0)
-        history += [(step, "val/loss", loss), (step, "val/agreement", 98 - 20 * loss),
-                    (step, "val/sqnr_db", 26 - 25 * loss)]  # fmt: skip
+        history += [
+            (step, "val/loss", loss),
+            (step, "val/agreement", 98 - 20 * loss),
+            (step, "val/sqnr_db", 26 - 25 * loss),
+        ]
     table(directory / "history.csv", ("step", "name", "value"), history)
     layers = []
     for place in range(tensors):
@@ -201,30 +239,62 @@ def fake_run(
         alpha = random_.uniform(0.72, 0.99)
         trained = place % 7 != 3
         layers.append(
-            (called(place // 2), kind, 8, 64 if kind == "weight" else 1, f"{db:.3f}",
-             f"{10 ** random_.uniform(-5, -2):.6g}", 2.5, 2.5 * alpha,
-             *((f"{alpha:.4f}", f"{alpha - 0.1:.4f}", 1.0, f"{random_.random() * 0.2:.4f}")
-               if trained else ("", "", "", "")))
-        )  # fmt: skip
+            (
+                called(place // 2),
+                kind,
+                8,
+                64 if kind == "weight" else 1,
+                f"{db:.3f}",
+                f"{10 ** random_.uniform(-5, -2):.6g}",
+                2.5,
+                2.5 * alpha,
+                *(
+                    (f"{alpha:.4f}", f"{alpha - 0.1:.4f}", 1.0, f"{random_.random() * 0.2:.4f}")
+                    if trained
+                    else ("", "", "", "")
+                ),
+            )
+        )
     table(
         directory / "layers.csv",
-        ("layer", "kind", "bits", "thresholds", "sqnr_db", "saturated", "threshold_before",
-         "threshold_after", "alpha_mean", "alpha_min", "alpha_max", "alpha_at_edge"),
+        (
+            "layer",
+            "kind",
+            "bits",
+            "thresholds",
+            "sqnr_db",
+            "saturated",
+            "threshold_before",
+            "threshold_after",
+            "alpha_mean",
+            "alpha_min",
+            "alpha_max",
+            "alpha_at_edge",
+        ),
         layers,
-    )  # fmt: skip
+    )
     table(
         directory / "equalization.csv",
         ("method", "first", "following", "channels", "locked", "first_before", "first_after"),
-        [("balanced", called(i), called(i + 1), 32, 0, 120.5 / (i + 1), 4.25)
-         for i in range(3)],
-    )  # fmt: skip
+        [("balanced", called(i), called(i + 1), 32, 0, 120.5 / (i + 1), 4.25) for i in range(3)],
+    )
     (directory / "details.json").write_text(json.dumps(_details(layers, name)))
     rows = [
-        TensorSensitivity(i, str(row[0]), str(row[1]), 8, float(str(row[4])) - 6, 97.0, 22.0, 96.0,
-                          576 if row[1] == "weight" else 0, 0,
-                          dict.fromkeys(BITS, 30.0) if row[1] == "weight" else {})
+        TensorSensitivity(
+            i,
+            str(row[0]),
+            str(row[1]),
+            8,
+            float(str(row[4])) - 6,
+            97.0,
+            22.0,
+            96.0,
+            576 if row[1] == "weight" else 0,
+            0,
+            dict.fromkeys(BITS, 30.0) if row[1] == "weight" else {},
+        )
         for i, row in enumerate(sorted(layers, key=lambda row: float(str(row[4]))))
-    ]  # fmt: skip
+    ]
     images = {"source": "folder", "root": None, "split": "calibration", "count": 64}
     write_sensitivity(
         directory, SensitivityReport(rows, str(told["model"]), "hub", images, QuantSpec())
@@ -245,15 +315,26 @@ def _details(layers: Sequence[Sequence[object]], name: str) -> dict[str, Any]:
         high = float(np.abs(values).max())
         low = -high if row[1] == "weight" else 0.0
         histograms.append(
-            {"layer": row[0], "kind": row[1], "sqnr_db": float(str(row[4])),
-             "edges": edges.tolist(), "counts": counts.astype(float).tolist(),
-             "before": [low, high], "after": [0.8 * low, 0.8 * high]}
-        )  # fmt: skip
+            {
+                "layer": row[0],
+                "kind": row[1],
+                "sqnr_db": float(str(row[4])),
+                "edges": edges.tolist(),
+                "counts": counts.astype(float).tolist(),
+                "before": [low, high],
+                "after": [0.8 * low, 0.8 * high],
+            }
+        )
     filters = []
     for place in range(3):
         before = np.exp(generator.normal(-2, 1.2, 64))
-        filters.append({"layer": name.replace("{}", str(place)), "before": before.tolist(),
-                        "after": (before ** 0.2 * 0.5).tolist()})  # fmt: skip
+        filters.append(
+            {
+                "layer": name.replace("{}", str(place)),
+                "before": before.tolist(),
+                "after": (before**0.2 * 0.5).tolist(),
+            }
+        )
     classes = ["tabby cat", "Egyptian cat", "tiger cat", "lynx", "remote control"]
     examples = []
     for place in range(5):
@@ -261,11 +342,22 @@ def _details(layers: Sequence[Sequence[object]], name: str) -> dict[str, Any]:
             {"class": classes[(place + i) % 5], "p": p} for i, p in enumerate((0.48, 0.3, 0.1))
         ]
         integers = [floats[1] | {"p": 0.44}, floats[0] | {"p": 0.41}, floats[2] | {"p": 0.06}]
-        examples.append({"image": picture(place), "name": f"n0212304{place}/img_{place}.jpg",
-                         "label": classes[place] if place else None,
-                         "float": floats, "quantized": integers})  # fmt: skip
-    return {"histograms": histograms, "filters": filters, "examples": examples,
-            "images": 500, "differing": 9}  # fmt: skip
+        examples.append(
+            {
+                "image": picture(place),
+                "name": f"n0212304{place}/img_{place}.jpg",
+                "label": classes[place] if place else None,
+                "float": floats,
+                "quantized": integers,
+            }
+        )
+    return {
+        "histograms": histograms,
+        "filters": filters,
+        "examples": examples,
+        "images": 500,
+        "differing": 9,
+    }
 
 
 def fail(directory: Path, *, error: str, message: str, command: str | None = None) -> Path:
@@ -289,36 +381,65 @@ def fake_sweep(directory: Path, *, labelled: bool = True, listed: bool = True) -
         listed: Whether there is a sweep.json, besides what Hydra leaves.
     """
     directory.mkdir(parents=True)
-    swept = ["model=mobilenet_v2,mnasnet_100,efficientnet_lite0", "quant.bits=8,6,4",
-             "init=mse,percentile", "quant.granularity=vector,scalar"]  # fmt: skip
+    swept = [
+        "model=mobilenet_v2,mnasnet_100,efficientnet_lite0",
+        "quant.bits=8,6,4",
+        "init=mse,percentile",
+        "quant.granularity=per_channel,per_tensor",
+    ]
     (directory / "multirun.yaml").write_text(
         yaml.safe_dump({"hydra": {"overrides": {"task": swept, "hydra": ["hydra.mode=MULTIRUN"]}}})
     )
     jobs = []
-    grid = itertools.product(MEGABYTES, (8, 6, 4), ("mse", "percentile"), ("vector", "scalar"))
+    grid = itertools.product(
+        MEGABYTES, (8, 6, 4), ("mse", "percentile"), ("per_channel", "per_tensor")
+    )
     for place, (model, bits, init, granularity) in enumerate(grid):
-        overrides = [f"model={model}", f"quant.bits={bits}", f"init={init}",
-                     f"quant.granularity={granularity}"]  # fmt: skip
+        overrides = [
+            f"model={model}",
+            f"quant.bits={bits}",
+            f"init={init}",
+            f"quant.granularity={granularity}",
+        ]
         command = "python train.py " + " ".join(overrides)
         job = directory / f"{place}-{model}"
         status = "finished"
-        bad = (8 - bits) ** 2 + (3 if granularity == "scalar" else 0) + (init == "mse") + place % 3
+        bad = (
+            (8 - bits) ** 2
+            + (3 if granularity == "per_tensor" else 0)
+            + (init == "mse")
+            + place % 3
+        )
         told = metrics(
-            model=model, bits=(bits, bits), init=init, granularity=granularity, labelled=labelled,
-            drops=(0.4 + 2.6 * bad, -0.2 + 0.45 * bad), command=command,
+            model=model,
+            bits=(bits, bits),
+            init=init,
+            granularity=granularity,
+            labelled=labelled,
+            drops=(0.4 + 2.6 * bad, -0.2 + 0.45 * bad),
+            command=command,
             latency=MEGABYTES[model] * (0.5 + bits / 16) if place % 5 else None,
-        )  # fmt: skip
+        )
         if place == 7:
             status = "failed"
-            fail(job, error="HubError", command=command, message=f"No weights of {model} in reach:"
-                 f" timm's hub did not answer.\nTry model.weights=FILE, or {HOSTILE}")  # fmt: skip
+            fail(
+                job,
+                error="HubError",
+                command=command,
+                message=f"No weights of {model} in reach:"
+                f" timm's hub did not answer.\nTry model.weights=FILE, or {HOSTILE}",
+            )
         elif place == 20:
             status = "failed"
             job.mkdir()
         elif place == 33:
             status = "unfinished"
-            fake_run(job, {**told, "status": "calibrated", "trained": None, "exported": None},
-                     tensors=6, overrides=overrides)  # fmt: skip
+            fake_run(
+                job,
+                {**told, "status": "calibrated", "trained": None, "exported": None},
+                tensors=6,
+                overrides=overrides,
+            )
         elif place >= 34:
             status = "not started"
         else:
@@ -326,9 +447,14 @@ def fake_sweep(directory: Path, *, labelled: bool = True, listed: bool = True) -
         jobs.append({"directory": job.name, "overrides": overrides, "status": status})
     if listed:
         (directory / "sweep.json").write_text(
-            json.dumps({"id": "2026-11-26/08-00-00", "jobs": jobs,
-                        "command": "python train.py -m " + " ".join(swept)})
-        )  # fmt: skip
+            json.dumps(
+                {
+                    "id": "2026-11-26/08-00-00",
+                    "jobs": jobs,
+                    "command": "python train.py -m " + " ".join(swept),
+                }
+            )
+        )
     return directory
 
 

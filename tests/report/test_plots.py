@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fat.report.grid import Cell, Panel
 from fat.report.plots import (
     DARK,
     Dot,
@@ -25,6 +24,7 @@ from fat.report.plots import (
     sensitivity_bars,
     trade_off,
 )
+from fat.report.sweep_grid import Cell, Panel
 from tests.report.fake_runs import HOSTILE
 
 
@@ -203,10 +203,12 @@ def test_long_bars_harm() -> None:
 
 @pytest.mark.parametrize(
     ("values", "wanted"),
-    [([0.08, 0.5], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5"]),
-     ([1.0, 20_000.0], ["1", "10", "100", "1k", "10k", "100k"]),
-     ([], ["1", "2", "5", "10", "20", "50"])],
-)  # fmt: skip
+    [
+        ([0.08, 0.5], ["0.01", "0.02", "0.05", "0.1", "0.2", "0.5", "1", "2", "5"]),
+        ([1.0, 20_000.0], ["1", "10", "100", "1k", "10k", "100k"]),
+        ([], ["1", "2", "5", "10", "20", "50"]),
+    ],
+)
 def test_ticks_of_log_axes_are_whole_figures(values: list[float], wanted: list[str]) -> None:
     figure = curves({"val/loss": ([0.0] * len(values), values)}, log=True)
     assert figure["layout"]["yaxis"]["ticktext"] == wanted

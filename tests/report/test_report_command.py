@@ -31,8 +31,13 @@ def test_as_a_command(place: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "fat.report", "runs/8"],
-        cwd=place, env=environment, capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+        cwd=place,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
     assert done.stdout.split() == ["runs/8/report.html"]
     assert (place / "runs/8/report.html").stat().st_size > 1_000_000
 
@@ -40,9 +45,11 @@ def test_as_a_command(place: Path) -> None:
 def test_a_sweep_and_its_runs(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweeps/s"]) == 0
     assert capsys.readouterr().out.split() == [
-        "sweeps/s/0-a/report.html", "sweeps/s/1-a/report.html", "sweeps/s/sweep.csv",
+        "sweeps/s/0-a/report.html",
+        "sweeps/s/1-a/report.html",
+        "sweeps/s/sweep.csv",
         "sweeps/s/report.html",
-    ]  # fmt: skip
+    ]
     text = (place / "sweeps/s/report.html").read_text(encoding="utf-8")
     assert 'href="0-a/report.html"' in text  # the page was written before the link to it
     assert not (place / "comparison.html").exists()

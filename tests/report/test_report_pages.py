@@ -14,10 +14,10 @@ import plotly.graph_objects as go
 import pytest
 
 from fat import FatError
-from fat.report.reading import read_run, read_sweep
+from fat.report.records import read_run, read_sweep
 from fat.report.run_page import run_page, write_run
 from fat.report.sweep_page import combine, sweep_page, write_comparison, write_sweep
-from fat.report.table import sweep_table
+from fat.report.tables import sweep_table
 from tests.report.fake_runs import HOSTILE, fail, fake_run, fake_sweep, metrics
 
 VOID = {"meta", "link", "input", "img", "br"}
@@ -88,8 +88,11 @@ def check(source: str) -> Page:
         assert (attributes["src"] or "").startswith("data:image/")
         assert attributes["alt"]
     assert len(page.all("h1")) == 1
-    assert all(attributes.get("aria-label") for _, attributes in page.tags
-               if attributes.get("role") in ("img", "region"))  # fmt: skip
+    assert all(
+        attributes.get("aria-label")
+        for _, attributes in page.tags
+        if attributes.get("role") in ("img", "region")
+    )
     assert {name for name, _ in page.tags} & {"iframe", "object", "form"} == set()
     return page
 
@@ -105,18 +108,35 @@ def test_a_runs_page_has_everything(tmp_path: Path) -> None:
     told = metrics(command="python train.py model=mobilenet_v2")
     page = check(run_page(fake_run(tmp_path / "run", told)))
     assert page.sections == [
-        "figures", "the-file-that-ships", "training", "thresholds", "filter-ranges", "layers",
-        "sensitivity", "differing-images", "files",
-    ]  # fmt: skip
+        "figures",
+        "the-file-that-ships",
+        "training",
+        "thresholds",
+        "filter-ranges",
+        "layers",
+        "sensitivity",
+        "differing-images",
+        "files",
+    ]
     for words in (
-        "mobilenet_v2 W8A8 finished", "vector · asymmetric · init mse",
-        "python train.py model=mobilenet_v2 Copy", "Float top-1 72.50 %", "Accuracy drop 1.00",
-        "Size 3.50 MB from 14.00 MB in float", "Latency in onnx 12.00 ms float 16.80 ms",
-        "Time 7 min 04 s", "on 500 test images", "all equal, in 61 operations",
-        "53 layers in integers, none in float", "0.71 of float's time", "Best step 150",
-        "moved the float logits to 23.4 dB", "Of 500 test images the two networks differ on 9",
-        "label: Egyptian cat", "granularity: vector",
-    ):  # fmt: skip
+        "mobilenet_v2 W8A8 finished",
+        "vector · asymmetric · init mse",
+        "python train.py model=mobilenet_v2 Copy",
+        "Float top-1 72.50 %",
+        "Accuracy drop 1.00",
+        "Size 3.50 MB from 14.00 MB in float",
+        "Latency in onnx 12.00 ms float 16.80 ms",
+        "Time 7 min 04 s",
+        "on 500 test images",
+        "all equal, in 61 operations",
+        "53 layers in integers, none in float",
+        "0.71 of float's time",
+        "Best step 150",
+        "moved the float logits to 23.4 dB",
+        "Of 500 test images the two networks differ on 9",
+        "label: Egyptian cat",
+        "granularity: vector",
+    ):
         assert words in page.text, words
     kinds = [figure["data"][0]["type"] for figure in page.figures]
     # Loss, rate, agreement, SQNR; eight histograms; three of filters; three per layer; sensitivity.
@@ -193,9 +213,11 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     directory = fake_run(tmp_path / "run", told, tensors=6, name=HOSTILE + "{}")
     details = json.loads((directory / "details.json").read_text())
     details["examples"][0] |= {
-        "image": "https://example.org/x.jpg", "name": HOSTILE, "label": HOSTILE,
+        "image": "https://example.org/x.jpg",
+        "name": HOSTILE,
+        "label": HOSTILE,
         "float": [{"class": HOSTILE, "p": 0.5}, "no guess", {"class": None, "p": "x"}],
-    }  # fmt: skip
+    }
     details["examples"][1]["image"] = 'data:image/png;base64,AA" onerror="x'
     (directory / "details.json").write_text(json.dumps(details))
     page = check(run_page(directory))
@@ -226,31 +248,43 @@ def test_a_page_of_files_that_hold_anything(tmp_path: Path) -> None:
     (directory / "details.json").write_text(
         json.dumps(
             {
-                "histograms": [3, {"edges": [1], "counts": []},
-                               {"edges": [0, 1], "counts": [float("nan")]},
-                               {"edges": [0, 1, 2], "counts": [1]},
-                               {"edges": [0, 1], "counts": [2], "before": "x", "after": [None]}],
+                "histograms": [
+                    3,
+                    {"edges": [1], "counts": []},
+                    {"edges": [0, 1], "counts": [float("nan")]},
+                    {"edges": [0, 1, 2], "counts": [1]},
+                    {"edges": [0, 1], "counts": [2], "before": "x", "after": [None]},
+                ],
                 "filters": {"a": 1},
                 "examples": [None, {}, {"float": 3, "image": 5}],
-                "images": "many", "differing": float("inf"),
+                "images": "many",
+                "differing": float("inf"),
             }
         )
-    )  # fmt: skip
+    )
     (directory / "sensitivity.json").write_text("[]")
     (directory / "equalization.csv").write_text("")
     page = check(run_page(directory))
     assert "sensitivity" not in page.sections
     assert "is not what a sensitivity measurement wrote" in page.text
     assert "NaN" not in page.text.replace("(NaN)", "")
-    assert [figure["data"][0]["y"] for figure in page.figures if
-            figure["data"][0]["type"] == "bar"] == [[2.0]]  # fmt: skip
+    assert [
+        figure["data"][0]["y"] for figure in page.figures if figure["data"][0]["type"] == "bar"
+    ] == [[2.0]]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["history.csv", "layers.csv", "details.json", "config.yaml", "metrics.json",
-     "sensitivity.json", "equalization.csv"],
-)  # fmt: skip
+    [
+        "history.csv",
+        "layers.csv",
+        "details.json",
+        "config.yaml",
+        "metrics.json",
+        "sensitivity.json",
+        "equalization.csv",
+    ],
+)
 @pytest.mark.parametrize("content", [None, b"\xff\xfe\x00", b"{"])
 def test_every_file_may_be_missing_or_damaged(
     tmp_path: Path, name: str, content: bytes | None
@@ -283,16 +317,24 @@ def test_the_link_to_the_sweep_is_there_only_in_one(tmp_path: Path, sweep_direct
 def test_a_sweeps_page_has_everything(sweep_directory: Path) -> None:
     page = check(sweep_page(read_sweep(sweep_directory), "sweep.csv"))
     assert page.sections == [
-        "what-was-swept", "accuracy-drop", "what-accuracy-costs", "all-runs", "why-runs-failed",
+        "what-was-swept",
+        "accuracy-drop",
+        "what-accuracy-costs",
+        "all-runs",
+        "why-runs-failed",
         "still-to-do",
-    ]  # fmt: skip
+    ]
     for words in (
         "36 runs: 31 finished, 2 failed, 1 unfinished, 2 not started",
-        "python train.py -m model=mobilenet_v2,mnasnet_100", "quant.granularity vector, scalar",
-        "Points of top-1 below the float network", "init mse · quant.granularity=scalar",
-        "Latency in onnxruntime 1.32.0", "HubError No weights of mobilenet_v2 in reach",
-        "It left no word of why", "not started 34-efficientnet_lite0",
-    ):  # fmt: skip
+        "python train.py -m model=mobilenet_v2,mnasnet_100",
+        "quant.granularity vector, scalar",
+        "Points of top-1 below the float network",
+        "init mse · quant.granularity=per_tensor",
+        "Latency in onnxruntime 1.32.0",
+        "HubError No weights of mobilenet_v2 in reach",
+        "It left no word of why",
+        "not started 34-efficientnet_lite0",
+    ):
         assert words in page.text, words
     maps = [figure for figure in page.figures if figure["data"][0]["type"] == "heatmap"]
     assert len(maps) == 8  # four panels, trained and calibrated
@@ -318,12 +360,16 @@ def test_every_cell_leads_to_its_command(sweep_directory: Path) -> None:
     assert found == set(range(36))
     assert page.runs[4]["title"] == "mobilenet_v2 W6A6 mse"
     assert page.runs[4]["lines"] == [
-        "quant.granularity=vector", "top-1: 72.50 → 56.50 → 70.00", "agreement: 76.00 % → 96.25 %",
-        "size: 2.62 MB", "latency in onnx: 12.25 ms",
-    ]  # fmt: skip
+        "quant.granularity=per_channel",
+        "top-1: 72.50 → 56.50 → 70.00",
+        "agreement: 76.00 % → 96.25 %",
+        "size: 2.62 MB",
+        "latency in onnx: 12.25 ms",
+    ]
     assert page.runs[7]["lines"][-1].startswith("HubError: No weights")
-    copies = [attributes["data-copy"] for attributes in page.all("button")
-              if "data-copy" in attributes]  # fmt: skip
+    copies = [
+        attributes["data-copy"] for attributes in page.all("button") if "data-copy" in attributes
+    ]
     assert {run.command for run in sweep.runs} <= set(copies)
     rows = {attributes["id"] for attributes in page.all("tr") if "id" in attributes}
     assert rows == {f"run-{place}" for place in range(36)}

@@ -1,0 +1,116 @@
+"""The coverage benchmark: a sample of networks end to end, its limits, what it keeps, its page."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def coverage() -> ModuleType:
+    """benchmarks/coverage.py under a name of its own: the measuring tool is called coverage too."""
+    spec = importlib.util.spec_from_file_location("fat_coverage", FOLDER / "coverage.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fat_coverage"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"size": 64, "memory": 6.0, "limit": 600, **changed})
+
+
+def row(**changed: Any) -> dict[str, Any]:
+    found = {
+        "network": "net",
+        "module": "resnet",
+        "passed": ["trace"],
+        "error": None,
+        "parameters": 1_500_000,
+        "size": [64, 96],
+        "layers": 7,
+        "folded": 5,
+        "convolutions": 1,
+        "differing": 0,
+        "compared": 9,
+        "seconds": 12.3,
+        "peak_gb": 1.0,
+        "operators": {"QLinearConv": 7, "Gelu": 2, "Transpose": 4, "LayerNormalization": 3},
+    }
+    return {**found, **changed}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_a_network_goes_through_everything(coverage: ModuleType, name: str) -> None:
+    found = coverage.run(name, options())
+    assert found["error"] is None
+    assert found["passed"] == list(coverage.STAGES)
+    assert found["integer_layers"] == found["layers"]
+    assert found["moved"] <= found["trained"]
+
+
+def test_a_network_that_takes_too_long_is_stopped_and_named(coverage: ModuleType) -> None:
+    found = coverage.run("test_vit", options(limit=0))
+    assert (found["network"], found["error_kind"]) == ("test_vit", "stopped")
+    assert found["error"] == "took more than 0 s (--limit)"
+
+
+def test_a_process_that_dies_is_a_row(coverage: ModuleType) -> None:
+    found = coverage.run("no_such_network", options())
+    assert found["error_kind"] == "crashed"
+    assert "no_such_network" in found["error"]
+
+
+def test_networks_are_of_the_module_that_lists_them(coverage: ModuleType) -> None:
+    assert coverage.module_of("resnet18") == "resnet"
+    assert coverage.module_of("skresnet18") == "sknet"  # its class is of the module resnet
+    assert coverage.module_of("no_such_network") == "none"
+
+
+def test_parameters_that_say_nothing_are_drawn(coverage: ModuleType) -> None:
+    torch.manual_seed(0)
+    for value in (0.0, 1.0, 1e-6):
+        parameter = torch.full((50,), value)
+        coverage.liven(parameter)
+        assert parameter.unique().numel() > 40
+    learned = torch.randn(50)
+    before = learned.clone()
+    coverage.liven(learned)
+    assert torch.equal(learned, before)
+
+
+def test_rows_are_kept_and_read_back(
+    coverage: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coverage, "RESULTS", tmp_path / "results" / "coverage.json")
+    assert coverage.read() == {}
+    rows = {"b": row(network="b"), "a": row(network="a")}
+    coverage.keep(rows)
+    assert coverage.read() == rows
+    assert list(json.loads(coverage.RESULTS.read_text())) == ["a", "b"]
+
+
+def test_the_page_tells_what_is_in_float_and_what_fails(coverage: ModuleType) -> None:
+    assert coverage.in_float(row()) == "3 LayerNormalization, 2 Gelu"
+    assert coverage.in_float(row(operators={"QLinearConv": 7, "Reshape": 1})) == "nothing"
+    failed = row(network="bad", error="'x' cannot | be traced", passed=["trace", "fold"])
+    rows = [row(), row(network="resnet18"), row(module="sknet", differing=2), failed]
+    text = coverage.page(rows, ["later"])
+    assert text.endswith("## Not run yet\n\nlater\n")
+    assert "3 of 4 networks pass everything, from 2 of timm's" in text
+    assert "In 2 of the files every integer" in text
+    assert "| resnet | net | 1.5 M | 64×96 | 7 | 5 | 1 | 0 of 9 |" in text
+    assert "| bad | trace, fold | 'x' cannot / be traced |" in text

@@ -1,0 +1,3 @@
+from .synthesis import DistillSpec as DistillSpec
+from .synthesis import distill as distill
+from .synthesis import distilled_folder as distilled_folder

@@ -1,0 +1,1 @@
+from .subset import choose as choose

@@ -1,0 +1,341 @@
+"""The subset of ImageNet that a run uses."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from array import array
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from fat.data.imagenet.labels import stem
+from fat.data.imagenet.layouts import Part, find_training, find_validation
+from fat.data.imagenet.sampling import Digests, Ints, digest, distinct
+from fat.data.sources.archives import Place, Reader
+from fat.data.sources.decoding import UNKNOWN
+from fat.data.sources.folder import check_folder
+from fat.data.sources.listing import Entry, Hashes, Listing
+from fat.data.sources.manifest import ImageIndex, Record, check_labels, relative, some
+from fat.utils.errors import FatError
+
+__all__ = ["choose"]
+
+log = logging.getLogger(__name__)
+
+_COMMIT_EVERY = 100  # hashes that an interruption may cost
+_BAR_DELAY = 2.0  # seconds before a progress bar shows
+
+
+def choose(
+    root: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None,
+    num_classes: int,
+    fraction: float = 0.1,
+    train_images: int | None = None,
+    calibration_images: int = 100,
+    validation_images: int = 1000,
+    test_images: int | None = None,
+    seed: int = 0,
+    val_root: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> ImageIndex:
+    """Choose a class-balanced sample of ImageNet, the same from every form it comes in.
+
+    Within each class, images are ranked by a hash of the seed and their name, and classes take
+    turns. In this order first the calibration images are taken, then the validation images, then
+    the training images, all from ImageNet's training part. Test images are its validation part.
+    No content is taken twice.
+
+    Args:
+        root: The folder; :mod:`fat.data.imagenet.layouts` says in which forms.
+        classes: wnids in the order of the logits.
+        num_classes: Number of logits.
+        fraction: Share of the training part to train on, above 0, up to 1.
+        train_images: So many training images in place of the fraction.
+        calibration_images: Images for the first thresholds.
+        validation_images: Images to choose the best network by.
+        test_images: So many test images, balanced too; None takes all.
+        seed: What the choice follows.
+        val_root: Where the validation part lies, if not below the root.
+        progress: Whether to show progress bars for what takes longer than two seconds.
+
+    Returns:
+        The index; calibration, train and validation images in balanced order, test images in
+        the order in which they are stored.
+
+    Raises:
+        FatError: If a number is out of range, the images are in no form known here, an archive is
+            damaged, there are too few images, or labels are outside the network's classes.
+    """
+    options = {
+        "fraction": fraction,
+        "train_images": train_images,
+        "test_images": test_images,
+        "calibration_images": calibration_images,
+        "validation_images": validation_images,
+    }
+    _check_options(fraction, seed, {k: v for k, v in options.items() if k != "fraction"})
+    if classes is None or len(classes) != num_classes:
+        raise FatError(
+            f"The network has {num_classes} classes that are not ImageNet's. Type model.name=NAME "
+            "with a network of ImageNet's 1000 classes, or data=folder data.root=DIR."
+        )
+    place = _folder(root)
+    val_place = None if val_root is None else _folder(val_root)
+    parts = find_training(place, classes), find_validation(place, classes, val_place)
+    if parts[0].overlaps(parts[1]):
+        raise FatError(
+            f"The training images ({parts[0]}) and the validation images ({parts[1]}) overlap. "
+            "Type data.test_root=DIR with ImageNet's validation images."
+        )
+    pool, held = (_Pool.of(part, num_classes, seed, progress) for part in parts)
+    _tell_missing_classes(held, classes)
+    if val_place is not None and val_place.is_relative_to(place):
+        val_place = None
+
+    aside = calibration_images + validation_images
+    wanted = max(1, round(fraction * pool.size)) if train_images is None else train_images
+    hashes = Hashes()
+    try:
+        tests = held.take(test_images or held.size, "test", (), hashes, progress)
+        taken = pool.take(aside + wanted, "training", set(tests.values()), hashes, progress)
+    finally:
+        hashes.close()
+    _check_enough(pool, len(taken), calibration_images, validation_images, wanted)
+    order = list(taken)
+    splits = {
+        "calibration": order[:calibration_images],
+        "train": order[aside:],
+        "validation": order[calibration_images:aside],
+    }
+    records = [
+        record
+        for split, images in splits.items()
+        for record in pool.records(split, images, taken, place)
+    ]
+    records += held.records("test", sorted(tests), tests, val_place or place)
+    forms = {"training_form": parts[0].form, "validation_form": parts[1].form}
+    return ImageIndex(place, tuple(records), seed, {**options, **forms}, val_place)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """The images of a part that can be chosen.
+
+    Attributes:
+        part: Where they are.
+        listing: All of the part.
+        seed: What the choice follows.
+        indices: Which of the listing have a class [N].
+        labels: Their classes [N].
+        digests: Their ranks [N].
+    """
+
+    part: Part
+    listing: Listing
+    seed: int
+    indices: Ints
+    labels: Ints
+    digests: Digests
+
+    @classmethod
+    def of(cls, part: Part, num_classes: int, seed: int, progress: bool) -> _Pool:
+        listing = part.listing(progress)
+        # 24 bytes an image, however long the names.
+        indices, labels, digests = array("q"), array("q"), array("Q")
+        passed, strange = 0, list[str]()
+        bar = tqdm(
+            listing.entries(),
+            "Rank images",
+            len(listing),
+            leave=False,
+            disable=not progress,
+            delay=_BAR_DELAY,
+        )
+        for index, entry in enumerate(bar):
+            label = part.label(entry)
+            if label == UNKNOWN:
+                passed += 1
+                strange += [_name(entry)] if passed <= 5 else []
+                continue
+            if not 0 <= label < num_classes:
+                check_labels([(_name(entry), label)], num_classes)
+            indices.append(index)
+            labels.append(label)
+            digests.append(digest(seed, stem(entry.member or entry.file)))
+        if not indices:
+            raise FatError(
+                f"The {part} hold no image that has a class; images without one: "
+                f"{passed} ({some(strange) or 'none'}). Type data.root=DIR."
+            )
+        if passed:
+            log.warning(
+                "%d images of the %s have no class and are passed over: %s.",
+                passed,
+                part,
+                some(strange),
+            )
+        return cls(
+            part,
+            listing,
+            seed,
+            np.array(indices, dtype=np.int64),
+            np.array(labels, dtype=np.int64),
+            np.array(digests, dtype=np.uint64),
+        )
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return len(self.indices)
+
+    def entry(self, image: int) -> Entry:
+        """Where an image is."""
+        return self.listing.entry(int(self.indices[image]))
+
+    def take(
+        self, count: int, what: str, taken: Collection[str], hashes: Hashes, progress: bool
+    ) -> dict[int, str]:
+        """Return the chosen images in balanced order, and the hashes of their contents."""
+        contents = _Contents(self, hashes, what, progress)
+        chosen, repeated = distinct(self.labels, self.digests, self.seed, count, contents, taken)
+        if repeated:
+            log.info(
+                "%d %s images repeat others, byte for byte, and are left out: %s.",
+                len(repeated),
+                what,
+                some([_name(self.entry(image)) for image in repeated]),
+            )
+        unreadable = [image for image, content in contents.known.items() if content is None]
+        if unreadable:
+            log.warning(
+                "%d %s images are empty or cannot be read, and are left out: %s.",
+                len(unreadable),
+                what,
+                some([_name(self.entry(image)) for image in unreadable]),
+            )
+        return {image: str(contents.known[image]) for image in chosen}
+
+    def records(
+        self, split: str, images: Iterable[int], contents: Mapping[int, str], base: Path
+    ) -> list[Record]:
+        """Return what the index holds of some images."""
+        found = []
+        for image in images:
+            entry = self.entry(image)
+            place = entry.place
+            path = relative(self.part.base / place.path, base)
+            found.append(
+                Record(
+                    split,
+                    path,
+                    entry.member,
+                    place.offset,
+                    place.size,
+                    place.row,
+                    f"{path}/{entry.member}" if entry.member else path,
+                    int(self.labels[image]),
+                    contents[image],
+                )
+            )
+        return found
+
+
+class _Contents:
+    """SHA-256 of images, None for those that are empty or cannot be read; each is read once."""
+
+    def __init__(self, pool: _Pool, hashes: Hashes, what: str, progress: bool) -> None:
+        self.known: dict[int, str | None] = {}
+        self._pool = pool
+        self._hashes = hashes
+        self._what = what
+        self._progress = progress
+        self._base = pool.part.base
+        self._reader = Reader(self._base)
+
+    def __call__(self, images: Sequence[int]) -> Mapping[int, str | None]:
+        new = sorted(set(images) - self.known.keys())  # the order in which they are stored
+        bar = tqdm(
+            new,
+            f"Hash {self._what} images",
+            leave=False,
+            disable=not self._progress,
+            delay=_BAR_DELAY,
+        )
+        for count, image in enumerate(bar, start=1):
+            try:
+                self.known[image] = self._hash(self._pool.entry(image).place)
+            except OSError:
+                self.known[image] = None
+            if count % _COMMIT_EVERY == 0:
+                self._hashes.commit()
+        self._hashes.commit()
+        return self.known
+
+    def _hash(self, place: Place) -> str | None:
+        stored = self._hashes.find(self._base, place)
+        if stored is not None:
+            return stored
+        content = self._reader.read(place)
+        if not content:
+            return None
+        sha256 = hashlib.sha256(content).hexdigest()
+        self._hashes.keep(self._base, place, sha256)
+        return sha256
+
+
+def _name(entry: Entry) -> str:
+    path = entry.place.path
+    return f"{path}/{entry.member}" if entry.member else path
+
+
+def _folder(path: str | os.PathLike[str]) -> Path:
+    folder = Path(os.path.abspath(Path(path).expanduser()))
+    check_folder(folder)
+    return folder
+
+
+def _check_options(fraction: float, seed: int, counts: Mapping[str, float | None]) -> None:
+    if not 0 < fraction <= 1:
+        raise FatError(f"data.fraction is {fraction}; allowed: more than 0, up to 1.")
+    for key, value in counts.items():
+        if value is not None and value < 1:
+            raise FatError(f"data.{key} is {value}; it must be at least 1.")
+    if seed < 0:
+        raise FatError(f"The seed is {seed}; it must not be negative.")
+
+
+def _check_enough(pool: _Pool, got: int, calibration: int, validation: int, wanted: int) -> None:
+    left = got - calibration - validation
+    if left < 1:
+        raise FatError(
+            f"The {pool.part} hold {got} different images; data.calibration_images={calibration} "
+            f"and data.validation_images={validation} leave none to train on. Type smaller "
+            "numbers, or data.root=DIR with more images."
+        )
+    if left < wanted:
+        log.warning(
+            "Training on %d images: of the %d asked for, the others are set aside for calibration "
+            "and validation, or do not exist.",
+            left,
+            wanted,
+        )
+
+
+def _tell_missing_classes(held: _Pool, classes: Sequence[str]) -> None:
+    missing = sorted(set(range(len(classes))) - set(held.labels.tolist()))
+    if missing:
+        log.warning(
+            "The %s have no image of %d of the %d classes, so accuracies speak of the others "
+            "only; missing: %s.",
+            held.part,
+            len(missing),
+            len(classes),
+            some([classes[k] for k in missing], 10),
+        )

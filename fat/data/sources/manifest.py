@@ -1,0 +1,499 @@
+"""Which images a run uses, exactly: chosen once, written down, used again."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from fat.data.sources.archives import Place, Reader
+from fat.data.sources.base import ImageSource
+from fat.data.sources.decoding import UNKNOWN, UnreadableImage, open_image
+from fat.data.sources.folder import check_folder
+from fat.utils.errors import FatError, unknown_name
+from fat.utils.io import write_atomic
+
+__all__ = [
+    "PHOTO_TESTS",
+    "SPLITS",
+    "ImageIndex",
+    "IndexSource",
+    "Record",
+    "check_labels",
+    "relative",
+    "some",
+]
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("calibration", "train", "validation", "test")
+
+PHOTO_TESTS = "photo_tests"
+"""Option of an index whose test images are crops of installed photographs: how many."""
+
+_FORMAT = 1
+_TITLE = "# Images of a FAT run"
+_BAR_DELAY = 2.0  # seconds before a progress bar shows
+_AGAIN = "or leave data.index out to choose images anew"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An image of a split; -1 and "" are what does not apply.
+
+    Attributes:
+        split: One of SPLITS.
+        path: The file or archive, relative to the index's root (an absolute path if it is outside);
+            "" for an image that is no file.
+        member: Its name in the archive.
+        offset: First byte in a tar file.
+        size: Bytes in a tar file.
+        row: Row of a parquet file.
+        name: What to call the image.
+        label: Class index, -1 if it is not known.
+        sha256: Of its content, 64 hexadecimal digits.
+    """
+
+    split: str
+    path: str
+    member: str
+    offset: int
+    size: int
+    row: int
+    name: str
+    label: int
+    sha256: str
+
+    @property
+    def place(self) -> Place:
+        """Where its bytes lie."""
+        return Place(self.path, self.offset, self.size, self.row)
+
+
+_COLUMNS = tuple(column.name for column in fields(Record))
+
+
+class IndexSource:
+    """The images of one split of an index. An image that is not the recorded one is an error.
+
+    Args:
+        records: The images.
+        root: What their paths are relative to.
+
+    Raises:
+        FatError: If some are no files, such as crops of installed photographs.
+    """
+
+    def __init__(self, records: Sequence[Record], root: Path) -> None:
+        for record in records:
+            if not record.path:
+                raise FatError(
+                    f"The index has the image {record.name}, which is no file that could be read "
+                    "again. Leave data.index out: such images follow from the run's options."
+                )
+        self.root = root
+        self._records = tuple(records)
+        self._reader = Reader(root)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every image has a class."""
+        return all(record.label != UNKNOWN for record in self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def load(self, index: int, short_side: int | None = None) -> Image.Image:
+        """Decode the image.
+
+        Raises:
+            UnreadableImage: If it is as recorded, but cannot be decoded.
+            FatError: If it is missing or has changed.
+        """
+        return open_image(io.BytesIO(self.content(index)), self.name(index), short_side)
+
+    def label(self, index: int) -> int:
+        """Return the class index, or -1 if it is not known."""
+        return self._records[index].label
+
+    def name(self, index: int) -> str:
+        """Return the path relative to the root, with the name in the archive."""
+        return self._records[index].name
+
+    def content(self, index: int) -> bytes:
+        """Return the encoded image.
+
+        Raises:
+            UnreadableImage: If the disk refuses.
+            FatError: If it is missing or has changed.
+        """
+        record = self._records[index]
+        try:
+            content = self._reader.read(record.place)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FatError(
+                f"The image {record.name} of the index is not in {self.root}. Type data.root=DIR "
+                f"if the images have moved, {_AGAIN}."
+            ) from error
+        except OSError as error:
+            raise UnreadableImage(record.name, error.strerror or str(error)) from error
+        if hashlib.sha256(content).hexdigest() != record.sha256:
+            raise FatError(
+                f"The image {record.name} in {self.root} has changed since the index was written. "
+                f"Restore it, or type data.root=DIR with a folder of the same images, {_AGAIN}."
+            )
+        return content
+
+    def stamp(self, index: int) -> bytes:
+        """Return the recorded sha256: what `load` gives cannot change without it."""
+        return self._records[index].sha256.encode()
+
+
+@dataclass(frozen=True)
+class ImageIndex:
+    """The images of the four splits.
+
+    Attributes:
+        root: Folder that the records' paths are relative to.
+        records: The images, split by split.
+        seed: What the choice followed.
+        options: What else the choice followed, as plain values.
+        val_root: Folder that paths of the test split are relative to, if that is another.
+        shared: Pairs of splits that may have images in common.
+    """
+
+    root: Path
+    records: tuple[Record, ...]
+    seed: int = 0
+    options: Mapping[str, Any] = field(default_factory=dict)
+    val_root: Path | None = None
+    shared: frozenset[tuple[str, str]] = frozenset()
+
+    @classmethod
+    def of(
+        cls,
+        splits: Mapping[str, tuple[ImageSource, Sequence[int]]],
+        *,
+        root: str | os.PathLike[str],
+        seed: int = 0,
+        options: Mapping[str, Any] | None = None,
+        val_root: str | os.PathLike[str] | None = None,
+        shared: frozenset[tuple[str, str]] = frozenset(),
+        progress: bool = True,
+    ) -> ImageIndex:
+        """Write down images of sources that were chosen in another way.
+
+        Images that cannot be read are left out, with a warning. A source with a method ``path``
+        (:class:`fat.data.sources.folder.FolderSource`) gives images that the index can load again.
+
+        Args:
+            splits: Source and indices of each split.
+            root: Folder that paths are relative to.
+            seed: What the choice followed.
+            options: What else it followed, as plain values.
+            val_root: Folder that paths of the test split are relative to, if that is another.
+            shared: Pairs of splits that may have images in common.
+            progress: Whether to show a progress bar if it takes longer than two seconds.
+        """
+        _check_splits(splits)
+        place = Path(root).expanduser().absolute()
+        val_place = None if val_root is None else Path(val_root).expanduser().absolute()
+        records: list[Record] = []
+        unreadable: list[str] = []
+        total = sum(len(indices) for _, indices in splits.values())
+        with tqdm(
+            desc="Hash images", total=total, leave=False, disable=not progress, delay=_BAR_DELAY
+        ) as bar:
+            for split, (source, indices) in splits.items():
+                base = val_place if val_place and split == "test" else place
+                for index in map(int, indices):
+                    bar.update()
+                    try:
+                        content = source.content(index)
+                    except UnreadableImage as error:
+                        unreadable.append(error.name)
+                        continue
+                    path = getattr(source, "path", None)
+                    where = "" if path is None else relative(path(index), base)
+                    records.append(
+                        Record(
+                            split,
+                            where,
+                            "",
+                            -1,
+                            -1,
+                            -1,
+                            source.name(index),
+                            source.label(index),
+                            hashlib.sha256(content).hexdigest(),
+                        )
+                    )
+        if unreadable:
+            log.warning("Left out of the index, as they cannot be read: %s.", some(unreadable))
+        return cls(place, tuple(records), seed, options or {}, val_place, shared)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        root: str | os.PathLike[str] | None = None,
+        val_root: str | os.PathLike[str] | None = None,
+    ) -> ImageIndex:
+        """Read what `save` wrote.
+
+        Args:
+            path: The file.
+            root: Another place where the same images lie.
+            val_root: Another place where the test images lie, if they lie elsewhere.
+
+        Raises:
+            FatError: If the file is missing or damaged, or the images' folder is not there.
+        """
+        head, records = _read(Path(path))
+        place = Path(head["root"] if root is None else root).expanduser().absolute()
+        check_folder(place)
+        other = head["val_root"] if val_root is None else val_root
+        val_place = None if other is None else Path(other).expanduser().absolute()
+        if val_place is not None and not val_place.is_dir():
+            raise FatError(
+                f"The index {path} has its test images in {val_place}, which is no folder. Type "
+                "data.test_root=DIR."
+            )
+        shared = frozenset((a, b) for a, b in head["shared"])
+        return cls(place, records, head["seed"], head["options"], val_place, shared)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a table with one line an image, atomically.
+
+        Raises:
+            FatError: If it cannot be written.
+        """
+        return write_atomic(path, lambda temporary: _write(self, temporary))
+
+    def source(self, split: str) -> IndexSource:
+        """Return the images of a split as a source.
+
+        Raises:
+            FatError: If the split has none, or they are no files.
+        """
+        records = self.of_split(split)
+        if not records:
+            raise FatError(
+                f"The index has no {split} images; it has: "
+                + ", ".join(f"{count} {name}" for name, count in self.counts().items())
+                + ". Leave data.index out to choose images anew."
+            )
+        elsewhere = self.val_root if split == "test" else None
+        return IndexSource(records, elsewhere or self.root)
+
+    def of_split(self, split: str) -> tuple[Record, ...]:
+        """Return the records of a split, in order."""
+        return tuple(record for record in self.records if record.split == split)
+
+    def counts(self) -> dict[str, int]:
+        """Return the number of images of each split."""
+        counted = Counter(record.split for record in self.records)
+        return {split: counted[split] for split in SPLITS}
+
+    def check_disjoint(self) -> None:
+        """Raise a FatError if two splits have an image in common, by content, and must not."""
+        where: dict[str, dict[str, Record]] = {}
+        allowed = {frozenset(pair) for pair in self.shared}
+        common: dict[tuple[str, str], list[str]] = {}
+        for record in self.records:
+            others = where.setdefault(record.sha256, {})
+            for split, other in others.items():
+                if split != record.split and frozenset((split, record.split)) not in allowed:
+                    pair = split, record.split
+                    common.setdefault(pair, []).append(f"{other.name} = {record.name}")
+            others.setdefault(record.split, record)
+        for (a, b), names in common.items():
+            raise FatError(
+                f"{len(names)} images are in both the {a} and the {b} split, by content: "
+                f"{some(names)}. A result on them would not count. Remove one of each, {_AGAIN}."
+            )
+
+    def without_copies(self, judges: Sequence[str]) -> tuple[ImageIndex, tuple[Record, ...]]:
+        """Leave out of a split what an earlier one has too, by content.
+
+        Args:
+            judges: Splits in the order of precedence; the others come after them.
+
+        Returns:
+            The index without these images, and their records.
+        """
+        order = list(dict.fromkeys((*judges, *SPLITS)))
+        allowed = {frozenset(pair) for pair in self.shared}
+        owners: dict[str, str] = {}
+        for record in sorted(self.records, key=lambda record: order.index(record.split)):
+            owners.setdefault(record.sha256, record.split)
+        copies = tuple(
+            record
+            for record in self.records
+            if (owner := owners[record.sha256]) != record.split
+            and frozenset((owner, record.split)) not in allowed
+        )
+        gone = {(record.split, record.name) for record in copies}
+        kept = tuple(record for record in self.records if (record.split, record.name) not in gone)
+        return replace(self, records=kept), copies
+
+    def check_labels(self, num_classes: int) -> None:
+        """Raise a FatError if a label is none of the network's classes.
+
+        Args:
+            num_classes: Number of logits.
+        """
+        check_labels(((r.name, r.label) for r in self.records), num_classes)
+
+
+def relative(path: Path, base: Path) -> str:
+    """Return a path as records hold it: relative to the base with slashes, absolute outside."""
+    path = Path(os.path.abspath(path))
+    return (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
+
+
+def check_labels(named: Iterable[tuple[str, int]], num_classes: int) -> None:
+    """Raise a FatError if a label is none of the network's classes; -1 (not known) is none.
+
+    Args:
+        named: Name and label of each image.
+        num_classes: Number of logits.
+    """
+    wrong = [f"{name} ({k})" for name, k in named if not UNKNOWN <= k < num_classes]
+    if wrong:
+        raise FatError(
+            f"{len(wrong)} images have labels that are no classes of the network, which are 0 to "
+            f"{num_classes - 1}: {some(wrong)}. Type model.name=NAME with the network these "
+            "images are for, or data.root=DIR with others."
+        )
+
+
+def some(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names, and how many more there are, for people."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+def _check_splits(splits: Iterable[str]) -> None:
+    for split in splits:
+        if split not in SPLITS:
+            raise unknown_name("split", split, SPLITS)
+
+
+# ----------------------------------------------------------------------------------- the file
+
+
+def _head(index: ImageIndex) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "images": len(index.records),
+        "root": str(index.root),
+        "val_root": None if index.val_root is None else str(index.val_root),
+        "seed": index.seed,
+        "options": dict(index.options),
+        "shared": sorted(map(list, index.shared)),
+    }
+
+
+def _write(index: ImageIndex, path: Path) -> None:
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(f"{_TITLE}\n")
+        for key, value in _head(index).items():
+            file.write(f"# {key}: {json.dumps(value)}\n")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        writer.writerows(map(astuple, index.records))
+
+
+def _read(path: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise FatError(
+            f"The index {path} cannot be read: {error.strerror or error}. Type data.index=FILE "
+            "with the images.csv of a run."
+        ) from error
+    stream = io.StringIO(text, newline="")
+    if stream.readline().strip() != _TITLE:
+        raise FatError(
+            f"{path} is no index of images: its first line is not {_TITLE!r}. Type "
+            "data.index=FILE with the images.csv of a run."
+        )
+    records: list[Record] = []
+    try:
+        head, columns = _read_head(stream)
+        if tuple(next(csv.reader([columns]), ())) != _COLUMNS:
+            raise ValueError(f"its columns are not {','.join(_COLUMNS)}")
+        for row in csv.reader(stream):
+            records.append(_record(row))
+        if len(records) != head["images"]:
+            raise ValueError(f"there are {head['images']} in all, says its head")
+    except (ValueError, csv.Error) as error:
+        raise FatError(
+            f"The index {path} is damaged after {len(records)} images: {error}. Copy it again, "
+            f"{_AGAIN}."
+        ) from error
+    return head, tuple(records)
+
+
+def _read_head(stream: io.StringIO) -> tuple[dict[str, Any], str]:
+    """Read the comments; return them and the line after."""
+    head: dict[str, Any] = {}
+    while (line := stream.readline()).startswith("# "):
+        key, _, value = line[2:].partition(": ")
+        head[key] = json.loads(value)
+    _check_head(head)
+    return head, line
+
+
+def _check_head(head: Mapping[str, Any]) -> None:
+    wanted = {
+        "format": int,
+        "images": int,
+        "root": str,
+        "val_root": str | None,
+        "seed": int,
+        "options": dict,
+        "shared": list,
+    }
+    for key, kind in wanted.items():
+        if key not in head:
+            raise ValueError(f"its head has no {key}")
+        if not isinstance(head[key], kind):
+            raise ValueError(f"its {key} is {head[key]!r}")
+    if head["format"] != _FORMAT:
+        raise ValueError(f"its format is {head['format']}, but {_FORMAT} is the one known here")
+    if not isinstance(head["options"].get(PHOTO_TESTS, 1), int):
+        raise ValueError(f"its option {PHOTO_TESTS} is {head['options'][PHOTO_TESTS]!r}")
+    pairs = [pair for pair in head["shared"] if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) < len(head["shared"]) or any(name not in SPLITS for p in pairs for name in p):
+        raise ValueError(f"its shared splits are {head['shared']}")
+
+
+def _record(row: Sequence[str]) -> Record:
+    if len(row) != len(_COLUMNS):
+        raise ValueError(f"{len(row)} columns, wanted {len(_COLUMNS)}")
+    split, path, member, offset, size, place, name, label, sha256 = row
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}")
+    if not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(f"{sha256[:70]!r} is no SHA-256")
+    record = Record(
+        split, path, member, int(offset), int(size), int(place), name, int(label), sha256
+    )
+    numbers = (record.offset, record.size, record.row, record.label)
+    if not all(-(1 << 62) < number < 1 << 62 for number in numbers):
+        raise ValueError(f"{numbers} are no offset, size, row and label")
+    return record

@@ -1,0 +1,5 @@
+"""Comparison of a student with its float network, by image, by layer and by tensor."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

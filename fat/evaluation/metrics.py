@@ -1,0 +1,85 @@
+"""How far two sets of logits are apart: pure functions, and the same gathered over batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from fat.quant.metrics import sqnr_db
+from fat.utils import distributed
+
+__all__ = ["Comparison"]
+
+
+def _root(mean_square: float) -> float | None:
+    """The root, or ``None`` for a network whose logits are not finite: JSON has no NaN."""
+    return math.sqrt(mean_square) if math.isfinite(mean_square) else None
+
+
+class Comparison(Metric):
+    """Agreement, logits' SQNR and RMSE against the float network, and accuracy where labels are.
+
+    Sums only, so that results over several devices are those of one.
+    """
+
+    full_state_update = False
+    images: Tensor
+    labelled: Tensor
+    top1: Tensor
+    top5: Tensor
+    same: Tensor
+    signal: Tensor
+    noise: Tensor
+    elements: Tensor
+
+    def __init__(self) -> None:
+        # Not what torchmetrics would ask: where one process works alone the others do not answer.
+        super().__init__(distributed_available_fn=lambda: distributed.size() > 1)
+        for name in ("images", "labelled", "top1", "top5", "same", "elements"):
+            self.add_state(name, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
+        for name in ("signal", "noise"):
+            self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
+        """Take in one batch.
+
+        Args:
+            logits: [N, classes] of the network that is judged.
+            reference: [N, classes] of the float network.
+            labels: int64 [N], −1 where unknown.
+        """
+        self.images += len(logits)
+        self.same += (logits.argmax(1) == reference.argmax(1)).sum()
+        self.signal += reference.double().square().sum()
+        self.noise += (reference.double() - logits.double()).square().sum()
+        self.elements += logits.numel()
+        known = labels >= 0
+        count = int(known.sum())
+        if count:
+            self.labelled += count
+            for name, k in (("top1", 1), ("top5", min(5, logits.shape[1]))):
+                share = multiclass_accuracy(
+                    logits[known], labels[known], logits.shape[1], average="micro", top_k=k
+                )
+                setattr(self, name, getattr(self, name) + torch.round(share * count).long())
+
+    def compute(self) -> Mapping[str, float | None]:
+        """``top1``, ``top5`` and ``agreement`` in percent, ``sqnr_db`` in dB, ``rmse`` in logits.
+
+        ``top1`` and ``top5`` are ``None`` where no image has a label, all are where none came.
+        """
+        if not int(self.images):
+            return dict.fromkeys(("top1", "top5", "agreement", "sqnr_db", "rmse"))
+        labelled = int(self.labelled)
+        return {
+            "top1": 100.0 * int(self.top1) / labelled if labelled else None,
+            "top5": 100.0 * int(self.top5) / labelled if labelled else None,
+            "agreement": 100.0 * int(self.same) / int(self.images),
+            "sqnr_db": sqnr_db(float(self.signal), float(self.noise)),
+            "rmse": _root(float(self.noise) / int(self.elements)),
+        }

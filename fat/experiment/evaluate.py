@@ -1,0 +1,250 @@
+"""What can be asked of a finished run beyond its figures; the answers go into its directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fat.data.datamodule import FatDataModule
+from fat.evaluation.evaluator import evaluate
+from fat.evaluation.sensitivity_analysis import sensitivity
+from fat.evaluation.sensitivity_file import (
+    SensitivityReport,
+    format_worst,
+    write_plot,
+    write_sensitivity,
+)
+from fat.experiment.build import InputSpec, asked_target, export_student, for_images, make_data
+from fat.experiment.config import MOST_CLASSES, EvaluateConfig
+from fat.experiment.run_directory import METRICS, open_run, read_metrics
+from fat.experiment.run_files import write_metrics
+from fat.export.base import Runtime
+from fat.export.evaluate_file import judge
+from fat.export.registry import open_artefact
+from fat.models.float_model import Preprocessing, load_float_network
+from fat.report.text import format_export, format_figures
+from fat.utils.batches import first_images
+from fat.utils.errors import FatError, first_line, no_run, unknown_name
+from fat.utils.io import check_writable
+
+__all__ = ["analyse_run", "evaluate_run", "export_run", "judge_artefact"]
+
+logger = logging.getLogger(__name__)
+
+
+def analyse_run(config: EvaluateConfig) -> dict[str, Any]:
+    """Make the analysis that ``config.analysis`` names: ``sensitivity``.
+
+    It is measured on calibration images, since bits are chosen by it and nothing may be chosen on
+    test images, and leaves sensitivity.csv, sensitivity.json and sensitivity.png.
+
+    Args:
+        config: What conf/evaluate.yaml composed.
+
+    Returns:
+        ``images`` (how many) and ``worst``, the name and kind of the most harmful tensor.
+
+    Raises:
+        FatError: If the analysis is unknown, the directory is no run or cannot be written into, or
+            ``analysis_images`` is below 1.
+    """
+    if config.analysis != "sensitivity":
+        raise unknown_name("analysis", config.analysis, ("sensitivity",))
+    if config.analysis_images < 1:
+        raise FatError(f"analysis_images is {config.analysis_images}; it must be at least 1.")
+    opened = open_run(config)
+    check_writable(opened.directory)
+    loader = opened.batches(opened.data.calibration_dataloader())
+    images = list(first_images(loader, config.analysis_images))
+    count = sum(map(len, images))
+    bar = "Sensitivity" if config.trainer.progress else None
+    rows = sensitivity(opened.student, images, progress=bar)
+    report = SensitivityReport(
+        rows=rows,
+        model=opened.student.origin["name"],
+        weights=opened.student.origin["weights"],
+        images={
+            "source": opened.data_config.source,
+            "root": opened.data_config.root,
+            "split": "calibration",
+            "count": count,
+        },
+        spec=opened.student.spec,
+    )
+    write_sensitivity(opened.directory, report)
+    drawn = write_plot(opened.directory, report)
+    logger.info(
+        "The most harmful of %d tensors on %d calibration images (logits' SQNR and agreement when "
+        "it alone is quantized, and when all but it are):\n%s\nAll of them: %s",
+        len(rows),
+        count,
+        format_worst(rows),
+        opened.directory / "sensitivity.csv",
+    )
+    if not drawn:
+        logger.warning(
+            "No plot, since matplotlib is not installed: type pip install 'fat-quant[plot]'."
+        )
+    return {"images": count, "worst": (rows[0].layer, rows[0].kind)}
+
+
+def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge a finished run again, from its directory alone.
+
+    Args:
+        config: What conf/evaluate.yaml composed.
+
+    Returns:
+        What :func:`fat.evaluation.evaluator` gives.
+
+    Raises:
+        FatError: If the directory, its student or a given checkpoint is not what it should be.
+    """
+    opened = open_run(config)
+    bar = "evaluate" if config.trainer.progress else None
+    figures = evaluate(opened.student, opened.batches(opened.data.test_dataloader()), progress=bar)
+    rows = {"float": figures["float"], "quantized": figures["quantized"]}
+    logger.info(
+        "%s, %d test images of %s:\n%s",
+        opened.directory,
+        figures["images"],
+        opened.data_config.root or opened.data_config.source,
+        format_figures(rows),
+    )
+    return figures
+
+
+def export_run(config: EvaluateConfig) -> dict[str, Any]:
+    """Write the file that ``config.export`` asks for into a finished run's directory.
+
+    Its figures go into the run's metrics.json under ``exported``.
+
+    Args:
+        config: What conf/evaluate.yaml composed.
+
+    Returns:
+        What :func:`fat.export.exporter.export` returns.
+
+    Raises:
+        FatError: If the target is not installed, the directory is no run, its training was
+            interrupted, or the file does not compute what the student does.
+    """
+    target = asked_target(config.export)
+    assert target is not None
+    opened = open_run(config)
+    check_writable(opened.directory)
+    metrics = read_metrics(opened.directory)
+    if metrics is None:
+        raise no_run(opened.directory, METRICS)
+    unfinished = opened.config.train_spec().trains and metrics.get("training") is None
+    if unfinished and not config.export.unfinished:
+        raise FatError(
+            f"The training of {opened.directory} was interrupted; its student is the best that was "
+            "seen until then. Run it again, or type export.unfinished=true to export it as it is."
+        )
+    report = export_student(
+        opened.student,
+        target,
+        opened.directory,
+        opened.data.test_dataloader(),
+        config.export,
+        metrics,
+        progress=config.trainer.progress,
+    )
+    metrics["exported"] = {**(metrics.get("exported") or {}), target.name: report}
+    write_metrics(opened.directory / METRICS, metrics)
+    logger.info("\n%s\nRun directory: %s", format_export(report), opened.directory)
+    return report
+
+
+def judge_artefact(config: EvaluateConfig) -> dict[str, Any]:
+    """Judge a file on any images: those of a run, or any that conf/data has.
+
+    Args:
+        config: What conf/evaluate.yaml composed.
+
+    Returns:
+        What :func:`fat.export.evaluate_file.judge` gives, with ``kernels`` where the runtime tells.
+
+    Raises:
+        FatError: If the file cannot be run, or nobody knows which images it takes.
+    """
+    assert config.artefact is not None
+    path = Path(config.artefact).expanduser()
+    runtime = open_artefact(path, config.runtime, threads=config.trainer.threads)
+    data, reference = _images_and_reference(config, runtime)
+    bar = f"Evaluate {path.name}" if config.trainer.progress else None
+    figures = judge(runtime, data.test_dataloader(), reference, progress=bar)
+    rows = {"file": figures["quantized"]}
+    if reference is not None:
+        rows = {"float": figures["float"], **rows}
+    try:
+        kernels = runtime.kernels()
+        figures["kernels"] = asdict(kernels)
+        computing = (
+            f"{kernels.integer_layers} convolutions and linear layers in integers, "
+            f"{len(kernels.float_layers)} in float"
+        )
+    except FatError as error:  # some files do not tell; their figures stand
+        figures["kernels"] = None
+        computing = str(error)
+    logger.info(
+        "%s in %s, %d test images:\n%s\n%s",
+        path,
+        runtime.name,
+        figures["images"],
+        format_figures(rows),
+        computing,
+    )
+    return figures
+
+
+def _images_and_reference(
+    config: EvaluateConfig, runtime: Runtime
+) -> tuple[FatDataModule, nn.Module | None]:
+    """The images that a file is to be judged on, and the float network that it is compared with."""
+    if config.run is not None:
+        opened = open_run(config)
+        return opened.data, opened.student.teacher
+    if config.data.source == "of_run":
+        raise FatError(
+            "Which images? Type data=folder data.root=DIR, or run=DIR for those of a run."
+        )
+    seed = config.seed or 0
+    if config.model.name is not None:
+        loaded = load_float_network(**asdict(config.model), seed=seed)
+        source = for_images(loaded, config.data)
+        return make_data(config.data, InputSpec.of(source), seed), source.network
+    stored = runtime.metadata
+    if "fat.preprocessing" not in stored:
+        raise FatError(
+            "The file does not say how its images are to be prepared. Type model=NAME or "
+            "model.name=NAME, the float network that it was made of, or run=DIR."
+        )
+    return make_data(config.data, _stored_target(stored), seed), None
+
+
+def _stored_target(stored: Mapping[str, str]) -> InputSpec:
+    """What the texts in a file say of its images and classes."""
+    try:
+        classes = json.loads(stored["fat.classes"]) if "fat.classes" in stored else None
+        if classes is not None and not (
+            isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)
+        ):
+            raise ValueError(f"fat.classes is {str(classes)[:50]!r}")
+        preprocessing = Preprocessing.from_dict(json.loads(stored["fat.preprocessing"]))
+        count = len(classes) if classes else int(stored["fat.num_classes"])
+        if not 1 <= count <= MOST_CLASSES:
+            raise ValueError(f"fat.num_classes is {count}")
+    except (FatError, ValueError, KeyError, RecursionError) as error:
+        raise FatError(
+            f"What the file says of its images cannot be used ({first_line(error)}). Type "
+            "model=NAME or model.name=NAME, the float network that it was made of, or run=DIR."
+        ) from error
+    return InputSpec(preprocessing, count, None if classes is None else tuple(classes))

@@ -1,0 +1,10 @@
+from .base import ExportBackend as ExportBackend
+from .base import Kernels as Kernels
+from .base import Program as Program
+from .base import Runtime as Runtime
+from .base import Tolerance as Tolerance
+from .exporter import export as export
+from .exporter import export_onnx as export_onnx
+from .registry import TARGETS as TARGETS
+from .registry import make_target as make_target
+from .registry import open_artefact as open_artefact

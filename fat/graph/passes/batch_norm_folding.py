@@ -1,0 +1,263 @@
+"""Fold every batch norm, and every factor per channel, into a layer beside it.
+
+In this order, for each batch norm:
+
+1. into the convolution or linear layer whose result it alone reads;
+2. else into the one that alone reads its result, if that pads with no zeros;
+3. else it becomes a convolution of its own, 1×1 and depthwise, which integer runtimes have: where a
+   network starts a block with its norm, or normalizes a concatenation or a padded image.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fat.graph.patterns import constant_of, module_of, only_user, source
+from fat.graph.tracing.constant_folding import drop_unused
+from fat.utils.errors import FatError
+
+__all__ = ["FoldReport", "find_foldable", "fold_batch_norms", "folded", "folded_into_next"]
+
+Layer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What happened to the batch norms.
+
+    Attributes:
+        pairs: Which went into which layer, by name.
+        convolutions: Those that became a 1×1 depthwise convolution.
+        factors: Layers that took up a factor per channel (LayerScale) that multiplied their result.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    convolutions: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+
+
+def find_foldable(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
+    """Pairs (layer, batch norm) where the batch norm alone reads the layer's result."""
+    pairs = ((_layer_before(module, node), node) for node in _norms(module))
+    return [(layer, norm) for layer, norm in pairs if layer is not None]
+
+
+def folded(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do the work of the layer and of the batch norm after it.
+
+    W·γ/√(σ²+ε) and (b − μ)·γ/√(σ²+ε) + β, computed in float64.
+
+    Args:
+        weight: [C, ...].
+        bias: [C] or ``None``.
+        norm: Batch norm over C channels, with running statistics.
+    """
+    factor, shift = _affine(norm)
+    start = torch.zeros_like(factor) if bias is None else bias.detach().double()
+    new_weight = weight.detach().double() * factor.reshape(-1, *[1] * (weight.dim() - 1))
+    return new_weight.to(weight.dtype), (start * factor + shift).to(weight.dtype)
+
+
+def folded_into_next(
+    weight: Tensor, bias: Tensor | None, norm: _BatchNorm, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do the work of the batch norm and of the layer that reads it.
+
+    W·f and b + Σ W·c with f = γ/√(σ²+ε) and c = β − μ·f of the channel that each weight reads.
+
+    Args:
+        weight: [O, C/groups, ...].
+        bias: [O] or ``None``.
+        norm: Batch norm over C channels, with running statistics.
+        groups: Groups of the convolution.
+    """
+    factor, shift = _affine(norm)
+    wide = weight.detach().double()
+
+    def of_filters(values: Tensor) -> Tensor:
+        each = values.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+        return each.reshape(*wide.shape[:2], *[1] * (wide.dim() - 2))
+
+    start = torch.zeros(len(weight)).to(wide) if bias is None else bias.detach().double()
+    new_bias = start + (wide * of_filters(shift)).flatten(1).sum(1)
+    return (wide * of_filters(factor)).to(weight.dtype), new_bias.to(weight.dtype)
+
+
+@torch.random.fork_rng(devices=[])  # new layers draw weights before they are given theirs
+def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
+    """Fold in place and return what was done.
+
+    Args:
+        module: Canonical graph: no layer of it is called twice.
+
+    Raises:
+        FatError: If a batch norm keeps no running statistics, or is of a kind that has no
+            convolution to become; it is named.
+    """
+    pairs: list[tuple[str, str]] = []
+    convolutions: list[str] = []
+    for node in _norms(module):
+        name = str(node.target)
+        norm = module.get_submodule(name)
+        assert isinstance(norm, _BatchNorm)
+        if norm.running_mean is None:
+            raise FatError(f"'{name}' keeps no running statistics and cannot be folded.")
+        before, after = _layer_before(module, node), _layer_after(module, node)
+        if before is not None:
+            layer = _layer(module, before)
+            _set(layer, *folded(layer.weight, layer.bias, norm))
+            pairs.append((name, str(before.target)))
+        elif after is not None:
+            layer = _layer(module, after)
+            groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+            _set(layer, *folded_into_next(layer.weight, layer.bias, norm, groups))
+            pairs.append((name, str(after.target)))
+        elif isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.set_submodule(name, _convolution(norm))
+            convolutions.append(name)
+            continue
+        else:
+            raise FatError(
+                f"'{name}' is a {type(norm).__name__} with no layer beside it that it could be "
+                "folded into, and a form of its own in integers exists for BatchNorm2d alone. Put "
+                "a linear layer before or after it."
+            )
+        reads = source(node)
+        assert reads is not None
+        node.replace_all_uses_with(reads)
+        module.graph.erase_node(node)
+    factors = _fold_factors(module)
+    module.graph.eliminate_dead_code()
+    drop_unused(module)
+    module.recompile()
+    return FoldReport(tuple(pairs), tuple(convolutions), factors)
+
+
+def _norms(module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in module.graph.nodes if isinstance(module_of(module, node), _BatchNorm)]
+
+
+def _layer(module: fx.GraphModule, node: fx.Node) -> Layer:
+    layer = module.get_submodule(str(node.target))
+    assert isinstance(layer, Layer)
+    return layer
+
+
+def _layer_before(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
+    before = source(norm)
+    if before is not None and before.target == "flatten" and before.args[1:] == (0, 1):
+        # [N, L, C] → [N·L, C]: a norm of a linear layer's channels, which come last.
+        layer = source(before)
+        linear = layer is not None and isinstance(module_of(module, layer), nn.Linear)
+        before = layer if linear and only_user(before) is norm else None
+    if before is None or len(before.users) > 1:
+        return None
+    return before if isinstance(module_of(module, before), Layer) else None
+
+
+def _layer_after(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
+    """The layer that alone reads a norm and sees no zeros beside what it reads."""
+    after = only_user(norm)
+    layer = None if after is None else module_of(module, after)
+    if isinstance(layer, nn.Conv2d):
+        pointwise = all(side == 1 for side in layer.kernel_size)
+        unpadded = layer.padding in ((0, 0), "valid") or (pointwise and layer.padding == "same")
+        return after if unpadded and type(layer) is nn.Conv2d else None
+    return after if isinstance(layer, nn.Linear) else None
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """What a batch norm multiplies with, and then adds, [C] in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return factor, shift
+
+
+def _convolution(norm: _BatchNorm) -> nn.Conv2d:
+    factor, shift = _affine(norm)
+    channels = len(factor)
+    layer = nn.Conv2d(channels, channels, 1, groups=channels)
+    like = norm.running_var
+    assert like is not None
+    _set(layer, factor.reshape(-1, 1, 1, 1).to(like), shift.to(like))
+    return layer.eval()
+
+
+def _set(layer: Layer, weight: Tensor, bias: Tensor) -> None:
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+
+
+def _fold_factors(module: fx.GraphModule) -> tuple[str, ...]:
+    """Fold what multiplies a layer's result, channel by channel, into the layer."""
+    done = []
+    for node in list(module.graph.nodes):
+        if node.target is not operator.mul:
+            continue
+        for result, factor in (node.args, node.args[::-1]):
+            found = _factor(module, result, factor)
+            if found is None:
+                continue
+            layer_node, values = found
+            layer = _layer(module, layer_node)
+            weight = layer.weight.detach()
+            new = weight.double() * values.double().reshape(-1, *[1] * (weight.dim() - 1))
+            layer.weight = nn.Parameter(new.to(weight), requires_grad=False)
+            if layer.bias is not None:
+                bias = layer.bias.detach().double() * values.double()
+                layer.bias = nn.Parameter(bias.to(weight), requires_grad=False)
+            node.replace_all_uses_with(result)
+            module.graph.erase_node(node)
+            done.append(str(layer_node.target))
+            break
+    return tuple(done)
+
+
+def _factor(
+    module: fx.GraphModule, result: object, factor: object
+) -> tuple[fx.Node, Tensor] | None:
+    """The layer that a product multiplies, and a factor for each of its filters."""
+    values = constant_of(module, factor)
+    if values is None or not isinstance(result, fx.Node) or only_user(result) is None:
+        return None
+    node: fx.Node | None = result
+    order = _permutation(result)
+    if order is not None:
+        values = values.reshape(*[1] * (len(order) - values.dim()), *values.shape)
+        values = values.permute([order.index(axis) for axis in range(len(order))])
+        node = source(result)
+    if node is None or only_user(node) is None:
+        return None
+    layer = module_of(module, node)
+    if not isinstance(layer, (nn.Conv2d, nn.Linear)):
+        return None
+    filters = layer.weight.shape[0]
+    behind = 2 if isinstance(layer, nn.Conv2d) else 0  # dimensions after the channels
+    place = values.dim() - 1 - behind
+    shape = [filters if axis == place else 1 for axis in range(values.dim())]
+    if values.numel() == 1:
+        return node, values.reshape(1).expand(filters)
+    return (node, values.reshape(-1)) if place >= 0 and list(values.shape) == shape else None
+
+
+def _permutation(node: fx.Node) -> list[int] | None:
+    """The order of dimensions that a node gives its input, counted from 0."""
+    if node.target not in ("permute", torch.permute):
+        return None
+    dims = node.args[1:]
+    if len(dims) == 1 and isinstance(dims[0], (tuple, list)):
+        dims = tuple(dims[0])
+    if not all(isinstance(dim, int) for dim in dims):
+        return None
+    return [dim % len(dims) for dim in dims]  # type: ignore[operator,misc]

@@ -1,0 +1,1 @@
+from .capture import trace as trace

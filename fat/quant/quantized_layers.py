@@ -1,0 +1,200 @@
+"""Convolution and linear layers with quantized weights and biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fat.quant.config import Grid, QuantSpec
+from fat.quant.functional import (
+    INT32_MAX,
+    Adjust,
+    adjust_weight,
+    fake_quantize_bias,
+    fake_quantize_weight,
+    quantize_bias,
+)
+from fat.quant.layers import pad_same
+from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
+
+__all__ = ["QuantConv2d", "QuantLayer", "QuantLinear"]
+
+
+class QuantLayer(nn.Module):
+    """What quantized convolution and linear layers share: a frozen weight, a bias, a quantizer.
+
+    What is frozen is a buffer: the parameters of a quantized network are exactly what is trained.
+
+    Args:
+        layer: Name of the layer in the network.
+        weight: float32, output filters first.
+        bias: float32 [C] or ``None``.
+        spec: What is asked of the network.
+        grid: The integers of the weight.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, layer: str, weight: Tensor, bias: Tensor | None, spec: QuantSpec, grid: Grid
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("weight", weight.detach().clone())
+        own_bias = None if bias is None else bias.detach().clone()
+        if own_bias is not None and spec.bias == "trained":
+            self.bias = nn.Parameter(own_bias)
+        else:
+            self.register_buffer("bias", own_bias)
+        self.weight_quantizer = WeightQuantizer(spec, grid, weight.shape)
+        self._smallest_factor = spec.alpha_range[0]
+        self.adjust = {"scale": Adjust.MULTIPLY, "adaround": Adjust.MOVE}.get(
+            spec.weights, Adjust.NOTHING
+        )
+        self._bounds = spec.pointwise_range if spec.weights == "scale" else spec.rounding_range
+        self.factor: nn.Parameter | None = None
+        if self.adjust is not Adjust.NOTHING:
+            self.factor = nn.Parameter(torch.full_like(self.weight, self._neutral))
+        # Not a submodule: the input's quantizer belongs to the layer before and is only read here.
+        self._input: list[ActivationQuantizer] = []
+
+    @property
+    def input_quantizer(self) -> ActivationQuantizer:
+        """The quantizer that the layer's input passed last."""
+        return self._input[0]
+
+    def reads_from(self, quantizer: ActivationQuantizer) -> None:
+        """Say which quantizer that is."""
+        self._input = [quantizer]
+
+    def calibrate(self) -> int:
+        """Set the weight's thresholds; return how many were widened so that the bias fits int32.
+
+        A filter whose weights have all but vanished has so small a step that its bias, on the grid
+        s_w·s_x, would pass 31 bits and saturate. Its threshold is raised to where the bias fits,
+        with room for the factors' range; its weights stay below half a step of any use.
+        """
+        self.weight_quantizer.calibrate(self.weight)
+        if self.factor is not None:
+            self.factor.data.fill_(self._neutral)
+        if self.bias is None:
+            return 0
+        input_scale = self.input_quantizer.thresholds()[0]
+        room = INT32_MAX / 2 * self._smallest_factor**2  # one bit to spare for training
+        smallest_step = self.bias.detach().abs() / (room * input_scale)
+        return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
+
+    @property
+    def _neutral(self) -> float:
+        """The factor that leaves a weight as it is."""
+        return 1.0 if self.adjust is Adjust.MULTIPLY else 0.0
+
+    def adjusted_weight(self) -> Tensor:
+        """The weight with its factors before rounding, see :func:`adjust_weight`."""
+        scale = self.weight_quantizer.scale()
+        return adjust_weight(self.weight, scale, self.factor, self.adjust, self._bounds)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Bring the factors of thresholds and weights back into their ranges."""
+        self.weight_quantizer.thresholds.project()
+        if self.factor is not None:
+            self.factor.clamp_(*self._bounds)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer does, with another weight and bias."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer with its weight and bias on their grids."""
+        return self.compute(x, *self.quantized())
+
+    def quantized(self) -> tuple[Tensor, Tensor | None]:
+        """Weight on its grid and bias on the int32 grid s_w·s_x."""
+        if not self.weight_quantizer.enabled:
+            return self.adjusted_weight(), self.bias
+        scale = self.weight_quantizer.scale()
+        weight = fake_quantize_weight(
+            self.weight,
+            scale,
+            self.weight_quantizer.grid.qmax,
+            self.factor,
+            self.adjust,
+            self._bounds,
+        )
+        if self.bias is None or not self.input_quantizer.enabled:
+            return weight, self.bias
+        with torch.no_grad():
+            # In float64: two tiny steps multiplied in float32 would underflow to 0.
+            step = scale.double() * self.input_quantizer.thresholds()[0].double()
+        return weight, fake_quantize_bias(self.bias, step)
+
+    @torch.no_grad()
+    def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(int8 weight, its step [C] or 0-dim, int32 bias [C] on the grid s_w·s_x or None)."""
+        scale = self.weight_quantizer.scale()
+        rows = scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
+        weight = torch.div(self.quantized()[0], rows).round_().to(torch.int8)
+        if self.bias is None:
+            return weight, scale, None
+        step = scale.double() * self.input_quantizer.thresholds()[0].double()
+        return weight, scale, quantize_bias(self.bias, step)
+
+    def extra_repr(self) -> str:
+        """Layer and shape."""
+        return f"{self.layer}, weight={list(self.weight.shape)}, bias={self.bias is not None}"
+
+
+class QuantLinear(QuantLayer):
+    """A linear layer in integers: y = x·W^T + b."""
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply another weight and bias to [..., in_features]."""
+        return F.linear(x, weight, bias)
+
+
+class QuantConv2d(QuantLayer):
+    """A two-dimensional convolution in integers.
+
+    Args:
+        layer: See :class:`QuantLayer`.
+        weight: See :class:`QuantLayer`.
+        bias: See :class:`QuantLayer`.
+        spec: See :class:`QuantLayer`.
+        grid: See :class:`QuantLayer`.
+        stride: As in torch.
+        padding: As in torch, or ``"dynamic_same"``, see :func:`fat.quant.layers.pad_same`.
+        dilation: As in torch.
+        groups: As in torch.
+    """
+
+    def __init__(
+        self,
+        layer: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        spec: QuantSpec,
+        grid: Grid,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] | str = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        super().__init__(layer, weight, bias, spec, grid)
+        self.stride = (stride[0], stride[1])
+        self.dilation = (dilation[0], dilation[1])
+        self.groups = groups
+        self.padding: Any = padding if isinstance(padding, str) else tuple(padding)
+
+    def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve [N, C, H, W] with another weight and bias in the layer's geometry."""
+        padding = self.padding
+        if padding == "dynamic_same":
+            kernel = (self.weight.shape[2], self.weight.shape[3])
+            x, padding = pad_same(x, kernel, self.stride, self.dilation), (0, 0)
+        return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)

@@ -1,0 +1,17 @@
+from .bias_correction import correct_biases as correct_biases
+from .block_reconstruction import reconstruct as reconstruct
+from .callbacks import AlphaHistory as AlphaHistory
+from .callbacks import BestStudent as BestStudent
+from .callbacks import CSVHistory as CSVHistory
+from .callbacks import NanGuard as NanGuard
+from .callbacks import PeriodicCheckpoint as PeriodicCheckpoint
+from .callbacks import ProgressBar as ProgressBar
+from .config import FinetuneSpec as FinetuneSpec
+from .config import ReconstructSpec as ReconstructSpec
+from .config import TrainSpec as TrainSpec
+from .finetuning import FinetuneResult as FinetuneResult
+from .finetuning import finetune as finetune
+from .fitting import FitResult as FitResult
+from .fitting import fit as fit
+from .losses import LOSSES as LOSSES
+from .module import DistillModule as DistillModule

@@ -1,0 +1,5 @@
+"""Helpers that know nothing of quantization: errors, files, random states, processes."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

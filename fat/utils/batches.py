@@ -1,0 +1,149 @@
+"""Batches as they come from users: images alone, or images with labels beside them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fat.utils.errors import FatError
+
+__all__ = ["AnyBatch", "Images", "as_batches", "counted", "first_images", "passes", "split"]
+
+AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
+Images = Tensor | Iterable[AnyBatch]
+"""One batch [N, 3, H, W], or any iterable of batches, each labelled or not."""
+
+
+def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
+    """Images and labels of a batch; labels are −1 where the batch has none.
+
+    Returns:
+        images [N, 3, H, W] and labels int64 [N].
+
+    Raises:
+        FatError: If the batch is neither a tensor nor (images, labels).
+
+    Examples:
+        >>> split(torch.zeros(2, 3, 8, 8))[1].tolist()
+        [-1, -1]
+    """
+    parts = batch if isinstance(batch, tuple | list) and batch else (batch,)
+    images = parts[0]
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
+        raise FatError(
+            f"A batch of images is {came}; wanted a tensor [N, 3, H, W], or (images, labels)."
+        )
+    labels = parts[1] if len(parts) > 1 else None
+    if labels is None:
+        labels = torch.full((len(images),), -1)
+    if not isinstance(labels, Tensor):
+        raise FatError(
+            f"The labels of a batch are {type(labels).__name__}; wanted an int64 tensor [N] beside "
+            "the images, or nothing."
+        )
+    return images, labels.to(images.device)
+
+
+def as_batches(images: Images) -> Iterable[AnyBatch]:
+    """An iterable of batches, also where one batch came."""
+    return [images] if isinstance(images, Tensor) else images
+
+
+def counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
+    """The batches and how many they are; what cannot tell its length is counted once.
+
+    Args:
+        what: What the images are for, in messages.
+        images: Batches that can be iterated more than once.
+
+    Raises:
+        FatError: If they come from an iterator, or there is none.
+
+    Examples:
+        >>> counted("training", [torch.zeros(4, 3, 8, 8)] * 3)[1]
+        3
+    """
+    batches = as_batches(images)
+    if isinstance(batches, Iterator):
+        raise FatError(
+            f"The {what} images come from an iterator, which is empty after one pass; give a "
+            "list of batches, a DataLoader, or an object whose __iter__ starts anew."
+        )
+    try:
+        count = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        count = sum(1 for _ in batches)
+    if not count:
+        raise FatError(f"No {what} images came; give at least one batch [N, 3, H, W].")
+    return batches, count
+
+
+def first_images(images: Images, count: int) -> Iterator[Tensor]:
+    """The first ``count`` images without labels, in batches; no batch is drawn beyond them.
+
+    Examples:
+        >>> [len(part) for part in first_images([torch.zeros(4, 3, 8, 8)] * 3, 6)]
+        [4, 2]
+    """
+    for batch in as_batches(images):
+        pixels = split(batch)[0][:count]
+        yield pixels
+        count -= len(pixels)
+        if count <= 0:
+            return
+
+
+class AtMost:
+    """The first ``count`` images with their labels, in batches, any number of times.
+
+    Args:
+        images: Batches.
+        count: How many images at most; no batch is drawn beyond them.
+
+    Examples:
+        >>> [len(pixels) for pixels, _ in AtMost([torch.zeros(4, 3, 8, 8)] * 3, 6)]
+        [4, 2]
+    """
+
+    def __init__(self, images: Images, count: int) -> None:
+        self.images, self.count = images, count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of images and labels."""
+        left = self.count
+        for batch in as_batches(self.images):
+            pixels, labels = split(batch)
+            yield pixels[:left], labels[:left]
+            left -= len(pixels)
+            if left <= 0:
+                return
+
+
+def passes(images: Images) -> Iterator[AnyBatch]:
+    """The batches of one epoch after another, without end, where epochs differ; of one otherwise.
+
+    Epochs of a loader differ if its sampler has ``set_epoch``, which is called with 0, 1, …; an
+    epoch without a batch ends it. From anything else more passes would bring the same images.
+
+    Examples:
+        >>> len(list(passes([torch.zeros(4, 3, 8, 8)] * 3)))
+        3
+    """
+    inner = getattr(getattr(images, "batch_sampler", None), "sampler", None)
+    set_epoch = getattr(getattr(images, "sampler", None), "set_epoch", None)
+    set_epoch = set_epoch or getattr(inner, "set_epoch", None)
+    if set_epoch is None:
+        yield from as_batches(images)
+        return
+    for epoch in itertools.count():
+        set_epoch(epoch)
+        empty = True
+        for batch in as_batches(images):
+            empty = False
+            yield batch
+        if empty:
+            return

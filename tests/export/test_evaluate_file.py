@@ -1,0 +1,144 @@
+"""Files judged as students are, ours and others'."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+
+import fat
+from fat import FatError, Student
+from fat.experiment.evaluate import _stored_target
+from fat.export.base import Program
+from fat.export.evaluate_file import judge
+from fat.export.onnx import Onnx, OnnxRuntime
+from tests.export.students import structured, tiny_student
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Student:
+    return tiny_student()
+
+
+@pytest.fixture(scope="module")
+def ours(tiny: Student, tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntime:
+    path = tmp_path_factory.mktemp("ours") / "student.onnx"
+    fat.export_onnx(tiny, path)
+    return OnnxRuntime(path)
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny: Student, tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntime:
+    """The same network as ONNX Runtime's own tool quantizes it."""
+    folder = tmp_path_factory.mktemp("theirs")
+    Onnx().write(Program(tiny.teacher, structured(2, 16)), folder / "float.onnx")
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = iter(structured(16, 16).split(4))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.images, None)
+            return None if batch is None else {"input": batch.numpy()}
+
+    quantize_static(
+        folder / "float.onnx", folder / "int8.onnx", Reader(), quant_format=QuantFormat.QDQ
+    )
+    return OnnxRuntime(folder / "int8.onnx")
+
+
+def labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(structured(8, 16, seed), torch.arange(8)) for seed in (5, 6)]
+
+
+def test_our_file_has_the_students_figures(ours: OnnxRuntime, tiny: Student) -> None:
+    figures, expected = judge(ours, labelled(), tiny.teacher), fat.evaluate(tiny, labelled())
+    assert figures["quantized"] == expected["quantized"]
+    assert figures["float"] == expected["float"]
+    assert figures["accuracy_drop"] == expected["accuracy_drop"]
+    assert figures["images"] == 16
+
+
+def test_anothers_file_is_judged_by_the_same_measures(theirs: OnnxRuntime, tiny: Student) -> None:
+    figures = judge(theirs, labelled(), tiny.teacher)
+    assert set(figures["quantized"]) == {"top1", "top5", "agreement", "sqnr_db", "rmse"}
+    assert 5.0 < figures["quantized"]["sqnr_db"] < 60.0
+    kernels = theirs.kernels()
+    assert kernels.integer_layers + len(kernels.float_layers) == len(tiny.layers())
+    assert kernels.float_layers  # ReLU6 stays between a convolution and its result's grid
+    assert "fat.preprocessing" not in theirs.metadata
+
+
+def test_without_a_float_network_only_accuracies_are_told(ours: OnnxRuntime) -> None:
+    figures = judge(ours, labelled())
+    assert figures["quantized"]["top1"] is not None
+    assert figures["quantized"]["agreement"] is None
+    assert figures["quantized"]["sqnr_db"] is None
+    assert figures["float"] == {"top1": None, "top5": None}
+    assert figures["accuracy_drop"] is None
+
+
+def test_images_without_labels_are_compared_with_the_float_network(
+    ours: OnnxRuntime, tiny: Student
+) -> None:
+    figures = judge(ours, structured(8, 16, 5), tiny.teacher)
+    assert figures["quantized"]["top1"] is None
+    assert figures["quantized"]["agreement"] is not None
+
+
+def test_images_of_another_size_are_refused(ours: OnnxRuntime) -> None:
+    with pytest.raises(FatError, match=r"\[3, 16, 16\], these are \[3, 24, 24\].*image_size=16"):
+        judge(ours, structured(4, 24))
+
+
+def test_a_float_network_of_other_classes_is_refused(ours: OnnxRuntime) -> None:
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 7)).eval()
+    with pytest.raises(FatError, match=r"\[4, 10\], the float network \[4, 7\]"):
+        judge(ours, structured(4, 16), other)
+
+
+def test_a_file_that_gives_no_logits_is_refused(ours: OnnxRuntime, tmp_path: Path) -> None:
+    model = onnx.load(ours.path)
+    features = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+    model.graph.output[0].CopyFrom(
+        onnx.helper.make_tensor_value_info(features.output[0], onnx.TensorProto.UINT8, None)
+    )
+    onnx.save(model, tmp_path / "features.onnx")
+    with pytest.raises(FatError, match=r"gives torch.uint8 \[4, 3, 16, 16\] for 4"):
+        judge(OnnxRuntime(tmp_path / "features.onnx"), structured(4, 16))
+
+
+def test_classes_beyond_the_logits_are_refused(ours: OnnxRuntime) -> None:
+    with pytest.raises(FatError, match="have the class 10, and the file gives 10 logits"):
+        judge(ours, [(structured(4, 16), torch.arange(7, 11))])
+
+
+@pytest.mark.parametrize(
+    ("texts", "wanted"),
+    [
+        ({"fat.num_classes": "x"}, "invalid literal"),
+        ({"fat.num_classes": "-1"}, "fat.num_classes is -1"),
+        ({"fat.classes": "{}"}, "fat.classes is '{}'"),
+        ({"fat.preprocessing": "{"}, "property name"),
+        ({"fat.preprocessing": "[" * 100_000}, "recursion"),
+        ({"fat.preprocessing": "3"}, "is a mapping of fields"),
+    ],
+)
+def test_texts_in_a_file_are_checked(texts: dict[str, str], wanted: str) -> None:
+    fields = {
+        "size": [16, 16],
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "crop_mode": "center",
+    }
+    stored = {"fat.preprocessing": json.dumps(fields), "fat.num_classes": "10"}
+    assert _stored_target(stored).num_classes == 10
+    with pytest.raises(FatError, match=wanted):
+        _stored_target({**stored, **texts})

@@ -1,0 +1,132 @@
+"""What processes do that tests/utils/test_distributed.py starts; they import it by name."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fat.utils import distributed
+from fat.utils.errors import FatError
+
+INITS = ("minmax", "percentile", "mse", "lsq")
+
+
+def logits(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a student, of its teacher, and labels of which some are unknown."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(rows, 10, generator=generator)
+    student = teacher + 0.6 * torch.randn(rows, 10, generator=generator)
+    return student, teacher, torch.randint(-1, 10, (rows,), generator=generator)
+
+
+def rmse_gradient(rows: list[Tensor], weight: Tensor) -> Tensor:
+    """Gradient after DDP's mean over processes of ‖x·w‖'s root mean square over all rows."""
+    weight = weight.clone().requires_grad_()
+    mine = rows[distributed.rank()] @ weight
+    loss = distributed.gather_batch(mine).square().mean().sqrt() * distributed.size()
+    loss.backward()
+    assert weight.grad is not None
+    return distributed.all_sum(weight.grad) / distributed.size()
+
+
+def thresholds(network: nn.Module, batches: list[Tensor], init: str) -> dict[str, Tensor]:
+    """What calibration on this process's batches sets."""
+    import fat
+
+    spec = fat.QuantSpec(bits=4, activation_init=fat.InitSpec(init))
+    student = fat.prepare(network, torch.zeros(2, 3, 16, 16), spec)
+    fat.calibrate(student, batches)
+    return {
+        f"{layer}.{kind}.{name}": value
+        for layer, kind, quantizer in student.quantizers()
+        for name, value in quantizer.thresholds.state_dict().items()
+    }
+
+
+def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
+    """One start for all that goes well; every process leaves what it found as RANK.pt."""
+    import fat
+    from fat.evaluation.evaluator import Disagreements, evaluate
+    from fat.evaluation.metrics import Comparison
+
+    rank = distributed.rank()
+    found: dict[str, Any] = {"rank": rank, "size": distributed.size()}
+    x = torch.tensor([[1.0, -5.0], [3.0, float(10 * rank)]])
+    found["sum"], found["max"] = distributed.all_sum(x), distributed.all_max(x)
+    found["kept"], found["rows"] = x, distributed.gather_rows(x)
+    found["batches"] = [
+        distributed.gather_batch(torch.full((counts[rank], 2), float(rank)))
+        for counts in ((3, 1), (0, 2), (2, 0))
+    ]
+    found["told"] = distributed.broadcast_object({"from": rank})
+    found["all"] = distributed.gather_objects({"from": rank})
+    found["state"] = distributed.broadcast_state({"a": torch.tensor([float(rank)])})
+
+    note = folder / "left-by-the-first"
+    with distributed.main_process_first():
+        found["inside"] = (
+            distributed.rank(),
+            distributed.size(),
+            float(distributed.all_sum(x)[1, 1]),
+        )
+        found["was there"] = note.exists()
+        if rank == 0:
+            time.sleep(0.3)  # long enough for the other to be too early
+            note.touch()
+    with distributed.local_only():
+        found["alone"] = (distributed.rank(), distributed.size())
+    found["after"] = (distributed.rank(), distributed.size())
+
+    rows = [torch.arange(6.0).view(3, 2) + 1, torch.tensor([[-2.0, 7.0]])]
+    found["gradient"] = rmse_gradient(rows, torch.tensor([[0.5], [-1.5]]))
+
+    for name, shares in {"uneven": ((5, 0), (2, 1)), "none": ((7, 0), (0, 1))}.items():
+        comparison = Comparison()
+        count, seed = shares[rank]
+        if count:
+            comparison.update(*logits(count, seed))
+        found[name] = dict(comparison.compute())
+
+    mine = batches[rank::2]  # 2 and 1 of 3, of which the last is short
+    spec = fat.QuantSpec(bits=4)
+    student = fat.prepare(network, batches[0], spec)
+    fat.calibrate(student, mine)
+    differing = Disagreements()
+    found["evaluate"] = evaluate(student, mine, differing=differing)
+    shared = differing.shared()
+    found["differing"] = (
+        shared.images,
+        shared.differing,
+        [entry.confidence for entry in shared.kept],
+    )
+    for init in INITS:
+        found[f"thresholds {init}"] = thresholds(network, mine, init)
+        nothing = batches if rank == 0 else []
+        found[f"thresholds {init}, one without"] = thresholds(network, nothing, init)
+    try:
+        thresholds(network, [], "minmax")
+    except FatError as error:
+        found["no images"] = str(error)
+    torch.save(found, folder / f"{rank}.pt")
+    return f"result of {rank}"
+
+
+def one_of_them(folder: Path, how: str) -> None:
+    """The second process ends badly while the first waits for it."""
+    (folder / f"{os.getpid()}.pid").touch()
+    if distributed.rank() == distributed.size() - 1:
+        distributed.gather_rows(torch.zeros(1))
+        if how == "told":
+            raise FatError("Type something else.")
+        if how == "broken":
+            raise ValueError("a mistake of the program")
+        if how == "Ctrl-C":
+            raise KeyboardInterrupt
+        os._exit(9)
+    distributed.gather_rows(torch.zeros(1))
+    distributed.gather_rows(torch.zeros(1))  # to which the other never comes

@@ -1,0 +1,162 @@
+"""Starts train.py and evaluate.py over and over in processes that need not import everything first.
+
+A server forks itself for each: what runs, and is killed, in the tests is a process of its own that
+executes the script from its first line, but for the ten seconds that its imports take.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+
+class Warm:
+    """The tests' end of a server."""
+
+    def __init__(self) -> None:
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.warm"],
+            cwd=ROOT,
+            env=environment({"PYTHONPATH": str(ROOT)}),
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def _ask(self, **question: Any) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        print(json.dumps(question), file=self._server.stdin, flush=True)
+        return json.loads(self._server.stdout.readline())
+
+    def start(self, *words: str, output: Path, errors: Path, **variables: str) -> int:
+        """Begin a script with its arguments; what it prints goes into files, which start anew."""
+        for path in {output, errors}:
+            path.write_text("")
+        files = [str(output), str(errors)]
+        pid: int = self._ask(start=words, files=files, environment=environment(variables))
+        return pid
+
+    def wait(self, pid: int, seconds: float) -> int | None:
+        """Exit status, negative for a signal, or ``None`` after so many seconds."""
+        status: int | None = self._ask(wait=pid, seconds=seconds)
+        return status
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(60)
+
+
+@functools.cache
+def server() -> Warm:
+    """The server of this process of the tests."""
+    started = Warm()
+    atexit.register(started.close)
+    return started
+
+
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's, with nobody logged in to W&B, and some more."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | dict(variables)
+
+
+class Trainings:
+    """Runs of train.py whose output goes into one file."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def start(self, *arguments: str) -> int:
+        """Begin ``train.py`` with arguments; its process's number."""
+        return server().start("train.py", *arguments, output=self.log, errors=self.log)
+
+    def wait(self, pid: int, seconds: float = 200.0) -> int | None:
+        """Exit status, negative for a signal, or ``None`` after so many seconds."""
+        return server().wait(pid, seconds)
+
+    def run(self, *arguments: str) -> tuple[int | None, str]:
+        """``train.py`` from begin to end: exit status and output."""
+        status = self.wait(self.start(*arguments))
+        return status, self.log.read_text()
+
+    def kill(self, pid: int, how: signal.Signals = signal.SIGKILL) -> int | None:
+        """Send a signal to the process, SIGKILL to its children too, and wait for its end."""
+        if how == signal.SIGKILL:
+            os.killpg(pid, how)
+        else:
+            os.kill(pid, how)
+        return self.wait(pid)
+
+
+# -------------------------------------------------------------------------------- the server's end
+
+
+def serve() -> None:
+    import fat.experiment.evaluate
+    import fat.experiment.sweep  # noqa: F401 - all that takes long
+
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "start" in question:
+            pid = os.fork()
+            if pid == 0:
+                _become(question["start"], question["files"], question["environment"])
+            print(pid, flush=True)
+        else:
+            print(json.dumps(_ended(question["wait"], question["seconds"])), flush=True)
+
+
+def _ended(pid: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.01)
+
+
+def _become(words: list[str], files: list[str], variables: dict[str, str]) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, name in enumerate(files, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(variables)
+    atexit._clear()  # what was registered until now is the server's to clean up
+    sys.argv = list(words)
+    status = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    # What Python does at its end.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,323 @@
+"""Callbacks by themselves: the best state, the guard against NaN, the log, the time left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+import fat
+from fat import FatError, QuantSpec, Student, TrainSpec
+from fat.training.callbacks import (
+    AlphaHistory,
+    BestStudent,
+    CSVHistory,
+    NanGuard,
+    PeriodicCheckpoint,
+    ProgressBar,
+    student_of,
+)
+from fat.training.module import DistillModule
+
+
+@pytest.fixture
+def student(tiny: nn.Module, images: Tensor) -> Student:
+    student = fat.prepare(tiny, images, QuantSpec(scheme="asymmetric"))
+    fat.calibrate(student, images)
+    return student
+
+
+def fill(student: Student, value: float) -> None:
+    with torch.no_grad():
+        for thresholds in student.thresholds():
+            thresholds.alpha.fill_(value)
+
+
+def alphas(student: Student) -> set[float]:
+    return {round(float(a), 4) for t in student.thresholds() for a in t.alpha.detach().flatten()}
+
+
+def judged(keep: BestStudent, module: DistillModule, step: int, loss: float) -> None:
+    trainer: Any = SimpleNamespace(
+        callback_metrics={"val/loss": torch.tensor(loss)}, global_step=step
+    )
+    keep.on_validation_end(trainer, module)
+
+
+def test_keep_best_puts_the_smallest_loss_back(student: Student) -> None:
+    keep, module = BestStudent(), DistillModule(student, TrainSpec())
+    for step, (loss, alpha) in enumerate([(3.0, 1.0), (1.0, 0.9), (2.0, 0.8), (1.0, 0.7)]):
+        fill(student, alpha)
+        judged(keep, module, 10 * step, loss)
+    judged(keep, module, 99, float("nan"))
+    assert (keep.calibrated_loss, keep.best_loss, keep.best_step) == (3.0, 1.0, 10)
+    keep.restore(module)
+    assert alphas(student) == {0.9}
+
+
+def test_keep_best_before_any_validation_changes_nothing(student: Student) -> None:
+    fill(student, 0.8)
+    BestStudent().restore(DistillModule(student, TrainSpec()))
+    assert alphas(student) == {0.8}
+
+
+def test_keep_best_survives_a_checkpoint(student: Student) -> None:
+    keep, module = BestStudent(), DistillModule(student, TrainSpec())
+    fill(student, 0.75)
+    judged(keep, module, 4, 1.5)
+    again = BestStudent()
+    again.load_state_dict(keep.state_dict())
+    fill(student, 1.0)
+    judged(again, module, 8, 2.0)
+    again.restore(module)
+    assert alphas(student) == {0.75}
+    assert (again.calibrated_loss, again.best_loss, again.best_step) == (1.5, 1.5, 4)
+
+
+def test_nan_guard_restores_and_gives_up_after_its_patience(student: Student) -> None:
+    guard, module = NanGuard(patience=3), DistillModule(student, TrainSpec())
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.0)
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=0)
+
+    def step(value: float) -> None:
+        trainer.global_step += 1
+        fill(student, value)
+        guard.on_train_batch_end(trainer, module, None, None, 0)
+
+    fill(student, 0.9)
+    guard.on_train_batch_start(trainer, module, None, 0)
+    for _ in range(2):
+        step(float("nan"))
+        assert alphas(student) == {0.9}
+    step(0.8)  # a good step: the count starts anew
+    assert alphas(student) == {0.8}
+    for _ in range(2):
+        step(float("inf"))
+    with pytest.raises(FatError, match="3 steps in a row gave NaN"):
+        step(float("nan"))
+    assert guard.restored == 5
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+
+
+def test_nan_guard_restores_the_optimizer_too(student: Student, images: Tensor) -> None:
+    guard, module = NanGuard(every=1), DistillModule(student, TrainSpec())
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=1)
+
+    def step(batch: Tensor) -> None:
+        optimizer.zero_grad()
+        (student(batch) - student.float_logits(batch)).square().mean().backward()
+        optimizer.step()
+        guard.on_train_batch_end(trainer, module, None, batch, 0)
+
+    guard.on_train_batch_start(trainer, module, None, 0)
+    step(images)
+    moments = {i: s["exp_avg"].clone() for i, s in enumerate(optimizer.state.values())}
+    step(images * float("nan"))
+    assert guard.restored == 1
+    assert all(
+        torch.equal(state["exp_avg"], moments[i])
+        for i, state in enumerate(optimizer.state.values())
+    )
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_alpha_history_logs_mean_smallest_and_largest(student: Student) -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            logged.append((metrics, step))
+
+    weight = student.layers()[0].weight_quantizer.thresholds
+    quantizer = student.activation_quantizers()[0].thresholds
+    with torch.no_grad():
+        weight.alpha.copy_(torch.linspace(0.6, 1.0, 8))
+        quantizer.alpha.fill_(7.0)  # acts as 1.0
+        quantizer.shift.fill_(0.25)
+    trainer: Any = SimpleNamespace(loggers=[Logger()], global_step=12, is_global_zero=True)
+    AlphaHistory().on_validation_end(trainer, DistillModule(student, TrainSpec()))
+    ((figures, step),) = logged
+    assert step == 12
+    assert figures["alpha/stem.weight"] == pytest.approx(0.8)
+    assert figures["alpha/stem.weight.min"] == pytest.approx(0.6)
+    assert figures["alpha/stem.weight.max"] == pytest.approx(1.0)
+    assert figures["alpha/input.activation"] == 1.0
+    assert figures["shift/input.activation"] == 0.25
+    assert "alpha/input.activation.min" not in figures
+    assert {f"alpha/{layer}.{kind}" for layer, kind, _ in student.quantizers()} <= figures.keys()
+
+
+def test_progress_tells_the_time_left(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 110.0])
+    monkeypatch.setattr("fat.training.callbacks.time.monotonic", lambda: next(clock))
+    trainer: Any = SimpleNamespace(
+        global_step=0,
+        training=True,
+        estimated_stepping_batches=100.0,
+        loggers=[],
+        progress_bar_metrics={"train/loss": 0.5},
+    )
+    progress, module = ProgressBar(), DistillModule(student, TrainSpec())
+    assert "left" not in progress.get_metrics(trainer, module)
+    trainer.global_step = 2  # two seconds a step, 98 steps left
+    metrics = progress.get_metrics(trainer, module)
+    assert (metrics["left"], metrics["train/loss"]) == ("3:16", 0.5)
+    trainer.global_step = 100
+    assert progress.get_metrics(trainer, module)["left"] == "0:00"
+
+
+def test_a_foreign_module_is_not_a_students() -> None:
+    with pytest.raises(AssertionError):
+        student_of(pl.LightningModule())
+
+
+def test_only_the_first_process_logs_alphas(student: Student) -> None:
+    class Logger(DummyLogger):
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            raise AssertionError("another process logged")
+
+    trainer: Any = SimpleNamespace(loggers=[Logger()], global_step=12, is_global_zero=False)
+    AlphaHistory().on_validation_end(trainer, DistillModule(student, TrainSpec()))
+
+
+def stepping(history: CSVHistory, step: int, **figures: float) -> Any:
+    """A trainer after a step, or at its validation, of which the history has been told."""
+    logged = {name.replace("_", "/", 1): torch.tensor(value) for name, value in figures.items()}
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, global_step=step, callback_metrics=logged, sanity_checking=False
+    )
+    module: Any = None
+    history.setup(trainer, module, "fit")
+    if "train/loss" in logged:
+        history.on_train_batch_end(trainer, module, None, None, 0)
+    if "val/loss" in logged:
+        history.on_validation_end(trainer, module)
+    return trainer
+
+
+def test_history_is_one_row_a_figure_with_the_step_it_is_of(tmp_path: Path) -> None:
+    history = CSVHistory(tmp_path / "history.csv")
+    stepping(history, 0, val_loss=0.5)
+    stepping(history, 1, train_loss=0.25, train_lr=1e-3)
+    stepping(history, 2, train_loss=0.125, train_lr=5e-4, val_loss=0.0625, val_agreement=75.0)
+    assert (tmp_path / "history.csv").read_text().splitlines() == [
+        "step,name,value",
+        "0,val/loss,0.5",
+        "1,train/loss,0.25",
+        "1,train/lr,0.00100000005",
+        "2,train/loss,0.125",
+        "2,train/lr,0.000500000024",
+        "2,val/loss,0.0625",
+        "2,val/agreement,75",
+    ]
+
+
+def test_history_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "history.csv"
+    lines = [
+        "step,name,value",
+        "0,val/loss,0.5",
+        "1,train/loss,1",
+        "2,train/loss,2",
+        "2,val/loss,3",
+    ]
+    # As a process leaves it that went on once, was killed, and was cut off within a line.
+    path.write_text("\n".join([*lines, "2,val/loss,3", "3,train/loss,4", "2,trai"]))
+    history = CSVHistory(path)
+    trainer = stepping(history, 2)
+    history.on_train_start(trainer, DistillModule.__new__(DistillModule))
+    assert path.read_text().splitlines() == lines
+    assert path.read_text().endswith("\n")
+
+
+def test_other_processes_write_no_history(tmp_path: Path) -> None:
+    history, module = CSVHistory(tmp_path / "history.csv"), DistillModule.__new__(DistillModule)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=False, global_step=1, callback_metrics={"train/loss": torch.tensor(1.0)}
+    )
+    history.setup(trainer, module, "fit")
+    history.on_train_start(trainer, module)
+    history.on_train_batch_end(trainer, module, None, None, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Saver:
+    """As much of a trainer as PeriodicCheckpoint asks; its checkpoints say at which step they were
+    made."""
+
+    def __init__(self, batches: int, validates_every: int) -> None:
+        self.num_training_batches, self.val_check_batch = batches, validates_every
+        self.global_step, self.received_sigterm, self.is_global_zero = 0, False, True
+        self.state = SimpleNamespace(fn=TrainerFn.FITTING)
+        self.saved: list[int] = []
+
+    def save_checkpoint(self, path: Path) -> None:
+        self.saved.append(self.global_step)
+        Path(path).write_text(str(self.global_step))
+
+    def steps(self, snapshots: PeriodicCheckpoint, clock: list[float], seconds: float) -> None:
+        module: Any = None
+        for index in range(self.num_training_batches):
+            self.global_step += 1
+            clock[0] += seconds
+            snapshots.on_train_batch_end(self, module, None, None, index)  # type: ignore[arg-type]
+            if (index + 1) % self.val_check_batch == 0:
+                snapshots.on_validation_end(self, module)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr("fat.training.callbacks.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_a_snapshot_is_taken_at_validations_and_when_it_is_time(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    trainer, path = Saver(batches=10, validates_every=10), tmp_path / "last.ckpt"
+    trainer.steps(PeriodicCheckpoint(path, every=30.0), clock, seconds=10.0)
+    # Every third step; that of step 9 starts the count, and the validation is at step 10.
+    assert trainer.saved == [3, 6, 9, 10]
+    assert path.read_text() == "10"
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # nothing half written
+
+
+def test_a_snapshot_waits_for_a_validation_at_the_same_step(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    trainer = Saver(batches=8, validates_every=4)
+    trainer.steps(PeriodicCheckpoint(tmp_path / "last.ckpt", every=0.0), clock, seconds=1.0)
+    # Never twice at one step: before its validation, step 4 is not over.
+    assert trainer.saved == list(range(1, 9))
+
+
+def test_no_snapshot_comes_between_when_there_is_time(tmp_path: Path, clock: list[float]) -> None:
+    trainer = Saver(batches=8, validates_every=4)
+    trainer.steps(PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9), clock, seconds=1.0)
+    assert trainer.saved == [4, 8]
+
+
+def test_sigterm_asks_for_a_snapshot_at_once(tmp_path: Path, clock: list[float]) -> None:
+    trainer = Saver(batches=4, validates_every=4)
+    snapshots = PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9)
+    trainer.global_step, trainer.received_sigterm = 2, True
+    snapshots.on_train_batch_end(trainer, None, None, None, 1)  # type: ignore[arg-type]
+    assert trainer.saved == [2]
+
+
+def test_a_validation_outside_training_leaves_no_snapshot(
+    tmp_path: Path, clock: list[float]
+) -> None:
+    trainer = Saver(batches=4, validates_every=4)
+    trainer.state.fn = TrainerFn.VALIDATING  # such as that of the calibrated student
+    PeriodicCheckpoint(tmp_path / "last.ckpt", every=0.0).on_validation_end(trainer, None)  # type: ignore[arg-type]
+    assert trainer.saved == []
