@@ -1,6 +1,6 @@
 """Draw finished runs side by side: python benchmarks/figure.py OUT.png LABEL=RUN_DIR ...
 
-Needs the extra: pip install 'fat-quant[plot]'.
+Needs the extra: pip install -e '.[plot]'.
 """
 
 from __future__ import annotations

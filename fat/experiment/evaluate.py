@@ -30,6 +30,7 @@ from fat.export.registry import open_artefact
 from fat.models.float_model import Preprocessing, load_float_network
 from fat.report.text import format_export, format_figures
 from fat.utils.batches import first_images
+from fat.utils.commands import install_command
 from fat.utils.errors import FatError, first_line, no_run, unknown_name
 from fat.utils.io import check_writable
 
@@ -89,7 +90,7 @@ def analyse_run(config: EvaluateConfig) -> dict[str, Any]:
     )
     if not drawn:
         logger.warning(
-            "No plot, since matplotlib is not installed: type pip install 'fat-quant[plot]'."
+            "No plot was written: matplotlib is not installed. Type %s.", install_command("plot")
         )
     return {"images": count, "worst": (rows[0].layer, rows[0].kind)}
 

@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fat.experiment.cli import explain
 from fat.experiment.config import RunConfig, parse
-from fat.utils.errors import FatError
+from fat.utils.errors import FatError, missing_extra
 from fat.utils.io import write_json
 
 if TYPE_CHECKING:
@@ -506,7 +506,7 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise FatError("A search needs optuna: type pip install 'fat-quant[search]'.") from error
+        raise missing_extra("search", "optuna, which proposes the trials,") from error
     return optuna
 
 

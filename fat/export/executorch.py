@@ -33,7 +33,7 @@ from torch import Tensor, fx
 
 from fat.export.base import Kernels, Program, Runtime, Tolerance
 from fat.export.lowering import Style, in_order
-from fat.utils.errors import FatError, first_line
+from fat.utils.errors import FatError, first_line, missing_extra
 from fat.utils.io import write_atomic
 
 __all__ = ["ExecuTorch", "ExecuTorchRuntime"]
@@ -68,7 +68,7 @@ class ExecuTorch:
     def check(self) -> None:
         """Raise a FatError that says what to install if ExecuTorch is missing."""
         if importlib.util.find_spec("executorch") is None:
-            raise FatError("ExecuTorch is not installed: type pip install 'fat-quant[executorch]'.")
+            raise missing_extra("executorch", "ExecuTorch")
 
     def write(self, program: Program, path: Path) -> None:
         """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""

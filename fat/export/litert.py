@@ -25,7 +25,7 @@ from torch import Tensor, fx
 
 from fat.export.base import Kernels, Program, Runtime, Tolerance
 from fat.export.lowering import Style, in_order
-from fat.utils.errors import FatError, first_line
+from fat.utils.errors import FatError, first_line, missing_extra
 from fat.utils.io import write_atomic
 
 __all__ = ["LiteRT", "LiteRTRuntime"]
@@ -74,7 +74,7 @@ class LiteRT:
         """Raise a FatError that says what to install if LiteRT or its converter is missing."""
         for module in ("ai_edge_litert", "litert_torch"):
             if importlib.util.find_spec(module) is None:
-                raise FatError("LiteRT is not installed: type pip install 'fat-quant[litert]'.")
+                raise missing_extra("litert", "LiteRT")
 
     def write(self, program: Program, path: Path) -> None:
         """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fat.export.base import Kernels, Runtime, Tolerance
 from fat.export.onnx import Onnx, saturates
-from fat.utils.errors import FatError
+from fat.utils.errors import FatError, missing_extra
 
 __all__ = ["OpenVino", "OpenVinoRuntime"]
 
@@ -36,9 +36,8 @@ class OpenVino(Onnx):
     def check(self) -> None:
         """Raise a FatError that says what to install if OpenVINO is missing."""
         if importlib.util.find_spec("openvino") is None:
-            raise FatError(
-                "OpenVINO is not installed: type pip install 'fat-quant[openvino]', or "
-                "export=onnx, whose file is the same."
+            raise missing_extra(
+                "openvino", "OpenVINO", "or export=onnx, which writes the same file"
             )
 
     def open(self, path: Path, *, threads: int | None = None) -> Runtime:

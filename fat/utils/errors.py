@@ -1,7 +1,4 @@
-"""The errors that a user of FAT may see, and how their text is put together.
-
-Every message answers three questions: what came, what is allowed, what to type.
-"""
+"""Errors that users can fix, with messages that say what came, what is allowed and what to type."""
 
 from __future__ import annotations
 
@@ -9,15 +6,17 @@ import difflib
 import os
 from collections.abc import Iterable
 
-__all__ = ["FatError", "first_line", "nearest", "no_run", "unknown_name"]
+from fat.utils.commands import install_command
+
+__all__ = ["FatError", "first_line", "missing_extra", "nearest", "no_run", "unknown_name"]
 
 
 class FatError(Exception):
-    """A mistake that the user can mend. The entry points print its text without a traceback."""
+    """An error that the user can fix. The commands print its message without a traceback."""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, as much of it as fits into a sentence.
+    """Return the first line of another library's error message, at most 300 characters.
 
     Examples:
         >>> first_line(ValueError("no such layer" + chr(10) + "at line 3"))
@@ -29,12 +28,7 @@ def first_line(error: BaseException) -> str:
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to ``count`` of the allowed names that look most like the given one.
-
-    Args:
-        given: What the user wrote.
-        allowed: All names that would have been accepted.
-        count: How many suggestions to return at most.
+    """Return up to ``count`` of the allowed names, the most similar to the given one first.
 
     Examples:
         >>> nearest("mobilnet_v2", ["mobilenet_v2", "mobilenet_v1", "resnet18"])
@@ -44,13 +38,13 @@ def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
 
 
 def unknown_name(kind: str, given: object, allowed: Iterable[str], hint: str = "") -> FatError:
-    """Build the error for a name that is not among the allowed ones, nearest names first.
+    """Build the error for a name that is not among the allowed ones, with the nearest of these.
 
     Args:
-        kind: What the name was meant to be, such as ``"init strategy"``.
-        given: What the user wrote.
-        allowed: All names that would have been accepted.
-        hint: One more sentence that says what to type.
+        kind: The kind of name, such as ``"init strategy"``.
+        given: The name that the user wrote.
+        allowed: All allowed names.
+        hint: A further sentence that says what to type.
 
     Examples:
         >>> print(unknown_name("init strategy", "minmix", ["minmax", "percentile"]))
@@ -66,14 +60,30 @@ def unknown_name(kind: str, given: object, allowed: Iterable[str], hint: str = "
     return FatError(text + (" " + hint if hint else ""))
 
 
+def missing_extra(extra: str, package: str, hint: str = "") -> FatError:
+    """Build the error for an optional dependency that is not installed.
+
+    Args:
+        extra: The extra of pyproject.toml that installs it.
+        package: Its name, as users know it.
+        hint: An alternative, as in "or export=onnx".
+
+    Examples:
+        >>> print(missing_extra("openvino", "OpenVINO"))
+        OpenVINO is not installed: type pip install -e '.[openvino]'.
+    """
+    alternative = f", {hint}" if hint else ""
+    return FatError(f"{package} is not installed: type {install_command(extra)}{alternative}.")
+
+
 def no_run(directory: str | os.PathLike[str], missing: str) -> FatError:
-    """What to say of a folder that was given as a run's directory and is none.
+    """Build the error for a folder that was given as a run directory but is not one.
 
     Args:
         directory: The folder.
-        missing: The file that tells.
+        missing: The file that every run directory has and this folder has not.
     """
     return FatError(
-        f"{directory} holds no {missing}: it is not the directory of a run. train.py prints "
-        "the directory at the end; by default it lies under outputs/ or multirun/."
+        f"{directory} is not a run directory: it has no {missing}. A run prints its directory at "
+        "the end; by default it is under outputs/ or multirun/."
     )

@@ -131,7 +131,7 @@ def test_a_place_that_cannot_be_written_is_named(config: RunConfig, tmp_path: Pa
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(FatError, match=r"holds no config\.yaml: it is not the directory of a run"):
+    with pytest.raises(FatError, match=r"is not a run directory: it has no config\.yaml"):
         read_config(tmp_path)
     assert read_metrics(tmp_path) is None
     (tmp_path / "config.yaml").write_text("a: [")

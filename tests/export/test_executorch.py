@@ -28,7 +28,7 @@ from tests.export.students import (
 
 needs_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None,
-    reason="needs ExecuTorch: pip install 'fat-quant[executorch]'",
+    reason="needs ExecuTorch: pip install -e '.[executorch]'",
 )
 TARGET = ExecuTorch()
 TEXTS = {"fat.model": "tiny", "fat.classes": json.dumps(["größer", "a 'b' \"c\""] * 1000)}
@@ -252,5 +252,5 @@ def test_an_operator_without_a_form_is_named_and_nothing_is_left(tmp_path: Path)
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for call in (TARGET.check, lambda: TARGET.open(tmp_path / "network.pte")):
-        with pytest.raises(FatError, match=r"not installed: type pip install 'fat-quant\[execut"):
+        with pytest.raises(FatError, match=r"not installed: type pip install -e '\.\[execut"):
             call()

@@ -30,7 +30,7 @@ from tests.export.students import (
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("ai_edge_litert", "litert_torch"))
 needs_litert = pytest.mark.skipif(
-    not INSTALLED, reason="LiteRT is not installed (pip install 'fat-quant[litert]')"
+    not INSTALLED, reason="LiteRT is not installed (pip install -e '.[litert]')"
 )
 IMAGES = structured(4, 16, 1)
 
@@ -243,5 +243,5 @@ def test_an_operator_without_a_form_is_named_and_nothing_is_left(tmp_path: Path)
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FatError, match=r"pip install 'fat-quant\[litert\]'"):
+    with pytest.raises(FatError, match=r"pip install -e '\.\[litert\]'"):
         LiteRT().check()

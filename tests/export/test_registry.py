@@ -41,7 +41,7 @@ def test_what_is_not_installed_is_said_with_what_to_type(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
-    with pytest.raises(FatError, match=rf"pip install 'fat-quant\[{name}\]'"):
+    with pytest.raises(FatError, match=rf"pip install -e '\.\[{name}\]'"):
         make_target(name).check()
     extras = (ROOT / "pyproject.toml").read_text()
     assert f"\n{name} = [" in extras

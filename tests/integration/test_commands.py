@@ -281,7 +281,7 @@ def test_bad_input_is_answered_in_words(arguments: list[str], wanted: str, tmp_p
 def test_evaluate_says_what_a_run_is(tmp_path: Path) -> None:
     for arguments, wanted in (
         ([], "Type python evaluate.py run=DIR"),
-        ([f"run={tmp_path}"], "it is not the directory of a run"),
+        ([f"run={tmp_path}"], "is not a run directory"),
     ):
         result = command("evaluate.py", *arguments)
         assert result.returncode == 2

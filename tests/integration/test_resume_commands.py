@@ -186,7 +186,7 @@ def test_auto_begins_and_goes_on_in_the_same_directory(server: Trainings, tmp_pa
     [
         (["resume={run}", "quant.bits=4"], "leave out quant.bits=4"),
         (["resume={run}", "model=resnet18"], "leave out model=resnet18"),
-        (["resume={none}"], "holds no config.yaml: it is not the directory of a run"),
+        (["resume={none}"], "is not a run directory: it has no config.yaml"),
         (["-m", "resume={run}"], "for a sweep type sweep.resume=true"),
         (["resume=auto"], "type hydra.run.dir=DIR too"),
     ],
@@ -208,4 +208,4 @@ def test_what_cannot_go_on_is_answered_in_words(
 def test_a_cold_process_says_the_same() -> None:
     result = command("train.py", "resume=/no/such/run")
     assert result.returncode == 2
-    assert "holds no config.yaml" in result.stderr
+    assert "it has no config.yaml" in result.stderr

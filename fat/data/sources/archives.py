@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from fat.utils.errors import FatError, first_line
+from fat.utils.errors import FatError, first_line, missing_extra
 
 __all__ = ["Member", "Place", "Reader", "parquet_rows", "tar_members"]
 
@@ -153,10 +153,7 @@ def _check_columns(schema: Any, path: Path) -> bool:
 
 def _pyarrow() -> Any:
     if importlib.util.find_spec("pyarrow") is None:
-        raise FatError(
-            "Reading parquet needs pyarrow, which is not installed. Type pip install "
-            "'fat-quant[parquet]'."
-        )
+        raise missing_extra("parquet", "pyarrow, which reads parquet files,")
     import pyarrow.parquet
 
     return pyarrow.parquet

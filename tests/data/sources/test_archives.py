@@ -209,7 +209,7 @@ def test_without_pyarrow(parquet: Path, monkeypatch: pytest.MonkeyPatch) -> None
         lambda: list(parquet_rows(parquet)),
         lambda: Reader(parquet.parent).read(Place("x.parquet", row=0)),
     ):
-        with pytest.raises(FatError, match=r"pyarrow.*pip install 'fat-quant\[parquet\]'"):
+        with pytest.raises(FatError, match=r"pyarrow.*pip install -e '\.\[parquet\]'"):
             use()
 
 
