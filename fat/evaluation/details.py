@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fat.evaluation.evaluator import Disagreement, Disagreements
 from fat.evaluation.layer_analysis import switched
-from fat.models.float_model import Preprocessing, readable_classes
+from fat.models.float_model import Preprocessing
+from fat.models.labels import readable_classes
 from fat.models.student import Student
 from fat.quant.functional import Adjust
 from fat.quant.metrics import sqnr_db

@@ -23,7 +23,8 @@ from fat.experiment.config import DataConfig, ExportConfig
 from fat.export.base import ExportBackend
 from fat.export.exporter import export
 from fat.export.registry import TARGETS, make_target
-from fat.models.float_model import FloatNetwork, Preprocessing, class_names
+from fat.models.float_model import FloatNetwork, Preprocessing
+from fat.models.labels import class_names
 from fat.models.student import Student
 from fat.training.config import FinetuneSpec
 from fat.training.finetuning import FinetuneResult, finetune_cached

@@ -29,8 +29,8 @@ from fat.export.verify import (
     latency,
     most_different,
 )
-from fat.models.float_model import class_names
 from fat.models.integer_inference import real_operations
+from fat.models.labels import class_names
 from fat.models.student import Student
 from fat.utils.batches import Images, as_batches, split
 from fat.utils.errors import FatError

@@ -25,7 +25,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import AdamW, Optimizer
 
-from fat.models.float_model import FloatNetwork, head_parameters, with_classes
+from fat.models.factory import head_parameters
+from fat.models.float_model import FloatNetwork, with_classes
 from fat.training.callbacks import PeriodicCheckpoint, ProgressBar
 from fat.training.config import FinetuneSpec
 from fat.utils.batches import AnyBatch, Images, counted, split

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fat.utils.commands import install_command
 
-__all__ = ["FatError", "first_line", "missing_extra", "nearest", "no_run", "unknown_name"]
+__all__ = [
+    "FatError",
+    "abbreviated",
+    "first_line",
+    "missing_extra",
+    "nearest",
+    "no_run",
+    "unknown_name",
+]
 
 
 class FatError(Exception):
@@ -25,6 +33,17 @@ def first_line(error: BaseException) -> str:
         'KeyError'
     """
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def abbreviated(names: Sequence[str], count: int = 5) -> str:
+    """Return the first names as text, and the number of those left out.
+
+    Examples:
+        >>> abbreviated(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:

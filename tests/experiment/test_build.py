@@ -19,7 +19,8 @@ from fat.data.sources.manifest import ImageIndex
 from fat.data.transforms import DeviceCropTransform
 from fat.experiment.build import InputSpec, finetuned, for_images, make_data, own_classes
 from fat.experiment.config import DataConfig
-from fat.models.float_model import Preprocessing, class_names, load_float_network
+from fat.models.float_model import Preprocessing, load_float_network
+from fat.models.labels import class_names
 from fat.training.config import FinetuneSpec
 from fat.utils.errors import FatError
 from tests.data.fake_imagenet import WNIDS, fake

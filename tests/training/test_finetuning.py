@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from fat.models.float_model import FloatNetwork, head_parameters, load_float_network, with_classes
+from fat.models.factory import head_parameters
+from fat.models.float_model import FloatNetwork, load_float_network, with_classes
 from fat.training.config import FinetuneSpec
 from fat.training.finetuning import FinetuneModule, FinetuneResult, finetune, finetune_cached
 from fat.utils.errors import FatError
@@ -222,7 +223,7 @@ def test_options_out_of_range(options: dict[str, float], says: str) -> None:
 
 def test_classes_must_be_told_apart(source: FloatNetwork) -> None:
     for classes in ((), ("one",), ("cat", "cat")):
-        with pytest.raises(FatError, match="at least two, each with a name of its own"):
+        with pytest.raises(FatError, match="at least two, with different names"):
             with_classes(source, classes)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from fat.models.float_model import Preprocessing, published_as
+from fat.models.float_model import Preprocessing
+from fat.models.hub import published_as
 from fat.utils.errors import FatError
 
 __all__ = ["CardFacts", "card_data", "model_card"]

@@ -417,7 +417,7 @@ def test_networks_of_other_classes(tmp_path: Path) -> None:
 
 
 def test_a_real_sample(imagenet_sample: Path) -> None:
-    from fat.models.float_model import class_names
+    from fat.models.labels import class_names
 
     index = subset.choose(
         imagenet_sample,
