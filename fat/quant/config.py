@@ -18,7 +18,6 @@ Thresholds = Literal["fat", "lsq", "tqt", "frozen"]
 Weights = Literal["frozen", "scale", "adaround"]
 Bias = Literal["trained", "frozen"]
 GridKind = Literal["symmetric", "symmetric_unsigned", "affine"]
-InitName = Literal["minmax", "percentile", "mse", "lp", "entropy", "aciq", "lsq"]
 
 BITS = range(2, 9)
 RENAMED = {
@@ -92,7 +91,7 @@ class InitSpec:
     """How the statistics of a tensor become its first thresholds.
 
     Attributes:
-        name: The strategy: a function of :mod:`fat.quant.range_estimators`.
+        name: The strategy: a name registered in :mod:`fat.quant.range_estimators`.
         percentile: For ``percentile``: the share of values, in percent, inside the thresholds.
         exponent: For ``lp``: the power of the error that is summed.
         candidates: For ``mse``, ``lp`` and ``entropy``: how many thresholds are tried first, evenly
@@ -102,13 +101,17 @@ class InitSpec:
         FatError: If a value is outside what is allowed.
     """
 
-    name: InitName = "minmax"
+    name: str = "minmax"
     percentile: float = 99.999
     exponent: float = 2.4
     candidates: int = 100
 
     def __post_init__(self) -> None:
-        _one_of("init strategy", self.name, get_args(InitName))
+        if self.name not in ("minmax", "percentile"):
+            # The registry needs torch, which help and completion, with the defaults, do without.
+            from fat.quant.range_estimators import STRATEGIES
+
+            _one_of("init strategy", self.name, tuple(STRATEGIES))
         if not 50.0 < self.percentile <= 100.0:
             raise FatError(
                 f"init percentile is {self.percentile!r}; allowed is more than 50 and at most 100, "

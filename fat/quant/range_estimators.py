@@ -1,8 +1,8 @@
-"""Statistics → first thresholds: one function per strategy.
+"""Range estimators (init strategies): statistics of a tensor → its initial thresholds.
 
-Every strategy takes the statistics of a tensor, the grid that the tensor will live on and the
-strategy's options, and returns (low, high), float64 [rows]: the thresholds before any factor is
-applied. Symmetric grids use high alone; low is then −high or 0.
+A strategy takes the statistics (:mod:`fat.quant.observers`), the integer grid and the options, and
+returns (low, high), float64 [rows]. Symmetric grids use ``high`` alone. :func:`strategy` registers
+a function under its own name, which ``init.weight.name`` and ``init.activation.name`` then accept.
 """
 
 from __future__ import annotations
@@ -17,15 +17,36 @@ from torch import Tensor
 from fat.quant.observers import Statistics
 
 if TYPE_CHECKING:
-    from fat.quant.config import Grid, InitName, InitSpec
+    from fat.quant.config import Grid, InitSpec
 
-__all__ = ["HISTOGRAM_STRATEGIES", "STRATEGIES", "initial_thresholds"]
+__all__ = ["HISTOGRAM_STRATEGIES", "STRATEGIES", "initial_thresholds", "strategy"]
 
 Strategy = Callable[[Statistics, "Grid", "InitSpec"], tuple[Tensor, Tensor]]
+STRATEGIES: dict[str, Strategy] = {}
+"""The registered strategies by name."""
+HISTOGRAM_STRATEGIES: set[str] = set()
+"""Strategies that need more of an activation than its minimum and maximum."""
 
 
+def strategy(*, histogram: bool = True) -> Callable[[Strategy], Strategy]:
+    """Register the decorated function as an init strategy under its own name.
+
+    Args:
+        histogram: Gather a histogram of activations; ``False`` if minimum and maximum are enough.
+    """
+
+    def register(function: Strategy) -> Strategy:
+        STRATEGIES[function.__name__] = function
+        if histogram:
+            HISTOGRAM_STRATEGIES.add(function.__name__)
+        return function
+
+    return register
+
+
+@strategy(histogram=False)
 def minmax(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds at the smallest and largest value seen: nothing saturates, outliers rule."""
+    """Return the smallest and largest value seen: nothing saturates, outliers set the step."""
     del options
     low, high = statistics.minimum(), statistics.maximum()
     if grid.kind == "symmetric":
@@ -33,53 +54,58 @@ def minmax(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tenso
     return low, high
 
 
+@strategy()
 def percentile(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds with ``options.percentile`` % of the values between them.
+    """Return thresholds with ``options.percentile`` percent of the values between them.
 
-    Symmetric grids take the percentile of the absolute values; asymmetric ones cut half of the rest
-    at each end.
+    Symmetric grids use the percentile of the absolute values; affine grids cut half of the rest at
+    each end.
     """
-    share = options.percentile / 100.0
+    fraction = options.percentile / 100.0
     if grid.kind == "symmetric":
-        high = statistics.magnitude_quantile(share)
+        high = statistics.magnitude_quantile(fraction)
         return -high, high
     if grid.kind == "symmetric_unsigned":
-        high = statistics.quantile(share)
+        high = statistics.quantile(fraction)
         return torch.zeros_like(high), high
-    tail = (1.0 - share) / 2
+    tail = (1.0 - fraction) / 2
     return statistics.quantile(tail), statistics.quantile(1.0 - tail)
 
 
+@strategy()
 def mse(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds with the smallest Σ (x − Q(x))², found by search; never wider than min/max.
+    """Search for the thresholds that minimize Σ (x − Q(x))², within minimum and maximum.
 
-    Symmetric grids try T = T_max·i/c for c = ``options.candidates`` and i = 1…c, then ten times as
-    densely around the best. Asymmetric ones shrink both ends alike first, then twice each end by
-    itself. Values that are all in memory count exactly, a histogram's as the centres of its bins.
+    Symmetric grids try T = T_max·i/c for c = ``options.candidates`` and i = 1…c, then a ten times
+    finer grid around the best. Affine grids first shrink both ends by the same factor, then each
+    end separately, twice. Weights use all values, activations the bin centers of the histogram.
     """
     return _least_error(statistics, grid, options, 2.0)
 
 
+@strategy()
 def lp(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds with the smallest Σ |x − Q(x)|^p, p = ``options.exponent``; see :func:`mse`.
+    """Search for the thresholds that minimize Σ |x − Q(x)|^p, p = ``options.exponent``.
 
-    An exponent above 2 weighs clipped outliers more and clips less.
+    An exponent above 2 gives clipped outliers more weight and so clips less. For the search see
+    :func:`mse`.
     """
     return _least_error(statistics, grid, options, options.exponent)
 
 
+@strategy()
 def entropy(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds whose grid loses the least information: smallest KL(P‖Q), found by search.
+    """Search for the thresholds that minimize the information loss KL(P‖Q).
 
-    P is the histogram between the thresholds, with everything outside added to the bins at its
-    ends. Q is the same without what is outside, averaged over the bins with any value that one
-    integer of the grid stands for; a range with fewer bins than integers is not tried. Exact zeros,
-    which no threshold changes, are left out. Signed grids look at absolute values; asymmetric ones
-    shrink both ends alike. The search is that of :func:`mse`.
+    P is the histogram between the thresholds, with the values outside added to the outermost bins.
+    Q is the same histogram without the values outside, averaged over the non-empty bins that share
+    an integer of the grid. Ranges with fewer bins than integers are skipped. Exact zeros, which
+    every threshold represents, are left out. Symmetric grids use absolute values; affine grids
+    shrink both ends by the same factor. For the search see :func:`mse`.
 
-    This is for activations, millions of values. The row of a weight has fewer values than bins, and
-    what a bin holds is mostly chance: a depthwise row of nine gets min/max or close to it, while a
-    row of some hundred is clipped far too much.
+    Made for activations with millions of values. A row of a weight has fewer values than the
+    histogram has bins: nine values of a depthwise filter give about minimum and maximum, some
+    hundred are clipped far too much.
 
     Source: Migacz, 8-bit inference with TensorRT, GTC 2017.
     """
@@ -90,62 +116,64 @@ def entropy(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tens
         counts, zero = counts[:, zero:] + below, 0
     filled = counts > 0.0
     bins = counts.shape[1]
-    # Bins between zero and the outermost value at each end, [2, rows].
+    # Number of bins between zero and the outermost value at each end, [2, rows].
     first, last = filled.int().argmax(dim=1), bins - filled.flip(1).int().argmax(dim=1)
     extent = torch.stack([zero - first, last - zero]).clamp(min=0) * filled.any(dim=1)
     sums = [_running_sum(x) for x in (counts, filled.double(), torch.xlogy(counts, counts))]
 
-    def loss(shares: Tensor) -> Tensor:
-        kept = (extent * shares).ceil()
+    def loss(fractions: Tensor) -> Tensor:
+        kept = (extent * fractions).ceil()
         divergence = _divergence(counts, sums, zero - kept[0], zero + kept[1], grid.qmax + 1)
-        return torch.where((kept.sum(dim=0) > grid.qmax) | (shares == 1.0).all(0), divergence, _INF)
+        valid = (kept.sum(dim=0) > grid.qmax) | (fractions == 1.0).all(0)
+        return torch.where(valid, divergence, math.inf)
 
-    kept = (
-        extent * _search(loss, torch.ones_like(width).expand(2, -1), options.candidates, _JOINTLY)
-    ).ceil() * width
+    full = torch.ones_like(width).expand(2, -1)
+    kept = (extent * _search(loss, full, options.candidates, _JOINTLY)).ceil() * width
     low, high = minmax(statistics, grid, options)
     return torch.maximum(-kept[0], low), torch.minimum(kept[1], high)
 
 
+@strategy()
 def aciq(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds that are best for a Laplace or Gaussian distribution, in closed form.
+    """Return the optimal thresholds of a Laplace or Gaussian distribution in closed form.
 
-    Which of the two is the one whose ratio of mean absolute to standard deviation, √(1/2) or
-    √(2/π), is nearer. With M bits:
+    The distribution is the one whose ratio of mean absolute to standard deviation, √(1/2) or
+    √(2/π), is closer to the tensor's. With M bits:
 
-    * Laplace of scale b (the mean absolute deviation): T = b·W(3·4^M), W being Lambert's function;
-    * Gaussian: T = σ·t, where t minimises the sum of clipping and rounding error,
+    * Laplace of scale b (the mean absolute deviation): T = b·W(3·4^M) with Lambert's function W;
+    * Gaussian: T = σ·t, where t minimizes the sum of clipping and rounding error,
       2·((1 + t²)·P(x > t) − t·φ(t)) + t²/(3·4^M).
 
-    Signed grids take deviations from 0. Unsigned ones take the values for the positive half of a
-    distribution around 0 that was cut there, so that b = 2·E[x] and σ² = 2·E[x²]; half the width
-    for the same integers is one bit more. Asymmetric ones put the thresholds around the mean. None
-    passes the smallest or largest value seen.
+    Symmetric grids measure deviations from 0. Unsigned grids regard the values as the positive half
+    of a distribution around 0, so that b = 2·E[x] and σ² = 2·E[x²], with one bit more (half the
+    range for the same number of integers). Affine grids center the thresholds on the mean. The
+    thresholds never exceed the smallest and largest value seen.
 
     Source: Banner et al. 2018 (arXiv 1810.05723), sections 3 and 4.
     """
-    bits, centre = grid.bits, torch.zeros_like(statistics.mean())
+    bits, center = grid.bits, torch.zeros_like(statistics.mean())
     if grid.kind == "symmetric":
         deviation, variance = statistics.mean_magnitude(), statistics.mean_square()
     elif grid.kind == "symmetric_unsigned":
         deviation, variance = 2 * statistics.mean(), 2 * statistics.mean_square()
         bits += 1
     else:
-        centre, deviation = statistics.mean(), statistics.mean_deviation()
-        variance = (statistics.mean_square() - centre.square()).clamp(min=0.0)
+        center, deviation = statistics.mean(), statistics.mean_deviation()
+        variance = (statistics.mean_square() - center.square()).clamp(min=0.0)
     sigma = variance.sqrt()
     middle = (math.sqrt(1 / 2) + math.sqrt(2 / math.pi)) / 2
     laplace = deviation < middle * sigma
     reach = torch.where(laplace, _laplace_clip(bits) * deviation, _gauss_clip(bits) * sigma)
     low, high = minmax(statistics, grid, options)
-    return torch.maximum(centre - reach, low), torch.minimum(centre + reach, high)
+    return torch.maximum(center - reach, low), torch.minimum(center + reach, high)
 
 
+@strategy()
 def lsq(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, Tensor]:
-    """Thresholds of the step that LSQ starts training from: d = 2·E|x|/√q, q the largest integer.
+    """Return the thresholds of LSQ's initial step: d = 2·E|x|/√q, q the largest integer.
 
-    T = d·q on symmetric grids; asymmetric ones scale both ends of the range seen so that it is
-    d·(2^n − 1) wide. At 8 bits that is usually far beyond the largest value, by intent: the step is
+    T = d·q on symmetric grids; affine grids scale the range of the values to the width
+    d·(2^n − 1). At 8 bits this is usually far above the largest value, on purpose: the step is
     meant to be trained.
 
     Source: Esser et al. 2019 (arXiv 1902.08153), section 2.1.
@@ -159,31 +187,18 @@ def lsq(statistics: Statistics, grid: Grid, options: InitSpec) -> tuple[Tensor, 
     return low * factor, high * factor
 
 
-STRATEGIES: dict[InitName, Strategy] = {
-    "minmax": minmax,
-    "percentile": percentile,
-    "mse": mse,
-    "lp": lp,
-    "entropy": entropy,
-    "aciq": aciq,
-    "lsq": lsq,
-}
-HISTOGRAM_STRATEGIES: frozenset[InitName] = frozenset(STRATEGIES) - {"minmax"}
-"""Strategies that ask for more than the range of an activation."""
-
-
 def initial_thresholds(
     statistics: Statistics, grid: Grid, options: InitSpec
 ) -> tuple[Tensor, Tensor]:
-    """Apply the strategy named in ``options`` and make the result a range that contains 0.
+    """Apply the strategy that ``options`` names and extend its range to contain 0.
 
     Args:
-        statistics: What was seen of the tensor.
-        grid: The integers it will be put on.
-        options: Strategy and its options.
+        statistics: Statistics of the tensor.
+        grid: Integer grid of the tensor.
+        options: Name and options of the strategy.
 
     Returns:
-        (low, high), float32 [rows] each, low ≤ 0 ≤ high. Both are 0 for a tensor that is all zero.
+        (low, high), float32 [rows], low ≤ 0 ≤ high. Both are 0 for a tensor that is all zero.
     """
     low, high = STRATEGIES[options.name](statistics, grid, options)
     high = high.clamp(min=0.0)
@@ -195,8 +210,7 @@ def initial_thresholds(
     return low.float(), high.float()
 
 
-_INF = math.inf
-_NOTHING = 1e-12
+_NEGLIGIBLE = 1e-12
 _JOINTLY = [[0, 1]]
 _THEN_APART = [[0, 1], [0], [1], [0], [1]]
 _BLOCK = 2**16
@@ -205,31 +219,35 @@ _BLOCK = 2**16
 def _search(
     loss: Callable[[Tensor], Tensor], full: Tensor, candidates: int, turns: Sequence[Sequence[int]]
 ) -> Tensor:
-    """Shares of the low and high end of a range, [2, rows], that make the loss of each row small.
+    """Search for the fractions of the low and high end of a range that minimize each row's loss.
 
     Args:
-        loss: Shares [2, rows] → loss [rows].
-        full: Ones, [2, rows]: where the search starts.
-        candidates: Shares 0, 1/candidates … 1 are tried, then ten times as many around the best.
-        turns: Which ends move together in each turn; the others stay. Of equals the widest wins.
-    """
-    shares, least = full, loss(full)
+        loss: Fractions [2, rows] → loss [rows].
+        full: Start of the search: ones, [2, rows].
+        candidates: Fractions 0, 1/candidates … 1 are tried, then a ten times finer grid around the
+            best.
+        turns: Ends (0 low, 1 high) that move together in each turn. On a tie the widest range wins.
 
-    def attempt(ends: Sequence[int], share: Tensor | float) -> None:
-        nonlocal shares, least
-        trial = shares.clone()
-        trial[ends] = share
-        found = loss(trial)
-        better = found < least
-        shares, least = torch.where(better, trial, shares), torch.where(better, found, least)
+    Returns:
+        [2, rows].
+    """
+    fractions, least = full, loss(full)
+
+    def attempt(ends: Sequence[int], fraction: Tensor | float) -> None:
+        nonlocal fractions, least
+        trial = fractions.clone()
+        trial[ends] = fraction
+        result = loss(trial)
+        better = result < least
+        fractions, least = torch.where(better, trial, fractions), torch.where(better, result, least)
 
     for ends in turns:
         for i in reversed(range(candidates)):
             attempt(ends, i / candidates)
-        centre = shares[ends]
+        center = fractions[ends]
         for i in reversed(range(-9, 10)):
-            attempt(ends, (centre + i / (10 * candidates)).clamp(0.0, 1.0))
-    return shares
+            attempt(ends, (center + i / (10 * candidates)).clamp(0.0, 1.0))
+    return fractions
 
 
 def _least_error(
@@ -241,24 +259,23 @@ def _least_error(
         ends[0] = 0.0
     elif grid.kind == "symmetric":
         ends[0] = -ends[1]
-    # Rows are scaled by powers of two, which is exact, so that no magnitude leaves float32.
+    # Scale rows by powers of two, which is exact, so that float32 holds every magnitude.
     reach = ends.abs().amax(dim=0)
     unit = torch.where(reach > 0.0, reach / torch.frexp(reach).mantissa, 1.0)
     values, counts = statistics.points()
     turns = _THEN_APART if grid.kind == "affine" else _JOINTLY
     found = []
-    # A few rows at a time, so that what is computed once per candidate stays in the cache.
+    # A few rows at a time, so that the processor's cache holds what each candidate computes.
     for part in torch.split(torch.arange(len(values)), max(1, _BLOCK // values.shape[1])):
         x = values[part] / unit[part, None]
         span = ends[:, part] / unit[part]
 
-        def loss(shares: Tensor, x: Tensor = x, span: Tensor = span) -> Tensor:
-            low, high = span * shares
+        def loss(fractions: Tensor, x: Tensor = x, span: Tensor = span) -> Tensor:
+            low, high = span * fractions
             return _error(x, counts, low, high, grid, exponent)
 
-        found.append(
-            span * _search(loss, torch.ones_like(span), options.candidates, turns) * unit[part]
-        )
+        best = _search(loss, torch.ones_like(span), options.candidates, turns)
+        found.append(span * best * unit[part])
     low, high = torch.cat(found, dim=1)
     return low, high
 
@@ -266,10 +283,9 @@ def _least_error(
 def _error(
     x: Tensor, counts: Tensor | None, low: Tensor, high: Tensor, grid: Grid, exponent: float
 ) -> Tensor:
-    """Σ |x − Q(x)|^exponent of each row, [rows], infinite for a range of no width.
+    """Return Σ |x − Q(x)|^exponent of each row, [rows]; infinite for an empty range.
 
-    The step and the zero point are those that :mod:`fat.quant.thresholds` takes from the same
-    thresholds, in float32 as there.
+    Step and zero point are computed in float32, as :mod:`fat.quant.thresholds` does.
     """
     low, high = low.float()[:, None], high.float()[:, None]
     if grid.kind == "affine":
@@ -284,27 +300,28 @@ def _error(
     off = off.square_() if exponent == 2.0 else off.abs_().pow_(exponent)
     total = (off if counts is None else off.mul_(counts)).sum(dim=1)
     step = step[:, 0]
-    return torch.where(step > 0.0, total * step**exponent, _INF)
+    return torch.where(step > 0.0, total * step**exponent, math.inf)
 
 
 def _running_sum(x: Tensor) -> Tensor:
-    """Sums [rows, n + 1] of the first 0…n of each row."""
+    """Return the sums of the first 0…n values of each row, [rows, n + 1]."""
     return torch.nn.functional.pad(x.cumsum(dim=1), (1, 0))
 
 
 def _divergence(
     counts: Tensor, sums: Sequence[Tensor], start: Tensor, end: Tensor, levels: int
 ) -> Tensor:
-    """KL(P‖Q) of each row, in nats, see :func:`entropy`.
+    """Return KL(P‖Q) of each row in nats, see :func:`entropy`.
 
-    Q is constant over the filled bins of a level, so that sums up to the levels' edges are enough.
+    Q is constant over the non-empty bins of a level, so the running sums at the levels' edges are
+    enough.
 
     Args:
         counts: [rows, bins].
-        sums: :func:`_running_sum` of the counts c, of which bins are filled, and of c·log c.
-        start: First bin inside, whole, [rows].
-        end: First bin after those inside, [rows].
-        levels: How many integers share the bins inside.
+        sums: :func:`_running_sum` of the counts c, of the non-empty bins, and of c·log c.
+        start: Index of the first bin inside, [rows].
+        end: Index after the last bin inside, [rows].
+        levels: Number of integers that the bins inside are divided among.
     """
     width = ((end - start) / (levels - 1))[:, None]
     middles = torch.arange(levels + 1, dtype=torch.float64, device=start.device) - 0.5
@@ -314,9 +331,9 @@ def _divergence(
     seen = sums[0]
     outside = torch.cat([seen.gather(1, first), seen[:, -1:] - seen.gather(1, last)], dim=1)
     held, filled, own = (x.gather(1, edges).diff(dim=1) for x in sums)
-    # What is outside joins the bins at the ends in P. In Q it does not count; but where nothing
-    # else is in the last level, half a value stands there: with none KL(P‖Q) would be infinite,
-    # and a single value in a long tail would forbid every threshold below it.
+    # P adds the values outside to the outermost bins; Q leaves them out. If nothing else lies in
+    # the outermost level, Q counts half a value there: otherwise KL(P‖Q) would be infinite, and a
+    # single value in a long tail would rule out every threshold below it.
     at_ends = counts.gather(1, torch.cat([first, last - 1], dim=1).clamp(min=0))
     filled[:, [0, -1]] += ((at_ends == 0.0) & (outside > 0.0)).double()
     kept = held.clone()
@@ -328,13 +345,13 @@ def _divergence(
     cross[:, [0, -1]] += torch.xlogy(outside, average[:, [0, -1]])
     total = seen[:, -1]
     divergence = (own - cross).sum(dim=1) / total - total.log() + kept.sum(dim=1).log()
-    # Rounding must not decide between ranges that lose nothing; one with nothing inside is none.
-    divergence = torch.where(divergence > _NOTHING, divergence, 0.0)
-    return torch.where(held.sum(dim=1) > 0.0, divergence, _INF)
+    # Rounding must not decide between ranges without loss; a range without values is invalid.
+    divergence = torch.where(divergence > _NEGLIGIBLE, divergence, 0.0)
+    return torch.where(held.sum(dim=1) > 0.0, divergence, math.inf)
 
 
 def _laplace_clip(bits: int) -> float:
-    """Best threshold of a Laplace distribution, in units of b: W(3·4^bits).
+    """Return the optimal threshold of a Laplace distribution in units of b: W(3·4^bits).
 
     Examples:
         >>> round(_laplace_clip(4), 2), round(_laplace_clip(8), 2)
@@ -348,7 +365,7 @@ def _laplace_clip(bits: int) -> float:
 
 
 def _gauss_clip(bits: int) -> float:
-    """Best threshold of a Gaussian distribution, in units of its standard deviation.
+    """Return the optimal threshold of a Gaussian distribution in standard deviations.
 
     Examples:
         >>> [round(_gauss_clip(bits), 3) for bits in (2, 4, 8)]
@@ -356,9 +373,7 @@ def _gauss_clip(bits: int) -> float:
     """
     rounding = 1 / (6 * 4**bits)
     t = 0.0
-    for _ in range(
-        100
-    ):  # Newton's iteration for the zero of the error's derivative, which is convex
+    for _ in range(100):  # Newton's iteration for the zero of the error's convex derivative
         density = math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
         beyond = math.erfc(t / math.sqrt(2)) / 2
         t += (density - t * (beyond + rounding)) / (beyond + rounding)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import yaml
@@ -13,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from fat.experiment.config import EvaluateConfig, RunConfig, parse, suggest_key
-from fat.quant.config import InitName, InitSpec, QuantSpec
+from fat.quant.config import InitSpec, QuantSpec
+from fat.quant.range_estimators import STRATEGIES
 from fat.training.config import TrainSpec
 from fat.training.loggers import LOGGERS
 from fat.utils.errors import FatError
@@ -75,7 +75,7 @@ def test_every_logger_has_a_file() -> None:
     assert {path.stem for path in (CONF / "logger").glob("*.yaml")} == set(LOGGERS)
 
 
-@pytest.mark.parametrize("name", get_args(InitName))
+@pytest.mark.parametrize("name", tuple(STRATEGIES))
 def test_every_init_strategy_has_a_file(name: str) -> None:
     spec = composed(f"init={name}").quant_spec()
     assert spec.activation_init == InitSpec(name)  # type: ignore[arg-type]

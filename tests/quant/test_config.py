@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fat.quant.config import EqualizeSpec, Grid, InitName, InitSpec, QuantSpec
+from fat.quant.config import EqualizeSpec, Grid, InitSpec, QuantSpec
+from fat.quant.range_estimators import STRATEGIES
 from fat.training.config import LossName, ScheduleName, TrainSpec
 from fat.utils.errors import FatError
 
@@ -256,7 +257,7 @@ def _specs() -> st.SearchStrategy[QuantSpec]:
     bits = st.integers(2, 8)
     init = st.builds(
         InitSpec,
-        name=st.sampled_from(get_args(InitName)),
+        name=st.sampled_from(tuple(STRATEGIES)),
         percentile=st.floats(51.0, 100.0),
         exponent=st.floats(1.0, 10.0),
         candidates=st.integers(10, 10_000),

@@ -38,7 +38,7 @@ def test_the_most_special_rule_wins(
         (True, "symmetric"): "symmetric_unsigned",
         (True, "asymmetric"): "symmetric_unsigned",
         (False, "symmetric"): "symmetric",
-        (False, "asymmetric"): "asymmetric",
+        (False, "asymmetric"): "affine",
     }[non_negative, spec.scheme]
     activation = activation_grid(
         spec, non_negative=non_negative, feeds_first=first, feeds_last=last

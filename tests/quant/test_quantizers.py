@@ -678,7 +678,7 @@ def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: Init
     low, high = {
         "symmetric": (-np.quantile(np.abs(values), share), np.quantile(np.abs(values), share)),
         "symmetric_unsigned": (0.0, np.quantile(values, share)),
-        "asymmetric": (np.quantile(values, (1 - share) / 2), np.quantile(values, (1 + share) / 2)),
+        "affine": (np.quantile(values, (1 - share) / 2), np.quantile(values, (1 + share) / 2)),
     }[kind]
     assert quantizer.thresholds.low.item() == pytest.approx(low, rel=5e-3)
     assert quantizer.thresholds.high.item() == pytest.approx(high, rel=5e-3)

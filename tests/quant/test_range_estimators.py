@@ -11,19 +11,38 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fat.quant.config import Grid, GridKind, InitName, InitSpec, QuantSpec
+from fat.quant.config import Grid, GridKind, InitSpec, QuantSpec
 from fat.quant.functional import fake_quantize
 from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics, Statistics
 from fat.quant.range_estimators import HISTOGRAM_STRATEGIES, STRATEGIES, initial_thresholds
 from fat.quant.thresholds import Thresholds
 
 KINDS: tuple[GridKind, ...] = get_args(GridKind)
-NAMES: tuple[InitName, ...] = get_args(InitName)
+NAMES = tuple(STRATEGIES)
 
 
-def test_every_name_has_its_strategy() -> None:
-    assert set(STRATEGIES) == set(get_args(InitName))
-    assert set(STRATEGIES) >= HISTOGRAM_STRATEGIES
+# Thresholds of −2, −1, …, 10 and 40 on an affine 4-bit grid. A new strategy needs one row here.
+EXPECTED = {
+    "minmax": (-2.0, 40.0),
+    "percentile": (-1.35, 20.5),
+    "mse": (-2.0, 40.0),
+    "lp": (-2.0, 40.0),
+    "entropy": (-2.0, 40.0),
+    "aciq": (-2.0, 36.1275),
+    "lsq": (-2.582, 51.6398),
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_thresholds_of_a_few_values(name: str) -> None:
+    statistics = SampleStatistics(torch.tensor([[*range(-2, 11), 40.0]]))
+    low, high = initial_thresholds(statistics, Grid(4, "affine"), InitSpec(name, percentile=90))
+    assert (low.item(), high.item()) == pytest.approx(EXPECTED[name], abs=1e-4)
+
+
+def test_expected_thresholds_and_strategies_have_the_same_names() -> None:
+    assert set(STRATEGIES) == set(EXPECTED)
+    assert set(STRATEGIES) >= HISTOGRAM_STRATEGIES == set(STRATEGIES) - {"minmax"}
 
 
 def wanted_thresholds(
@@ -105,7 +124,7 @@ def test_activations_percentile_is_numpys_but_for_a_bin(
     cut = (1 - percentile / 100) / (2 if kind == "affine" else 1)
     positions = {"high": (1 - cut) * (count - 1), "low": cut * (count - 1)}
     for name, own in zip(("low", "high"), found, strict=True):
-        if name == "low" and kind != "asymmetric":
+        if name == "low" and kind != "affine":
             wanted = -found[1] if kind == "symmetric" else torch.zeros(1)
             assert torch.equal(own, wanted)
             continue
@@ -147,7 +166,7 @@ def everything(x: Tensor) -> list[SampleStatistics | HistogramStatistics]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_zero_gives_an_empty_range(name: InitName, kind: GridKind) -> None:
+def test_all_zero_gives_an_empty_range(name: str, kind: GridKind) -> None:
     for statistics in everything(torch.zeros(100)):
         low, high = initial_thresholds(statistics, Grid(8, kind), InitSpec(name))
         assert (low.item(), high.item()) == (0.0, 0.0)
@@ -156,7 +175,7 @@ def test_all_zero_gives_an_empty_range(name: InitName, kind: GridKind) -> None:
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "lsq"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [1e-40, -1e-40, 2.5, -2.5, 1e30, -1e30])
-def test_a_constant_is_inside_its_range(name: InitName, kind: GridKind, value: float) -> None:
+def test_a_constant_is_inside_its_range(name: str, kind: GridKind, value: float) -> None:
     x = torch.full((100,), value)
     exact = float(x[0])
     for statistics in everything(x):
@@ -164,7 +183,7 @@ def test_a_constant_is_inside_its_range(name: InitName, kind: GridKind, value: f
         wanted = {
             "symmetric": (-abs(exact), abs(exact)),
             "symmetric_unsigned": (0.0, max(exact, 0.0)),
-            "asymmetric": (min(exact, 0.0), max(exact, 0.0)),
+            "affine": (min(exact, 0.0), max(exact, 0.0)),
         }[kind]
         assert (low.item(), high.item()) == pytest.approx(wanted, rel=1e-3)
 
@@ -267,7 +286,7 @@ def test_hardly_an_asymmetric_range_has_a_smaller_error(shape: str, bits: int) -
     bottom, top = min(float(x.min()), 0.0), float(x.max())
     shares = np.linspace(0.0, 1.0, 41)
     least = min(
-        numpy_error(x, low, high, "asymmetric", bits)
+        numpy_error(x, low, high, "affine", bits)
         for low in bottom * shares
         for high in top * shares[1:]
     )
@@ -275,7 +294,7 @@ def test_hardly_an_asymmetric_range_has_a_smaller_error(shape: str, bits: int) -
         found = initial_thresholds(statistics, Grid(bits, "affine"), InitSpec("mse"))
         low, high = (t.item() for t in found)
         assert bottom <= low <= 0.0 <= high <= top
-        assert numpy_error(x, low, high, "asymmetric", bits) <= slack * least
+        assert numpy_error(x, low, high, "affine", bits) <= slack * least
 
 
 @given(
@@ -358,8 +377,8 @@ def numpy_divergence(counts: np.ndarray, start: int, end: int, levels: int) -> f
         ("gauss", "symmetric"),
         ("heavy", "symmetric"),
         ("relu heavy", "symmetric_unsigned"),
-        ("skewed", "asymmetric"),
-        ("shifted", "asymmetric"),
+        ("skewed", "affine"),
+        ("shifted", "affine"),
     ],
 )
 def test_no_candidate_loses_less_information(shape: str, kind: GridKind, bits: int) -> None:
@@ -368,7 +387,7 @@ def test_no_candidate_loses_less_information(shape: str, kind: GridKind, bits: i
     for statistics in both(x):
         counts, width = (t[0].numpy() for t in statistics.histogram())
         zero = len(counts) // 2
-        if kind != "asymmetric":
+        if kind != "affine":
             folded = counts[:zero][::-1] if kind == "symmetric" else 0.0
             counts, zero = counts[zero:] + folded, 0
         held = np.flatnonzero(counts)
@@ -379,7 +398,7 @@ def test_no_candidate_loses_less_information(shape: str, kind: GridKind, bits: i
             if a + b > grid.qmax:
                 losses[i] = numpy_divergence(counts, zero - a, zero + b, grid.qmax + 1)
         low, high = (t.item() for t in initial_thresholds(statistics, grid, InitSpec("entropy")))
-        a = 0 if kind != "asymmetric" else round(-low / width)
+        a = 0 if kind != "affine" else round(-low / width)
         b = int(np.ceil(high / width - 1e-3))
         if low == min(float(x.min()), 0.0):
             a = below
@@ -393,7 +412,7 @@ def test_no_candidate_loses_less_information(shape: str, kind: GridKind, bits: i
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize(
     ("shape", "kind"),
-    [("heavy", "symmetric"), ("relu heavy", "symmetric_unsigned"), ("heavy", "asymmetric")],
+    [("heavy", "symmetric"), ("relu heavy", "symmetric_unsigned"), ("heavy", "affine")],
 )
 def test_entropy_clips_a_heavy_tail(shape: str, kind: GridKind, bits: int) -> None:
     x = sample(shape, 100_000, seed=1)
@@ -458,7 +477,7 @@ def test_aciq_of_a_laplace_is_lamberts_function(bits: int, scale: float) -> None
         ("laplace", "symmetric", 6),
         ("gauss", "symmetric", 4),
         ("relu", "symmetric_unsigned", 4),
-        ("shifted", "asymmetric", 4),
+        ("shifted", "affine", 4),
     ],
 )
 def test_aciq_is_close_to_the_least_error_where_its_assumption_holds(
@@ -507,7 +526,7 @@ def test_lsq_is_its_formula(seed: int, bits: int, kind: GridKind, exponent: int)
 )
 @settings(deadline=None, max_examples=40)
 def test_scaling_by_a_power_of_two_scales_thresholds_exactly(
-    seed: int, name: InitName, kind: GridKind, bits: int, power: int
+    seed: int, name: str, kind: GridKind, bits: int, power: int
 ) -> None:
     x = torch.from_numpy(np.random.default_rng(seed).standard_t(2, 200)).float()
     grid, options = Grid(bits, kind), InitSpec(name, candidates=20)
@@ -525,7 +544,7 @@ def test_scaling_by_a_power_of_two_scales_thresholds_exactly(
 @pytest.mark.parametrize("scale", [1e-40, 1e-20, 1.0, 1e30])
 @pytest.mark.parametrize("outlier", [0.0, 1000.0, -1000.0])
 def test_every_result_is_a_usable_range(
-    name: InitName, kind: GridKind, scale: float, outlier: float
+    name: str, kind: GridKind, scale: float, outlier: float
 ) -> None:
     x = torch.cat([torch.linspace(-1, 1, 2001), torch.tensor([outlier])]) * scale
     if kind == "symmetric_unsigned":

@@ -166,7 +166,7 @@ def test_alpha_starts_where_nothing_changes_and_moves(
     assert errors[-1] < errors[0]
 
 
-@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", ["symmetric", "affine"])
 def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> None:
     grid = Grid(8, kind)  # type: ignore[arg-type]
     thresholds = calibrated(grid, torch.tensor(-1.0), torch.tensor(1.0), alpha_range=ALPHA)
@@ -446,7 +446,7 @@ def test_steps_that_are_powers_of_two(
     thresholds: str,
 ) -> None:
     low, high = draw_range(seed, rows, exponent, reach)
-    if kind != "asymmetric":
+    if kind != "affine":
         high = torch.maximum(-low, high)
         low = -high if kind == "symmetric" else 0 * high
     grid = Grid(bits, kind)  # type: ignore[arg-type]
