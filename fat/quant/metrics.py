@@ -1,4 +1,4 @@
-"""Distances between two sets of logits, as pure functions."""
+"""Signal-to-noise ratio and agreement of two sets of logits."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ __all__ = ["MAX_DB", "agreement", "logits_sqnr_db", "sqnr_db"]
 
 
 MAX_DB = 200.0
-"""What equal logits report in place of infinity, which JSON cannot hold."""
+"""Bound of reported values: JSON cannot hold the infinity of equal logits."""
 
 
 def logits_sqnr_db(reference: Tensor, logits: Tensor) -> float:
-    """Signal to quantization noise ratio: 10·log10(Σ z_T² / Σ (z_T − z_A)²), in dB, at most 200.
+    """Return the signal-to-quantization-noise ratio 10·log10(Σ z_T² / Σ (z_T − z_A)²) in dB.
 
     Args:
-        reference: Float network's logits z_T, any shape.
-        logits: Quantized network's logits z_A, the same shape.
+        reference: Logits z_T of the float network, any shape.
+        logits: Logits z_A of the quantized network, same shape.
 
     Examples:
-        >>> logits_sqnr_db(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5]))
+        >>> from torch import tensor
+        >>> logits_sqnr_db(tensor([3.0, 4.0]), tensor([3.0, 4.5]))
         20.0
     """
     signal = reference.double().square().sum()
@@ -29,7 +30,7 @@ def logits_sqnr_db(reference: Tensor, logits: Tensor) -> float:
 
 
 def agreement(reference: Tensor, logits: Tensor) -> float:
-    """Share of images, in percent, on which both have the same largest logit.
+    """Return the percentage of images for which both have the same largest logit.
 
     Args:
         reference: [N, classes].
@@ -39,9 +40,9 @@ def agreement(reference: Tensor, logits: Tensor) -> float:
 
 
 def sqnr_db(signal: float, noise: float) -> float:
-    """10·log10(signal / noise), kept inside ±200 dB so that JSON can hold it.
+    """Return 10·log10(signal / noise), clipped to ±200 dB.
 
-    Noise that is NaN or infinite, from a network that broke down, gives −200 dB.
+    NaN or infinite noise, from a network that diverged, gives −200 dB.
 
     Args:
         signal: Sum of squares of the reference.

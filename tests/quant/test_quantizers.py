@@ -768,7 +768,7 @@ def test_messages_for_people() -> None:
     assert isinstance(layer, QuantLayer)
     assert "blocks.0.conv, weight=[2, 3, 1, 1], bias=False" in repr(layer)
     assert "bits=8, thresholds=2" in repr(layer)
-    assert "act, bits=4, grid=unsigned" in repr(
+    assert "act, bits=4, grid=symmetric_unsigned" in repr(
         ActivationQuantizer("act", spec_of(), Grid(4, "symmetric_unsigned"))
     )
 

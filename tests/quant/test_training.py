@@ -65,7 +65,7 @@ def test_one_step_moves_every_parameter(
         kinds = {quantizer.grid.kind for quantizer in student.activation_quantizers()}
         assert kinds == {
             "symmetric_unsigned",
-            "symmetric" if scheme == "symmetric" else "asymmetric",
+            "symmetric" if scheme == "symmetric" else "affine",
         }
         wanted = {"factor", "bias"} | ({"alpha"} if thresholds != "frozen" else set())
         if "alpha" in wanted and scheme == "asymmetric":

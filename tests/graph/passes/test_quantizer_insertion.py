@@ -260,7 +260,7 @@ def test_only_data_that_was_computed_is_quantized(images: Tensor) -> None:
 
 def test_grids_follow_the_sign_of_the_values(tiny: nn.Module, images: Tensor) -> None:
     unsigned = {"act", "blocks.0.act1", "blocks.0.act2", "blocks.1.act1", "blocks.1.act2"}
-    for scheme, other in (("symmetric", "symmetric"), ("asymmetric", "asymmetric")):
+    for scheme, other in (("symmetric", "symmetric"), ("asymmetric", "affine")):
         graph, _ = inserted(tiny, images, QuantSpec(scheme=scheme))
         assert grids(graph) == {
             name: (8, "symmetric_unsigned" if name in unsigned else other) for name in TINY_PLACES
