@@ -63,10 +63,7 @@ def test_one_step_moves_every_parameter(
         student = fat.prepare(tiny, images[:2], spec)
         fat.calibrate(student, images)
         kinds = {quantizer.grid.kind for quantizer in student.activation_quantizers()}
-        assert kinds == {
-            "symmetric_unsigned",
-            "symmetric" if scheme == "symmetric" else "affine",
-        }
+        assert kinds == {"symmetric_unsigned", "symmetric" if scheme == "symmetric" else "affine"}
         wanted = {"factor", "bias"} | ({"alpha"} if thresholds != "frozen" else set())
         if "alpha" in wanted and scheme == "asymmetric":
             wanted.add("shift")
