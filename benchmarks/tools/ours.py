@@ -43,7 +43,7 @@ def main(job: Job) -> None:
         with job.stage("prepare"):
             examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
             student = fat.prepare(source.network, examples or data.example_batch()[0], spec)
-            student.memo = TeacherLogitsCache(student.teacher)
+            student.teacher_cache = TeacherLogitsCache(student.teacher)
         with job.stage("calibrate"):
             fat.calibrate(student, data.calibration_dataloader())
         if recipe.trains:

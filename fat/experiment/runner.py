@@ -206,7 +206,7 @@ def _run(
         if student.report is not None and student.report.equalize is not None and writes:
             write_equalization(directory / EQUALIZATION, student.report.equalize)
     student = student.to(device)
-    student.memo = TeacherLogitsCache(student.teacher, shared and shared / "logits.sqlite")
+    student.teacher_cache = TeacherLogitsCache(student.teacher, shared and shared / "logits.sqlite")
 
     with clock("calibrate"):
         batches = data.calibration_dataloader().to(device)

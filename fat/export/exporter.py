@@ -29,7 +29,7 @@ from fat.export.verify import (
     latency,
     most_different,
 )
-from fat.models.integer_inference import real_operations
+from fat.models.integer_inference import float_operations
 from fat.models.labels import class_names
 from fat.models.student import Student
 from fat.utils.batches import Images, as_batches, split
@@ -143,7 +143,7 @@ def export(
             worst = most_different(student, runtime, judged)
             differences = _layers_on(worst, student, twin, program, target)
             explained = any(entry.differing for entry in differences) or (
-                real_operations(student.network)
+                float_operations(student.network)
                 and not falls_short(compare(student, twin, [worst])["simulation"], target.tolerance)
             )
             check_logits("" if explained else short)

@@ -16,7 +16,7 @@ from fat.evaluation.metrics import Comparison
 from fat.export.base import Kernels, Runtime, Tolerance
 from fat.export.lowering import Integers
 from fat.graph.patterns import module_of, source
-from fat.models.integer_inference import IntegerInterpreter, OnGrid, requantize
+from fat.models.integer_inference import IntegerInterpreter, IntegerTensor, requantize
 from fat.models.student import Student
 from fat.quant.metrics import logits_sqnr_db
 from fat.quant.quantized_layers import QuantLayer
@@ -122,7 +122,7 @@ class _Forced(IntegerInterpreter):
         self.integers, self.ties = integers, ties
         self.found: list[LayerDifference] = []
 
-    def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> OnGrid:
+    def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> IntegerTensor:
         ours = requantize(x, quantizer)
         grid, stored = self.integers[str(node.target)]
         theirs = stored.to(torch.float32) - grid.zero_point
@@ -142,7 +142,7 @@ class _Forced(IntegerInterpreter):
         name = producer.layer if isinstance(producer, QuantLayer) else quantizer.layer
         share = float((off > 0).float().mean())
         self.found.append(LayerDifference(name, share, int(off.max()), tied))
-        return OnGrid(theirs, ours.scale, ours.stored_zero)
+        return IntegerTensor(theirs, ours.scale, ours.stored_zero)
 
 
 @torch.no_grad()

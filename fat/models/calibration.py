@@ -1,4 +1,4 @@
-"""Give every quantizer its first thresholds from a few images."""
+"""Calibration: the initial thresholds of all quantizers, from a few images."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def calibrate(student: Student, images: Images) -> None:
-    """Run the images through the float student and set every threshold; trained factors restart.
+    """Set every threshold from the activations of the float student, and reset trained factors.
 
-    Weights take their thresholds from themselves. Nothing is kept of the images but running
-    statistics, so memory does not grow with their number; a short last batch is welcome.
+    Thresholds of weights are computed from the weights. Only running statistics of the images are
+    kept, so that memory use does not depend on their number.
 
     Args:
-        student: From :func:`fat.prepare`.
-        images: One batch [N, 3, H, W], or any iterable of batches, labelled or not. About 100
-            images are enough. Of several processes each gives its own; all get the same thresholds.
+        student: A student from :func:`fat.prepare`.
+        images: One batch [N, 3, H, W], or any iterable of batches, labeled or not; about 100
+            images are enough. With several processes, each passes its own images and all get the
+            same thresholds.
 
     Raises:
         FatError: If there is no image, or a layer's values are not finite. The student then keeps
-            the thresholds it had.
+            its earlier thresholds.
     """
     quantizers = student.activation_quantizers()
     layers = student.layers()
-    weights_on = [layer.weight_quantizer.enabled for layer in layers]
+    weights_enabled = [layer.weight_quantizer.enabled for layer in layers]
     before = [
         {name: value.clone() for name, value in thresholds.state_dict().items()}
         for thresholds in student.thresholds()
@@ -51,13 +52,13 @@ def calibrate(student: Student, images: Images) -> None:
             student.network(pixels.contiguous(memory_format=torch.channels_last))
             seen += len(pixels)
         if not int(distributed.all_sum(torch.tensor(seen))):
-            raise FatError("No images came to calibrate on; give at least one batch [N, 3, H, W].")
+            raise FatError("There are no calibration images. Give at least one batch [N, 3, H, W].")
         for quantizer in quantizers:
             quantizer.stop_observing(keep=True)
         done = True
     finally:
-        for layer, on in zip(layers, weights_on, strict=True):
-            layer.weight_quantizer.enabled = on
+        for layer, enabled in zip(layers, weights_enabled, strict=True):
+            layer.weight_quantizer.enabled = enabled
         for quantizer in quantizers:
             quantizer.stop_observing(keep=False)
         if not done:
@@ -66,8 +67,8 @@ def calibrate(student: Student, images: Images) -> None:
     widened = {layer.layer: count for layer in layers if (count := layer.calibrate())}
     if widened:
         logger.info(
-            "%d filter(s) with vanishing weights in %d layers got wider thresholds, so that their "
-            "bias fits int32.",
+            "Widened the thresholds of %d filter(s) with vanishing weights in %d layers, so that "
+            "their bias fits int32.",
             sum(widened.values()),
             len(widened),
         )

@@ -1,22 +1,21 @@
-"""What an integer runtime computes, integer by integer: a student's inference.
+"""Inference of a student with the arithmetic of an integer runtime.
 
-Training fakes integers with real values that lie on grids; sums of such values are rounded, and one
-activation in a hundred thousand falls to the other side of a rounding. A network amplifies that:
-one step of difference in an early layer moves the logits by a third of the quantization noise. So
-inference takes the runtime's own arithmetic, ONNX Runtime's on x64:
+Training represents integers by real values on grids. Sums of such values are rounded, so that one
+activation in a hundred thousand rounds differently than in a runtime, and one step of difference in
+an early layer moves the logits by a third of the quantization noise. Inference therefore uses the
+arithmetic of ONNX Runtime on x64:
 
 * convolution, linear: q_y = clip(round(a · M) + z_y), with the accumulator
   a = Σ (q_x − z_x)·q_w + q_b exact and M = s_x·s_w / s_y in float32;
-* addition: round(q_a·(s_a/s_y) + (q_b·(s_b/s_y) + c)), two fused multiply-adds in float32, with
+* addition: round(q_a·(s_a/s_y) + (q_b·(s_b/s_y) + c)), two fused multiply-adds in float32 with
   c = z_y − (s_a/s_y·z_a + s_b/s_y·z_b);
 * multiplication: round(a·b · (s_a·s_b/s_y) + z_y);
 * global average pooling: round(Σ(q_x − z_x) · (s_x / (s_y·N)) + z_y);
-* anything else: on real values, round(x / s_y) + z_y;
-* what only moves values moves integers.
+* operations that only move values (reshape, concatenation, …): on integers;
+* any other operation: on real values, then round(x / s_y) + z_y.
 
-Rounding is half to even. Accumulators are exact as long as their partial sums are below 2^24, which
-float32 holds as they are. Integers are kept as float32 less their zero point, as convolutions want
-them.
+Rounding is half to even. Accumulators are exact while their partial sums are below 2^24. Integers
+are stored as float32 minus their zero point, the operand of convolutions.
 """
 
 from __future__ import annotations
@@ -37,23 +36,23 @@ from fat.quant.quantizers import ActivationQuantizer
 
 __all__ = [
     "IntegerInterpreter",
-    "OnGrid",
-    "averages_pixels",
-    "in_integers",
-    "real_operations",
+    "IntegerTensor",
+    "float_operations",
+    "is_fully_quantized",
+    "is_global_average_pool",
     "requantize",
     "run_integers",
 ]
 
 
 @dataclass(frozen=True)
-class OnGrid:
-    """A tensor of integers.
+class IntegerTensor:
+    """A quantized tensor.
 
     Attributes:
-        values: Integers less the zero point, float32.
-        scale: Step, 0-dim float32.
-        stored_zero: The zero point as runtimes store it in uint8: signed grids lie around 128.
+        values: Integers minus the zero point, float32.
+        scale: Step size, 0-dim float32.
+        stored_zero: Zero point as runtimes store it in uint8, where signed grids are offset by 128.
     """
 
     values: Tensor
@@ -61,31 +60,31 @@ class OnGrid:
     stored_zero: int
 
     def real(self) -> Tensor:
-        """The real values that the integers stand for."""
+        """Return the real values that the integers represent."""
         return self.values * self.scale
 
 
 @dataclass(frozen=True)
 class _Accumulated:
-    """What a layer or a sum has before it is brought onto the next grid: values · scale."""
+    """The accumulators of a layer or a sum, values · scale / count, before requantization."""
 
     values: Tensor
-    scale: Tensor  # 0-dim, or one per channel in a shape that broadcasts
-    count: int = 1  # what the values are still to be divided by
+    scale: Tensor  # 0-dim, or per channel in a shape that broadcasts
+    count: int = 1
 
 
 @dataclass(frozen=True)
 class _Pair:
     kind: str
-    first: OnGrid
-    second: OnGrid
+    first: IntegerTensor
+    second: IntegerTensor
 
 
-def real_operations(network: fx.GraphModule) -> list[str]:
-    """Names of the operations that compute on real values, in the order of the graph.
+def float_operations(network: fx.GraphModule) -> list[str]:
+    """Return the names of the operations on real values, in the order of the graph.
 
     Args:
-        network: A student's graph on which :func:`fat.graph.tracing.capture.mark_data` was run.
+        network: A student's graph after :func:`fat.graph.tracing.capture.mark_data`.
     """
     return [
         layer_name(node)
@@ -99,36 +98,39 @@ def real_operations(network: fx.GraphModule) -> list[str]:
 
 
 def _has_integer_form(network: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a sum, a product or a mean is one of those of the module's text."""
+    """Return whether a sum, a product or a mean is computed on integers."""
     reads = node.all_input_nodes
     if node.target in (operator.add, operator.mul):
         return len(reads) == 2 and all(source.op != "get_attr" for source in reads)
-    return averages_pixels(node, module_of(network, node), reads[0].meta.get("shape") or ())
+    shape = reads[0].meta.get("shape") or ()
+    return is_global_average_pool(node, module_of(network, node), shape)
 
 
-def in_integers(quantizers: Iterable[ActivationQuantizer], layers: Iterable[QuantLayer]) -> bool:
-    """Whether everything is on its grid: nothing is switched off or being calibrated."""
+def is_fully_quantized(
+    quantizers: Iterable[ActivationQuantizer], layers: Iterable[QuantLayer]
+) -> bool:
+    """Return whether all quantizers are enabled and none is being calibrated."""
     return all(x.enabled and not x.observing for x in quantizers) and all(
         x.weight_quantizer.enabled for x in layers
     )
 
 
 def run_integers(network: fx.GraphModule, images: Tensor) -> Tensor:
-    """Logits [N, classes] of images [N, 3, H, W], by the arithmetic of the module's text.
+    """Compute logits [N, classes] with integer arithmetic.
 
     Args:
-        network: A student's graph, calibrated, everything on its grid.
-        images: Normalised images.
+        network: A student's graph, calibrated and with all quantizers enabled.
+        images: Normalized images [N, 3, H, W].
     """
     logits: Tensor = IntegerInterpreter(network).run(images)
     return logits
 
 
 class IntegerInterpreter(fx.Interpreter):
-    """Runs a student's graph; what stands between two quantizers may be any of the above."""
+    """Runs a student's graph with integer arithmetic."""
 
     def run_node(self, n: fx.Node) -> Any:
-        """The value of one node."""
+        """Compute the value of one node."""
         if n.op == "output":
             return fx.map_arg(n.args[0], lambda node: _real(self.env[node]))
         if n.op == "placeholder" or n.op == "get_attr":
@@ -138,22 +140,22 @@ class IntegerInterpreter(fx.Interpreter):
         if isinstance(module, ActivationQuantizer):
             return self.quantize(n, module, given[0])
         first = given[0] if given else None
-        if n.target is operator.getitem and isinstance(first, (tuple, list)):  # what was split
+        if n.target is operator.getitem and isinstance(first, (tuple, list)):
             return first[n.args[1]]  # type: ignore[index]
-        if isinstance(first, OnGrid):
+        if isinstance(first, IntegerTensor):
             if isinstance(module, QuantLayer):
                 return _layer(module, first)
             if is_value_preserving(self.module, n):  # type: ignore[arg-type]
                 return _moved(self._call(n, lambda value: _values(value)), first)
-            if averages_pixels(n, module, first.values.shape):
+            if is_global_average_pool(n, module, first.values.shape):
                 return _pooled(n, first)
             second = given[1] if len(given) > 1 else None
-            if isinstance(second, OnGrid) and n.target in (operator.add, operator.mul):
+            if isinstance(second, IntegerTensor) and n.target in (operator.add, operator.mul):
                 return _Pair("add" if n.target is operator.add else "mul", first, second)
         return self._call(n, _real)
 
-    def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> OnGrid:
-        """The integers of one activation."""
+    def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> IntegerTensor:
+        """Return the integers of one activation."""
         return requantize(x, quantizer)
 
     def _call(self, node: fx.Node, unpack: Any) -> Any:
@@ -161,12 +163,12 @@ class IntegerInterpreter(fx.Interpreter):
         return getattr(self, node.op)(node.target, args, kwargs)
 
 
-def requantize(x: Any, quantizer: ActivationQuantizer) -> OnGrid:
-    """Bring a real tensor, or what a layer, a sum or a product accumulated, onto a grid."""
+def requantize(x: Any, quantizer: ActivationQuantizer) -> IntegerTensor:
+    """Quantize a real tensor, or the accumulators of a layer, a sum or a product."""
     scale, zero_point = quantizer.thresholds()
     zero = int(zero_point)
     stored = zero + (128 if quantizer.grid.kind == "symmetric" else 0)
-    shift = 0  # of the values, against integers less the zero point
+    shift = 0
     if isinstance(x, _Accumulated):
         divisor = scale * x.count if x.count != 1 else scale
         values = torch.mul(x.values, x.scale / divisor)
@@ -184,22 +186,22 @@ def requantize(x: Any, quantizer: ActivationQuantizer) -> OnGrid:
     if bounds is not None:
         limit = (bounds - zero).to(values).reshape(-1, *[1] * (values.dim() - 2))
         values = torch.minimum(values, limit)
-    return OnGrid(values, scale, stored)
+    return IntegerTensor(values, scale, stored)
 
 
-def _add(a: OnGrid, b: OnGrid, scale: Tensor, zero: int) -> Tensor:
-    """In float64, rounded to float32 where the runtime's fused multiply-adds round."""
+def _add(a: IntegerTensor, b: IntegerTensor, scale: Tensor, zero: int) -> Tensor:
+    """Add in float64, rounding to float32 where the runtime's fused multiply-adds round."""
     by_a, by_b = (a.scale / scale).double(), (b.scale / scale).double()
     zeros = (by_a * a.stored_zero + (by_b * b.stored_zero).float().double()).float()
     partial = ((b.values.double() + b.stored_zero) * by_b + (zero - zeros).double()).float()
     return ((a.values.double() + a.stored_zero) * by_a + partial.double()).float()
 
 
-def _mul(a: OnGrid, b: OnGrid, scale: Tensor, zero: int) -> Tensor:
+def _mul(a: IntegerTensor, b: IntegerTensor, scale: Tensor, zero: int) -> Tensor:
     return (a.values * b.values) * (a.scale * b.scale / scale) + float(zero)
 
 
-def _layer(layer: QuantLayer, x: OnGrid) -> _Accumulated:
+def _layer(layer: QuantLayer, x: IntegerTensor) -> _Accumulated:
     weight, step, bias = layer.integers()
     sums = layer.compute(x.values, weight.float(), None if bias is None else bias.float())
     scale = x.scale * step
@@ -209,8 +211,8 @@ def _layer(layer: QuantLayer, x: OnGrid) -> _Accumulated:
     return _Accumulated(sums, scale)
 
 
-def averages_pixels(node: fx.Node, module: nn.Module | None, shape: Sequence[int]) -> bool:
-    """Whether a node averages what it reads, of some shape, over all of height and width."""
+def is_global_average_pool(node: fx.Node, module: nn.Module | None, shape: Sequence[int]) -> bool:
+    """Return whether a node averages its input, of this shape, over its height and width."""
     if len(shape) != 4:
         return False
     if isinstance(module, nn.AdaptiveAvgPool2d):
@@ -224,7 +226,7 @@ def averages_pixels(node: fx.Node, module: nn.Module | None, shape: Sequence[int
     return isinstance(dims, (tuple, list)) and sorted(d % 4 for d in dims) == [2, 3]
 
 
-def _pooled(node: fx.Node, x: OnGrid) -> _Accumulated:
+def _pooled(node: fx.Node, x: IntegerTensor) -> _Accumulated:
     keep = True
     if node.target in (torch.mean, "mean"):
         keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
@@ -233,7 +235,7 @@ def _pooled(node: fx.Node, x: OnGrid) -> _Accumulated:
 
 
 def _real(value: Any) -> Any:
-    if isinstance(value, OnGrid):
+    if isinstance(value, IntegerTensor):
         return value.real()
     if isinstance(value, _Accumulated):
         return value.values * (value.scale / value.count)
@@ -248,10 +250,12 @@ def _real(value: Any) -> Any:
 def _values(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_values(part) for part in value)
-    return value.values if isinstance(value, OnGrid) else value
+    return value.values if isinstance(value, IntegerTensor) else value
 
 
-def _moved(result: Any, like: OnGrid) -> Any:
+def _moved(result: Any, like: IntegerTensor) -> Any:
     if isinstance(result, (tuple, list)):
         return type(result)(_moved(part, like) for part in result)
-    return OnGrid(result, like.scale, like.stored_zero) if isinstance(result, Tensor) else result
+    if isinstance(result, Tensor):
+        return IntegerTensor(result, like.scale, like.stored_zero)
+    return result

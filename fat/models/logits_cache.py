@@ -1,7 +1,7 @@
-"""The float network's logits of batches that come more than once, so that they are computed once.
+"""Cache of teacher logits, keyed by batch content.
 
-Jobs of a sweep that share network and images share all of them: validation, test, and training
-crops too, which depend on seed and epoch alone.
+Jobs of a sweep with the same network and images can share a cache file: validation and test images,
+and training crops too, because these depend only on seed and epoch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,65 +20,64 @@ __all__ = ["TeacherLogitsCache"]
 
 logger = logging.getLogger(__name__)
 
-WAIT = 60.0
-"""Seconds to wait for another process that writes into the same file."""
+TIMEOUT = 60.0
+"""Time to wait for another process that writes to the same file, seconds."""
 
 
 class TeacherLogitsCache:
-    """Logits by the content of the batch.
+    """Cache of a network's logits, keyed by a hash of the batch's pixels.
 
-    A batch is known by a hash of its pixels, whatever made it. What is found is what the network
-    would give again on this machine, bit for bit: the key holds the network, the version of torch
-    and the number of threads.
+    Cached logits equal recomputed ones bit for bit: the key includes the network, the version of
+    torch and the number of threads.
 
     Args:
         network: The float network.
-        file: An SQLite file that several runs may share; ``None`` keeps logits in memory, for this
-            run alone.
+        file: An SQLite file that several runs may share; ``None`` keeps the logits in memory.
 
     Attributes:
-        computed: How many images went through the network.
-        found: How many images' logits were known.
+        misses: Number of images that the network processed.
+        hits: Number of images whose logits were in the cache.
     """
 
     def __init__(self, network: fx.GraphModule, file: Path | None = None) -> None:
         self._key = _fingerprint(network)
         self._memory: dict[bytes, Tensor] = {}
         self._file = file
-        self.computed = self.found = 0
+        self.misses = self.hits = 0
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
 
-    def wants(self, images: Tensor) -> bool:
-        """Whether it is worth looking: on a GPU logits are quicker computed than copied and hashed.
+    def is_worthwhile(self, images: Tensor) -> bool:
+        """Return whether to use the cache for a batch.
 
-        Crops of one training do not come twice, so that a run by itself asks for the others only.
+        It does not pay off on a GPU, where hashing costs more than computing, nor in memory for
+        training crops, since one run never repeats them.
         """
         if images.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
             return False
         return self._file is not None or not torch.is_grad_enabled()
 
     def __call__(self, images: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """Logits [N, classes] of images [N, 3, H, W].
+        """Return cached logits [N, classes], or compute and store them.
 
         Args:
-            images: float32, on the CPU.
-            compute: The network.
+            images: Images [N, 3, H, W], float32, on the CPU.
+            compute: Function that computes their logits.
         """
         key = self._hash(images)
-        known = self._load(key)
-        if known is not None:
-            self.found += len(images)
-            return known
+        cached = self._load(key)
+        if cached is not None:
+            self.hits += len(images)
+            return cached
         logits = compute(images)
-        self.computed += len(images)
+        self.misses += len(images)
         self._save(key, logits)
         return logits
 
     def _hash(self, images: Tensor) -> bytes:
         digest = hashlib.sha256(self._key)
         digest.update(repr((tuple(images.shape), images.dtype)).encode())
-        # The same pixels, whether they lie in memory channel by channel or pixel by pixel.
+        # One order for both memory formats.
         pixels = images.detach().permute(0, 2, 3, 1).contiguous()
         digest.update(pixels.numpy().data)
         return digest.digest()
@@ -104,28 +104,21 @@ class TeacherLogitsCache:
             )
 
 
-class _open:  # noqa: N801 - used as a function
-    """A connection for one transaction: nothing stays open between batches, or over a fork."""
-
-    def __init__(self, file: Path) -> None:
-        self._connection = sqlite3.connect(file, timeout=WAIT)
-        # A crash of the machine may cost the file, which can be made again.
-        self._connection.execute("PRAGMA synchronous = OFF")
-        self._connection.execute(
+@contextmanager
+def _open(file: Path) -> Iterator[sqlite3.Connection]:
+    """Open the file for one transaction: no connection may stay open over a fork."""
+    with closing(sqlite3.connect(file, timeout=TIMEOUT)) as database:
+        # If the machine crashes the file may be lost, but it can be recomputed.
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute(
             "CREATE TABLE IF NOT EXISTS logits (key BLOB PRIMARY KEY, rows INTEGER, logits BLOB)"
         )
-
-    def __enter__(self) -> sqlite3.Connection:
-        return self._connection
-
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None:
-            self._connection.commit()
-        self._connection.close()
+        with database:
+            yield database
 
 
 def _fingerprint(network: fx.GraphModule) -> bytes:
-    """A hash of all that decides what the network gives."""
+    """Return a hash of everything that the network's output depends on."""
     digest = hashlib.sha256()
     digest.update(f"{torch.__version__} {torch.get_num_threads()} {network.code}".encode())
     digest.update(repr(network).encode())  # strides, paddings, bounds

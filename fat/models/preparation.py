@@ -1,4 +1,4 @@
-"""From a float network to a student ready to be calibrated: the visible list of passes."""
+"""The list of passes that turn a float network into a student."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from fat.utils.errors import FatError
 __all__ = ["prepare"]
 
 FOLD_SQNR_DB = 80.0
-"""A folded network is the same function to float rounding; below this something is wrong."""
+"""Smallest plausible SQNR of a folded network, whose logits differ only by float rounding."""
 
 
 @torch.no_grad()
 def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None = None) -> Student:
-    """Fold, equalize and insert quantizers into a copy of the network.
+    """Fold batch norms, equalize, and insert quantizers into a copy of the network.
 
     Args:
-        network: Any traceable network in eval mode, [N, 3, H, W] → logits [N, classes]. Unchanged.
-        example_images: One batch, or several, of real images: folding is checked on them and
-            equalization takes the channels' ranges from them.
-        spec: What is asked for; 8 bits, one threshold per filter, by default.
+        network: Any traceable network in eval mode, [N, 3, H, W] → logits [N, classes]. It does not
+            change.
+        example_images: One or several batches of real images, on which folding is checked and
+            equalization measures the ranges of channels.
+        spec: Quantization options; by default 8 bits and one threshold per filter.
 
     Returns:
-        The student, not yet calibrated. ``student.report`` says what each pass did, layer by layer.
+        The student, not yet calibrated. ``student.report`` lists what each pass did by layer.
 
     Raises:
-        FatError: If a layer cannot be traced, folded or quantized (it is named), weights are not
-            finite, or a pass changed what the network computes.
+        FatError: If a layer cannot be traced, folded or quantized (the message names it), weights
+            are not finite, or a pass changed the network's function.
     """
     spec = spec or QuantSpec()
     images = [split(batch)[0] for batch in as_batches(example_images)]
     if not images:
-        raise FatError("No example images came; give at least one batch [N, 3, H, W].")
+        raise FatError("There are no example images. Give at least one batch [N, 3, H, W].")
     check_finite(network)
 
     teacher = trace(network, images[0])
@@ -55,7 +56,7 @@ def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None =
     equalize_sqnr: float | None = None
     if spec.equalize.methods:
         equalized = equalize(quantized, images, spec)
-        equalize_sqnr = _shift(teacher, quantized, images)
+        equalize_sqnr = _sqnr_db(teacher, quantized, images)
 
     insert = insert_quantizers(quantized, spec, images[0][:1])
     report = PrepareReport(fold, fold_sqnr, equalized, equalize_sqnr, insert)
@@ -64,40 +65,40 @@ def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None =
 
 @torch.no_grad()
 def check_folding(network: nn.Module, folded: nn.Module, images: list[Tensor]) -> float:
-    """Raise a FatError if folding batch norms changed what a network computes.
+    """Raise a FatError if folding batch norms changed the network's function.
 
-    Deep networks amplify float32's own rounding, some to 55 dB. One that is further off is folded
-    once more in float64, where only a mistake is left.
+    Deep networks amplify the rounding of float32, some to 55 dB. If the difference is larger than
+    expected, folding is checked again in float64, where only an error would remain.
 
     Args:
-        network: As it was.
+        network: The network with batch norms.
         folded: Its graph without batch norms.
         images: Batches [N, 3, H, W], float32.
 
     Returns:
-        How far the logits moved, as a ratio of signal to noise in dB.
+        SQNR of the folded network's logits against the original's, dB.
     """
-    moved = _shift(network, folded, images)
-    if moved > FOLD_SQNR_DB:
-        return moved
+    sqnr = _sqnr_db(network, folded, images)
+    if sqnr > FOLD_SQNR_DB:
+        return sqnr
     try:
         exact, doubled = copy.deepcopy(network).double(), [batch.double() for batch in images]
         graph = trace(exact, doubled[0])
         fold_batch_norms(graph)
-        rounding = _shift(exact, graph, doubled) > FOLD_SQNR_DB
-    except (FatError, RuntimeError):  # a network whose own code fixes a dtype
-        rounding = False
-    if not rounding:
+        only_rounding = _sqnr_db(exact, graph, doubled) > FOLD_SQNR_DB
+    except (FatError, RuntimeError):  # a network whose code requires float32
+        only_rounding = False
+    if not only_rounding:
         raise FatError(
-            f"Folding batch norms moved the logits to {moved:.1f} dB of the original's "
-            f"(expected over {FOLD_SQNR_DB:g} dB): the network does not compute the same in its "
-            "graph. Please report it with the network's name."
+            "The network and its graph with batch norms folded do not compute the same: the SQNR "
+            f"of the logits is {sqnr:.1f} dB, but more than {FOLD_SQNR_DB:g} dB is expected. "
+            "Please report it with the network's name."
         )
-    return moved
+    return sqnr
 
 
 def check_finite(network: nn.Module) -> None:
-    """Raise a FatError that names the tensors of the network which hold NaN or infinity."""
+    """Raise a FatError that names the network's tensors with NaN or infinity."""
     bad = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise FatError(
@@ -105,6 +106,6 @@ def check_finite(network: nn.Module) -> None:
         )
 
 
-def _shift(reference: nn.Module, network: nn.Module, images: list[Tensor]) -> float:
+def _sqnr_db(reference: nn.Module, network: nn.Module, images: list[Tensor]) -> float:
     before = torch.cat([reference(batch) for batch in images])
     return logits_sqnr_db(before, torch.cat([network(batch) for batch in images]))

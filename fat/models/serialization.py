@@ -1,9 +1,9 @@
-"""A student as one safetensors file that holds data only: no code runs when it is loaded.
+"""Students as safetensors files. They hold data only: loading one runs no code from it.
 
-The graph is stored as JSON in the file's metadata: nodes with names of operations, modules with
-their constructor's arguments. Both are looked up in the short lists of this file; anything else is
-refused. The teacher's tensors are stored too, so that a student can be judged from the file alone;
-those that equal the student's are stored once.
+The file's metadata describes the graph as JSON: nodes with the names of their operations, modules
+with the arguments of their constructors. Both are looked up in the tables below, and anything else
+is rejected. The teacher's tensors are stored too, so that a student can be evaluated from the file
+alone; those that equal the student's are stored once.
 """
 
 from __future__ import annotations
@@ -38,232 +38,68 @@ __all__ = ["check_finite", "check_saveable", "load", "save"]
 FORMAT = "fat-student"
 VERSION = 3
 READABLE = (2, 3)
-"""Version 2 has no constants."""
+"""Files of version 2 have no ``constants``."""
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f"{module}.{function.__name__}": function
-    for module, functions in (
+FUNCTIONS: dict[str, Callable[..., Any]] = {"builtins.getattr": getattr} | {
+    f"{library}.{name}": getattr(module, name)
+    for library, module, names in (
         (
             "operator",
-            (
-                operator.add,
-                operator.sub,
-                operator.mul,
-                operator.truediv,
-                operator.mod,
-                operator.floordiv,
-                operator.getitem,
-                operator.neg,
-                operator.pow,
-                operator.matmul,
-                operator.eq,
-                operator.ne,
-                operator.lt,
-                operator.le,
-                operator.gt,
-                operator.ge,
-            ),
+            operator,
+            "add sub mul truediv mod floordiv getitem neg pow matmul eq ne lt le gt ge",
         ),
         (
             "torch",
-            (
-                torch.abs,
-                torch.add,
-                torch.addcmul,
-                torch.amax,
-                torch.amin,
-                torch.arange,
-                torch.baddbmm,
-                torch.bmm,
-                torch.cat,
-                torch.chunk,
-                torch.clamp,
-                torch.cos,
-                torch.div,
-                torch.einsum,
-                torch.exp,
-                torch.flatten,
-                torch.flip,
-                torch.full,
-                torch.gather,
-                torch.layer_norm,
-                torch.log,
-                torch.matmul,
-                torch.max,
-                torch.maximum,
-                torch.mean,
-                torch.min,
-                torch.minimum,
-                torch.movedim,
-                torch.mul,
-                torch.narrow,
-                torch.neg,
-                torch.ones,
-                torch.permute,
-                torch.pow,
-                torch.prelu,
-                torch.repeat_interleave,
-                torch.reshape,
-                torch.roll,
-                torch.rsqrt,
-                torch.select,
-                torch.sin,
-                torch.softmax,
-                torch.split,
-                torch.sqrt,
-                torch.square,
-                torch.squeeze,
-                torch.stack,
-                torch.std,
-                torch.sub,
-                torch.sum,
-                torch.swapaxes,
-                torch.tanh,
-                torch.topk,
-                torch.transpose,
-                torch.unbind,
-                torch.unsqueeze,
-                torch.var,
-                torch.where,
-                torch.zeros,
-            ),
+            torch,
+            """
+            abs add addcmul amax amin arange baddbmm bmm cat chunk clamp cos div einsum exp
+            flatten flip full gather layer_norm log matmul max maximum mean min minimum
+            movedim mul narrow neg ones permute pow prelu repeat_interleave reshape roll
+            rsqrt select sin softmax split sqrt square squeeze stack std sub sum swapaxes
+            tanh topk transpose unbind unsqueeze var where zeros
+            """,
         ),
         (
             "functional",
-            (
-                F.adaptive_avg_pool2d,
-                F.adaptive_max_pool2d,
-                F.avg_pool2d,
-                F.batch_norm,
-                F.conv1d,
-                F.conv2d,
-                F.conv_transpose2d,
-                F.elu,
-                F.fold,
-                F.gelu,
-                F.glu,
-                F.grid_sample,
-                F.group_norm,
-                F.interpolate,
-                F.layer_norm,
-                F.linear,
-                F.log_softmax,
-                F.max_pool2d,
-                F.mish,
-                F.normalize,
-                F.pad,
-                F.pixel_shuffle,
-                F.pixel_unshuffle,
-                F.prelu,
-                F.rms_norm,
-                F.scaled_dot_product_attention,
-                F.softmax,
-                F.softplus,
-                F.unfold,
-            ),
+            F,
+            """
+            adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d batch_norm conv1d conv2d
+            conv_transpose2d elu fold gelu glu grid_sample group_norm interpolate layer_norm
+            linear log_softmax max_pool2d mish normalize pad pixel_shuffle pixel_unshuffle
+            prelu rms_norm scaled_dot_product_attention softmax softplus unfold
+            """,
         ),
-        ("builtins", (getattr,)),
     )
-    for function in functions
+    for name in names.split()
 }
-METHODS = PRESERVING_METHODS | {
-    "abs",
-    "add",
-    "addcmul",
-    "amax",
-    "amin",
-    "bmm",
-    "clamp",
-    "cos",
-    "dim",
-    "div",
-    "exp",
-    "gather",
-    "log",
-    "long",
-    "masked_fill",
-    "matmul",
-    "max",
-    "mean",
-    "min",
-    "mul",
-    "neg",
-    "new_ones",
-    "new_zeros",
-    "norm",
-    "numel",
-    "pow",
-    "rsqrt",
-    "sin",
-    "size",
-    "softmax",
-    "sqrt",
-    "square",
-    "std",
-    "sub",
-    "sum",
-    "topk",
-    "type_as",
-    "var",
-}
+"""The functions that a graph may call, by the name that files store."""
+_METHODS = """
+    abs add addcmul amax amin bmm clamp cos dim div exp gather log long masked_fill matmul max
+    mean min mul neg new_ones new_zeros norm numel pow rsqrt sin size softmax sqrt square std
+    sub sum topk type_as var
+"""
+METHODS = PRESERVING_METHODS | set(_METHODS.split())
+"""The tensor methods that a graph may call."""
 ATTRIBUTES = frozenset({"T", "device", "dtype", "mT", "ndim", "shape"})
-"""What ``getattr`` may be asked for."""
+"""The attributes that a graph may read with ``getattr``."""
+_MODULES = """
+    ReLU ReLU6 Hardtanh Hardswish Hardsigmoid SiLU Sigmoid Tanh GELU LeakyReLU ELU Mish
+    Softplus Softmax Identity Flatten MaxPool2d AvgPool2d AdaptiveAvgPool2d AdaptiveMaxPool2d
+    ZeroPad2d MaxPool1d AvgPool1d AdaptiveAvgPool1d ConstantPad2d ReflectionPad2d
+    ReplicationPad2d PixelShuffle PixelUnshuffle ChannelShuffle Upsample Unfold Fold Unflatten
+    LogSigmoid Softsign CELU SELU GLU Conv2d Linear LayerNorm GroupNorm PReLU
+"""
 MODULES: dict[str, type[nn.Module]] = {
-    kind.__name__: kind
-    for kind in (
-        nn.ReLU,
-        nn.ReLU6,
-        nn.Hardtanh,
-        nn.Hardswish,
-        nn.Hardsigmoid,
-        nn.SiLU,
-        nn.Sigmoid,
-        nn.Tanh,
-        nn.GELU,
-        nn.LeakyReLU,
-        nn.ELU,
-        nn.Mish,
-        nn.Softplus,
-        nn.Softmax,
-        nn.Identity,
-        nn.Flatten,
-        nn.MaxPool2d,
-        nn.AvgPool2d,
-        nn.AdaptiveAvgPool2d,
-        nn.AdaptiveMaxPool2d,
-        nn.ZeroPad2d,
-        nn.MaxPool1d,
-        nn.AvgPool1d,
-        nn.AdaptiveAvgPool1d,
-        nn.ConstantPad2d,
-        nn.ReflectionPad2d,
-        nn.ReplicationPad2d,
-        nn.PixelShuffle,
-        nn.PixelUnshuffle,
-        nn.ChannelShuffle,
-        nn.Upsample,
-        nn.Unfold,
-        nn.Fold,
-        nn.Unflatten,
-        nn.LogSigmoid,
-        nn.Softsign,
-        nn.CELU,
-        nn.SELU,
-        nn.GLU,
-        nn.Conv2d,
-        nn.Linear,
-        nn.LayerNorm,
-        nn.GroupNorm,
-        nn.PReLU,
-        SameConv2d,
-        ChannelClip,
-    )
+    **{name: getattr(nn, name) for name in _MODULES.split()},
+    "SameConv2d": SameConv2d,
+    "ChannelClip": ChannelClip,
 }
+"""The float layers that a graph may use."""
 DTYPES = {
     str(kind).removeprefix("torch."): kind
     for kind in (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
 }
-"""Types of tensors that a network uses by themselves."""
+"""The types that constants of a graph may have."""
 MODULE_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 LAYERS: dict[str, type[QuantLayer]] = {"QuantConv2d": QuantConv2d, "QuantLinear": QuantLinear}
@@ -273,12 +109,12 @@ def save(student: Student, path: str | os.PathLike[str]) -> None:
     """Write the student, its thresholds and its float teacher to one safetensors file, atomically.
 
     Args:
-        student: Calibrated or not.
-        path: The file; by custom ``student.safetensors``.
+        student: The student, calibrated or not.
+        path: The file, usually ``student.safetensors``.
 
     Raises:
-        FatError: If the network holds an operation that cannot be stored as data (it is named), or
-            the place cannot be written.
+        FatError: If the network has an operation that cannot be stored as data (the message names
+            it), or the file cannot be written.
     """
     tensors, aliases = _tensors(student)
     content = {
@@ -289,26 +125,26 @@ def save(student: Student, path: str | os.PathLike[str]) -> None:
         "teacher": _describe(student.teacher, student.spec),
         "aliases": aliases,
     }
-    # One entry: safetensors writes several in random order, and equal students are equal files.
+    # A single entry, because safetensors writes several in random order: equal students must give
+    # equal files.
     metadata = {FORMAT: json.dumps(content)}
     write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
 def check_saveable(student: Student) -> None:
-    """Raise the FatError that :func:`save` would, before time is spent on training."""
+    """Raise the FatError that :func:`save` would raise for an operation that cannot be stored."""
     _describe(student.network, student.spec)
     _describe(student.teacher, student.spec)
 
 
 def load(path: str | os.PathLike[str]) -> Student:
-    """Read a student back, ready to run, to be judged, and to be trained on.
+    """Read a student that can be run, evaluated and trained further.
 
     Args:
         path: A file that :func:`save` wrote.
 
     Raises:
-        FatError: If the file is missing, truncated, of another kind or version, or does not fit
-            together; the text says which.
+        FatError: If the file is missing, truncated, of another kind or version, or inconsistent.
     """
     content, tensors = _read(path)
     try:
@@ -326,21 +162,25 @@ def load(path: str | os.PathLike[str]) -> Student:
         _check_runs(student)
     except FatError:
         raise
-    except Exception as error:  # whatever a file holds that was damaged or tampered with
-        raise FatError(f"{path} does not fit together: {first_line(error)}") from error
+    except Exception as error:  # a damaged or manipulated file can cause nearly any error
+        raise _inconsistent(path, error) from error
     return student
 
 
+def _inconsistent(path: str | os.PathLike[str], error: Exception) -> FatError:
+    return FatError(f"{path} is inconsistent: {first_line(error)}")
+
+
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError that names the first tensor that is no real, finite numbers."""
+    """Raise a ValueError that names the first tensor with complex, NaN or infinite values."""
     for name, tensor in tensors.items():
         if tensor.is_complex() or not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds what are no finite numbers")
+            raise ValueError(f"{name} holds values that are not finite real numbers")
 
 
 @torch.no_grad()
 def _check_runs(student: Student) -> None:
-    """Run a black image through both networks: what does not fit together fails now, not later."""
+    """Run a black image through both networks, so that inconsistent files fail when loaded."""
     size = student.origin.get("preprocessing", {}).get("size")
     if size is None or not student.is_calibrated:
         return
@@ -359,7 +199,7 @@ def _check_runs(student: Student) -> None:
 
 
 def _tensors(student: Student) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors by name, and names that stand for a tensor stored under another name."""
+    """Return the tensors by name, and the names that refer to a tensor stored under another."""
     tensors = {f"student.{k}": v.detach().contiguous() for k, v in student.state_dict().items()}
     aliases: dict[str, str] = {}
     for name, value in student.teacher.named_buffers():
@@ -373,7 +213,7 @@ def _tensors(student: Student) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not os.path.isfile(path):
-        raise FatError(f"There is no student at {path}; give a file that fat.save wrote.")
+        raise FatError(f"There is no student file {path}. Give a file that fat.save wrote.")
     try:
         with safetensors.safe_open(path, framework="pt") as stored:
             metadata = dict(stored.metadata() or {})
@@ -385,17 +225,17 @@ def _read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tenso
         ) from error
     if FORMAT not in metadata:
         raise FatError(
-            f"{path} is a safetensors file, but not a student; give a file that fat.save wrote. "
-            "Weights of a float network go to model.weights=PATH."
+            f"{path} is a safetensors file, but not a student. Give a file that fat.save wrote; "
+            "for weights of a float network type model.weights=PATH."
         )
     try:
         content = json.loads(metadata[FORMAT])
         version = content["version"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FatError(f"{path} does not fit together: {first_line(error)}") from error
+        raise _inconsistent(path, error) from error
     if version not in READABLE:
         raise FatError(
-            f"{path} has version {version} of the format; this FAT reads "
+            f"{path} has version {version} of the format; this version of FAT reads "
             f"{' and '.join(map(str, READABLE))}."
         )
     return content, tensors
@@ -464,28 +304,24 @@ def _describe_module(name: str, module: nn.Module) -> dict[str, Any]:
     if MODULES.get(kind) is not type(module):
         raise _unsaveable(f"a {kind}", name)
     if isinstance(module, (nn.Conv2d, nn.Linear)):
-        # The float teacher's layers; the same arithmetic as the student's with quantizers off.
+        keys = GEOMETRY if isinstance(module, nn.Conv2d) else ()
         return {
             "type": kind,
             "weight": list(module.weight.shape),
             "bias": module.bias is not None,
-            "options": _encode(
-                {key: getattr(module, key) for key in GEOMETRY}
-                if isinstance(module, nn.Conv2d)
-                else {}
-            ),
+            "options": _encode({key: getattr(module, key) for key in keys}),
         }
     names = inspect.signature(type(module).__init__).parameters
     arguments = {key: getattr(module, key) for key in names if hasattr(module, key)}
-    if "bias" in names:  # whether there is one, or the one there is
+    if "bias" in names:  # a flag in the constructor, a tensor in the module
         arguments["bias"] = module.bias is not None
     return {"type": kind, "options": _encode(arguments)}
 
 
 def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
+    # fx writes the names of modules, inputs and keywords into the source code that it generates,
+    # so they are checked to be identifiers.
     root = nn.Module()
-    # fx writes names of modules, inputs and keywords into the source code that it generates, so
-    # nothing but a name may pass.
     for name, stored in description["modules"].items():
         parent, last = _owner(root, name)
         parent.add_module(last, _rebuild_module(stored, spec))
@@ -501,11 +337,11 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
         args, kwargs = _decode(stored["args"], nodes), _decode(stored["kwargs"], nodes)
         for name in (stored["name"], *kwargs, *([target] if op == "placeholder" else [])):
             if not name.isidentifier() or keyword.iskeyword(name):
-                raise ValueError(f"{name!r} is no name")
+                raise ValueError(f"{name!r} is not a valid name")
         if op == "call_function":
             target = FUNCTIONS[target]
             if target is getattr and args[1] not in ATTRIBUTES:
-                raise ValueError(f"getattr asks for {args[1]!r}")
+                raise ValueError(f"getattr must not read {args[1]!r}")
         elif op == "call_method" and target not in METHODS:
             raise ValueError(f"unknown tensor method {target!r}")
         elif op == "get_attr" and target not in description.get("constants", {}):
@@ -519,9 +355,9 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
 
 
 def _owner(root: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds what has a name with dots, and the name's last part."""
+    """Return the parent of a dotted name, created if necessary, and the name's last part."""
     if not MODULE_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no name of a module")
+        raise ValueError(f"{name!r} is not a valid module name")
     parent: nn.Module = root
     *path, last = name.split(".")
     for part in path:
@@ -559,7 +395,8 @@ def _fill_teacher(teacher: fx.GraphModule, tensors: dict[str, Tensor]) -> None:
     freeze(teacher)
     buffers = dict(teacher.named_buffers())
     if buffers.keys() != tensors.keys():
-        raise ValueError(f"the teacher lacks {sorted(buffers.keys() ^ tensors.keys())[:3]}")
+        differing = sorted(buffers.keys() ^ tensors.keys())[:3]
+        raise ValueError(f"the teacher's tensors do not match: {differing}")
     for name, buffer in buffers.items():
         if buffer.shape != tensors[name].shape:
             raise ValueError(f"the teacher's {name} has shape {list(tensors[name].shape)}")
@@ -571,7 +408,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _encode(value: Any) -> Any:
-    """Arguments of nodes and modules as JSON, tuples and references kept apart from lists."""
+    """Convert arguments of nodes and modules to JSON that tells tuples and nodes from lists."""
     if isinstance(value, fx.Node):
         return {"node": value.name}
     if isinstance(value, slice):
@@ -590,7 +427,7 @@ def _encode(value: Any) -> Any:
         return {"device": value.type}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise FatError(f"A {type(value).__name__} among an operation's arguments cannot be stored.")
+    raise FatError(f"An operation has a {type(value).__name__} argument, which cannot be stored.")
 
 
 def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
@@ -615,8 +452,8 @@ def _decode(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
     return slice(*parts) if kind == "slice" else tuple(parts)
 
 
-def _unsaveable(what: str, where: str) -> FatError:
+def _unsaveable(operation: str, name: str) -> FatError:
     return FatError(
-        f"'{where}' is {what}, which a student file cannot hold as data. Choose a network "
-        "without it, or report it with the network's name."
+        f"'{name}' is {operation}, which a student file cannot store. Use a network without it, or "
+        "report it with the network's name."
     )

@@ -118,6 +118,10 @@ NAMES = {
     "distributed.writes": "is_main_process",
     "export.target.Target": "ExportBackend",
     "inputs.Target": "InputSpec",
+    "graph.integers.OnGrid": "IntegerTensor",
+    "graph.integers.averages_pixels": "is_global_average_pool",
+    "graph.integers.in_integers": "is_fully_quantized",
+    "graph.integers.real_operations": "float_operations",
     "kept.Kept": "TrainingState",
     "memo.LogitsMemo": "TeacherLogitsCache",
 }

@@ -10,7 +10,7 @@ from torch import fx, nn
 import fat
 from fat import FatError, QuantSpec, Student
 from fat.export.lowering import INT32, Lowered, Style, lower, stored_grid
-from fat.models.integer_inference import IntegerInterpreter, OnGrid, run_integers
+from fat.models.integer_inference import IntegerInterpreter, IntegerTensor, run_integers
 from tests.export.students import (
     NAMES,
     SCHEMES,
@@ -159,7 +159,7 @@ def test_lowering_changes_nothing_of_the_student(tiny: Student) -> None:
 def test_an_uncalibrated_student_is_refused(images: torch.Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(784, 2)).eval()
     student = fat.prepare(network, images)
-    with pytest.raises(FatError, match=r"not calibrated yet; call fat\.calibrate"):
+    with pytest.raises(FatError, match=r"not calibrated\. Call fat\.calibrate"):
         lower(student, images, STYLES["onnx"])
 
 
@@ -250,4 +250,4 @@ def test_what_is_split_stays_in_integers() -> None:
     student, images = student_of(Mixed()), structured(4, 32, 1)
     with torch.no_grad():
         assert torch.equal(Watching(student.network).run(images), student(images))
-    assert [type(value) for value in read] == [OnGrid, OnGrid]
+    assert [type(value) for value in read] == [IntegerTensor, IntegerTensor]

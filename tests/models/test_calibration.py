@@ -78,7 +78,7 @@ def test_minmax_thresholds_are_those_of_the_float_run(
         wanted = {
             "symmetric": (-max(-low, high), max(-low, high)),
             "symmetric_unsigned": (0.0, high),
-            "asymmetric": (min(low, 0.0), max(high, 0.0)),
+            "affine": (min(low, 0.0), max(high, 0.0)),
         }[quantizer.grid.kind]
         got = (float(quantizer.thresholds.low), float(quantizer.thresholds.high))
         assert got == pytest.approx(wanted, rel=1e-5, abs=1e-6)
@@ -130,8 +130,8 @@ def bad_batches(images: Tensor) -> dict[str, Any]:
         raise KeyboardInterrupt
 
     return {
-        "nothing": ([], FatError, "No images"),
-        "nothing from a generator": (iter([]), FatError, "No images"),
+        "nothing": ([], FatError, "no calibration images"),
+        "nothing from a generator": (iter([]), FatError, "no calibration images"),
         "NaN": ([images, images * float("nan")], FatError, "'input' ranges from nan"),
         "infinity": ([images, images / 0.0], FatError, "'input' ranges from"),
         # The input is finite here, and the first quantizers are served before the bad one.

@@ -26,18 +26,18 @@ def student(tiny: nn.Module, images: Tensor) -> Student:
 
 
 @pytest.fixture(params=["memory", "file"])
-def memo(request: pytest.FixtureRequest, student: Student, tmp_path: Path) -> TeacherLogitsCache:
+def cached(request: pytest.FixtureRequest, student: Student, tmp_path: Path) -> TeacherLogitsCache:
     file = tmp_path / "shared" / "logits.sqlite" if request.param == "file" else None
     return TeacherLogitsCache(student.teacher, file)
 
 
 @torch.no_grad()
-def ask(memo: TeacherLogitsCache, network: nn.Module, images: Tensor) -> Tensor:
-    return memo(images, lambda x: network(x.contiguous(memory_format=torch.channels_last)))
+def ask(cached: TeacherLogitsCache, network: nn.Module, images: Tensor) -> Tensor:
+    return cached(images, lambda x: network(x.contiguous(memory_format=torch.channels_last)))
 
 
-def counts(memo: TeacherLogitsCache) -> tuple[int, int]:
-    return memo.computed, memo.found
+def counts(cached: TeacherLogitsCache) -> tuple[int, int]:
+    return cached.misses, cached.hits
 
 
 def never(images: Tensor) -> Tensor:
@@ -45,12 +45,12 @@ def never(images: Tensor) -> Tensor:
 
 
 def test_what_comes_again_is_found_bit_for_bit(
-    memo: TeacherLogitsCache, student: Student, batches: list[Tensor]
+    cached: TeacherLogitsCache, student: Student, batches: list[Tensor]
 ) -> None:
-    first = [ask(memo, student.teacher, batch) for batch in batches]
-    assert counts(memo) == (16, 0)
-    again = [memo(batch.clone(), never) for batch in batches]
-    assert counts(memo) == (16, 16)
+    first = [ask(cached, student.teacher, batch) for batch in batches]
+    assert counts(cached) == (16, 0)
+    again = [cached(batch.clone(), never) for batch in batches]
+    assert counts(cached) == (16, 16)
     for one, other, batch in zip(first, again, batches, strict=True):
         assert torch.equal(one, other)
         with torch.no_grad():
@@ -59,32 +59,32 @@ def test_what_comes_again_is_found_bit_for_bit(
 
 
 def test_changing_what_was_given_does_not_change_what_is_known(
-    memo: TeacherLogitsCache, student: Student, images: Tensor
+    cached: TeacherLogitsCache, student: Student, images: Tensor
 ) -> None:
-    first = ask(memo, student.teacher, images)
+    first = ask(cached, student.teacher, images)
     wanted = first.clone()
     first.zero_()
-    assert torch.equal(memo(images, never), wanted)
+    assert torch.equal(cached(images, never), wanted)
 
 
 def test_the_order_in_memory_is_no_difference(
-    memo: TeacherLogitsCache, student: Student, images: Tensor
+    cached: TeacherLogitsCache, student: Student, images: Tensor
 ) -> None:
-    first = ask(memo, student.teacher, images)
-    assert torch.equal(memo(images.contiguous(memory_format=torch.channels_last), never), first)
-    assert torch.equal(memo(images.transpose(2, 3).contiguous().transpose(2, 3), never), first)
+    first = ask(cached, student.teacher, images)
+    assert torch.equal(cached(images.contiguous(memory_format=torch.channels_last), never), first)
+    assert torch.equal(cached(images.transpose(2, 3).contiguous().transpose(2, 3), never), first)
 
 
 def test_other_pixels_another_order_and_another_number_are_not_found(
-    memo: TeacherLogitsCache, student: Student, images: Tensor
+    cached: TeacherLogitsCache, student: Student, images: Tensor
 ) -> None:
-    ask(memo, student.teacher, images)
+    ask(cached, student.teacher, images)
     one_bit = images.clone()
     one_bit[7, 1, 3, 5] = torch.nextafter(one_bit[7, 1, 3, 5], torch.tensor(9.0))
     others = [one_bit, images.flip(0), images[:8], images.transpose(2, 3), images.flip(1)]
     for other in others:
-        ask(memo, student.teacher, other)
-    assert counts(memo) == (16 * 5 + 8, 0)
+        ask(cached, student.teacher, other)
+    assert counts(cached) == (16 * 5 + 8, 0)
 
 
 def changed_weight(network: nn.Module) -> None:
@@ -107,9 +107,9 @@ def test_another_network_finds_nothing(
     ask(same, other, images)
     assert counts(same) == (0, 16)
     change(other)  # type: ignore[operator]
-    memo = TeacherLogitsCache(other, file)
-    got = ask(memo, other, images)
-    assert counts(memo) == (16, 0)
+    cached = TeacherLogitsCache(other, file)
+    got = ask(cached, other, images)
+    assert counts(cached) == (16, 0)
     with torch.no_grad():
         assert not torch.equal(got, student.teacher(images))
 
@@ -121,33 +121,33 @@ def test_the_number_of_threads_is_part_of_the_key(
     ask(TeacherLogitsCache(student.teacher, file), student.teacher, images)
     threads = torch.get_num_threads()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads + 1)
-    memo = TeacherLogitsCache(student.teacher, file)
-    ask(memo, student.teacher, images)
-    assert counts(memo) == (16, 0)
+    cached = TeacherLogitsCache(student.teacher, file)
+    ask(cached, student.teacher, images)
+    assert counts(cached) == (16, 0)
 
 
 def test_threads_share_one_file(student: Student, batches: list[Tensor], tmp_path: Path) -> None:
-    memos = [TeacherLogitsCache(student.teacher, tmp_path / "logits.sqlite") for _ in range(4)]
+    caches = [TeacherLogitsCache(student.teacher, tmp_path / "logits.sqlite") for _ in range(4)]
     wrong: list[object] = []
     wanted = [student.float_logits(batch) for batch in batches]
 
-    def work(memo: TeacherLogitsCache) -> None:
+    def work(cached: TeacherLogitsCache) -> None:
         try:
             for _ in range(5):
                 for batch, logits in zip(batches, wanted, strict=True):
-                    if not torch.equal(ask(memo, student.teacher, batch), logits):
+                    if not torch.equal(ask(cached, student.teacher, batch), logits):
                         wrong.append(batch)
         except Exception as error:
             wrong.append(error)
 
-    threads = [threading.Thread(target=work, args=(memo,)) for memo in memos]
+    threads = [threading.Thread(target=work, args=(cached,)) for cached in caches]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert wrong == []
-    assert all(memo.computed + memo.found == 80 for memo in memos)
-    assert sum(memo.computed for memo in memos) <= 4 * 16
+    assert all(cached.misses + cached.hits == 80 for cached in caches)
+    assert sum(cached.misses for cached in caches) <= 4 * 16
     with sqlite3.connect(tmp_path / "logits.sqlite") as database:
         assert database.execute("SELECT count(*), sum(rows) FROM logits").fetchone() == (4, 16)
 
@@ -157,8 +157,8 @@ def test_a_writer_that_takes_its_time_is_waited_for(
 ) -> None:
     """Another process holds the file for a second, as a slow disk would."""
     file = tmp_path / "logits.sqlite"
-    memo = TeacherLogitsCache(student.teacher, file)
-    wanted = ask(memo, student.teacher, images[:4])
+    cached = TeacherLogitsCache(student.teacher, file)
+    wanted = ask(cached, student.teacher, images[:4])
     script = (
         "import sqlite3, sys, time\n"
         "database = sqlite3.connect(sys.argv[1])\n"
@@ -173,9 +173,9 @@ def test_a_writer_that_takes_its_time_is_waited_for(
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    ask(memo, student.teacher, images[4:8])
+    ask(cached, student.teacher, images[4:8])
     assert holder.wait(20) == 0
-    assert torch.equal(memo(images[:4], never), wanted)
+    assert torch.equal(cached(images[:4], never), wanted)
     with sqlite3.connect(file) as database:
         assert database.execute("SELECT count(*) FROM logits").fetchone() == (3,)
 
@@ -184,46 +184,46 @@ def test_when_it_is_worth_looking(student: Student, images: Tensor, tmp_path: Pa
     alone = TeacherLogitsCache(student.teacher)
     shared = TeacherLogitsCache(student.teacher, tmp_path / "logits.sqlite")
     with torch.no_grad():
-        assert alone.wants(images)
-        assert shared.wants(images)
+        assert alone.is_worthwhile(images)
+        assert shared.is_worthwhile(images)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not alone.wants(images)
-            assert not shared.wants(images)
-        assert not shared.wants(images.to("meta"))  # stands for a GPU
+            assert not alone.is_worthwhile(images)
+            assert not shared.is_worthwhile(images)
+        assert not shared.is_worthwhile(images.to("meta"))  # stands for a GPU
     with torch.enable_grad():
-        assert not alone.wants(images)  # crops of one training do not come twice
-        assert shared.wants(images)
+        assert not alone.is_worthwhile(images)  # crops of one training do not come twice
+        assert shared.is_worthwhile(images)
 
 
 def test_a_training_by_itself_remembers_what_it_judges_by(
     student: Student, batches: list[Tensor]
 ) -> None:
-    student.memo = TeacherLogitsCache(student.teacher)
+    student.teacher_cache = TeacherLogitsCache(student.teacher)
     held = [batches[0][:3] * 0.9]
     fat.fit(student, batches, validation=held, epochs=3, progress=False, bias_correction=False)
     # Of four validations the first computed; no training batch came in between.
-    assert counts(student.memo) == (3, 9)
+    assert counts(student.teacher_cache) == (3, 9)
     evaluate(student, held)
-    assert counts(student.memo) == (3, 12)
+    assert counts(student.teacher_cache) == (3, 12)
 
 
 def test_a_second_training_with_the_same_file_computes_nothing(
     tiny: nn.Module, batches: list[Tensor], tmp_path: Path
 ) -> None:
-    results, memos = [], []
+    results, caches = [], []
     for bits in (8, 4, 8):
         student = fat.prepare(tiny, batches, QuantSpec(bits=bits))
         fat.calibrate(student, batches)
-        student.memo = TeacherLogitsCache(student.teacher, tmp_path / "logits.sqlite")
+        student.teacher_cache = TeacherLogitsCache(student.teacher, tmp_path / "logits.sqlite")
         fat.fit(student, batches, validation=[batches[0] * 0.9], epochs=2, progress=False)
-        memos.append(student.memo)
+        caches.append(student.teacher_cache)
         results.append(student.state_dict())
-    assert memos[0].computed == 16 + 4
-    assert [memo.computed for memo in memos[1:]] == [0, 0]
-    assert memos[1].found > 0
+    assert caches[0].misses == 16 + 4
+    assert [cached.misses for cached in caches[1:]] == [0, 0]
+    assert caches[1].hits > 0
     student = fat.prepare(tiny, batches, QuantSpec(bits=8))
     fat.calibrate(student, batches)
     fat.fit(student, batches, validation=[batches[0] * 0.9], epochs=2, progress=False)
-    for name, value in student.state_dict().items():  # as without any memo
+    for name, value in student.state_dict().items():  # as without any cached
         assert torch.equal(value, results[0][name])
         assert torch.equal(value, results[2][name])

@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_are_named(tiny: nn.Module, images: Tensor) 
 
 @pytest.mark.parametrize("empty", [[], (), iter([])])
 def test_no_images_are_refused(tiny: nn.Module, empty: object) -> None:
-    with pytest.raises(FatError, match="No example images"):
+    with pytest.raises(FatError, match="no example images"):
         fat.prepare(tiny, empty)
 
 
@@ -125,7 +125,7 @@ def test_a_graph_that_computes_something_else_is_refused(images: Tensor) -> None
             torch.add(y, 1.0, out=y)
             return self.head(y.mean((2, 3)))
 
-    with pytest.raises(FatError, match="does not compute the same in its graph"):
+    with pytest.raises(FatError, match="do not compute the same"):
         fat.prepare(Aliased().eval(), images)
 
 

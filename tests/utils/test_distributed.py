@@ -142,7 +142,7 @@ def test_calibration_sets_the_thresholds_of_one_process(
 
 def test_no_process_has_an_image(both: Found) -> None:
     for found in both:
-        assert "No images came to calibrate on" in found["no images"]
+        assert "There are no calibration images" in found["no images"]
 
 
 # --- failures -----------------------------------------------------------------
