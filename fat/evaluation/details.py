@@ -224,7 +224,7 @@ def layer_rows(
         seen.take(
             (quantizer.layer, "activation"),
             quantizer.thresholds,
-            quantizer.exact(inputs[0]),
+            quantizer.activate(inputs[0]),
             output,
         )
 

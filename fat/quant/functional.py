@@ -1,7 +1,7 @@
-"""The integer grid, rounding and clipping, with their gradients, as pure functions.
+"""Quantization and fake quantization with their gradients, as pure functions.
 
-Everything here works on real values that lie exactly on an integer grid ("fake quantization"), the
-form in which a network is trained; :func:`quantize` gives the integers themselves.
+Fake-quantized tensors hold real values that lie exactly on an integer grid, as needed in training;
+:func:`quantize` returns the integers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
     Args:
         x: Real values, any shape.
         scale: Step d > 0, broadcastable to ``x``.
-        zero_point: The integer that stands for 0.0, as a float tensor, broadcastable to ``x``.
+        zero_point: Integer that represents 0.0, as a float tensor, broadcastable to ``x``.
         qmin: Smallest integer of the grid.
         qmax: Largest integer of the grid.
 
@@ -78,7 +78,7 @@ class _ClipInclusive(Function):
 def clip_inclusive(x: Tensor, low: float, high: float) -> Tensor:
     """Clip to [low, high]; the gradient is 1 inside **and at both ends**, 0 outside.
 
-    ``torch.clamp`` passes no gradient at its bounds, and α starts exactly at one.
+    ``torch.clamp`` passes no gradient at its bounds, where α starts.
 
     Examples:
         >>> x = torch.tensor([0.4, 0.5, 1.0, 1.1], requires_grad=True)
@@ -107,9 +107,9 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def _dot_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sum of a·b over the dimensions in which ``like`` is 1 or missing, in the shape of ``like``.
+    """Return Σ a·b over the dimensions in which ``like`` is 1 or missing, in the shape of ``like``.
 
-    One threshold for a whole tensor takes a dot product in memory order: no product is stored.
+    For a 0-dim ``like`` this is a dot product in memory order, which stores no intermediate.
     """
     if not like.dim():
         for layout in ((a, b), (a.movedim(1, -1), b.movedim(1, -1)) if a.dim() > 2 else (a, b)):
@@ -119,19 +119,18 @@ def _dot_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
 
 
 class _FakeQuantize(Function):
-    """One autograd node per quantizer, so that no intermediate of the arithmetic is kept.
+    """Fake quantization as one autograd node that saves only its input and output.
 
-    Saved are the input and the output only: the output is kept by the next convolution anyway and
-    the input by the activation before, so both are free. torch's own learnable fake-quantize
-    kernels compute the same, but convert each element to int64 and back; on a CPU that is ten times
-    slower than these in-place passes.
+    The next convolution and the previous activation save these anyway. torch's learnable
+    fake-quantize kernels compute the same but convert each element to int64 and back, which is ten
+    times slower on a CPU.
     """
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     ) -> Tensor:
-        # The zero point moves the bounds instead of the data: one pass less, the same integers.
+        # Shift the bounds by the zero point instead of the data: one pass less, same integers.
         out = torch.div(x, scale).round_()
         if zero_point.dim():
             out = torch.clamp(out, qmin - zero_point, qmax - zero_point, out=out)
@@ -155,8 +154,8 @@ class _FakeQuantize(Function):
             shift = 0.0
         else:
             shift = float(zero_point)
-        # hardtanh's backward keeps what lies strictly between two bounds, in one pass. The rounded
-        # values are integers, so bounds half a step outside the grid keep exactly the grid.
+        # hardtanh's backward masks values outside two bounds in one pass. The rounded values are
+        # integers, so bounds half a step outside the grid select exactly the grid.
         low, high = qmin - shift - 0.5, qmax - shift + 0.5
         inside = torch.ops.aten.hardtanh_backward
         grad_x = grad_scale = grad_zero_point = None
@@ -175,11 +174,11 @@ class _FakeQuantize(Function):
 
 
 class _FusedFakeQuantize(Function):
-    """The same with one threshold, in one pass each way (:mod:`fat.quant.kernels`).
+    """Fake quantization with one threshold, in one pass each way (:mod:`fat.quant.kernels`).
 
-    It keeps one byte per element, the rounding error to 1/252 of a step, and may write over its
-    input: a step then holds 1.25 times the activations of a float step and not 2. The gradient of
-    the scale is off by at most 1/504 of Σ|grad| for it.
+    Saves one byte per element, the rounding error to 1/252 of a step, and may overwrite its input:
+    a training step then needs 1.25 times the activation memory of a float step instead of 2. The
+    error of the scale's gradient is at most Σ|grad|/504.
     """
 
     @staticmethod
@@ -218,31 +217,30 @@ class _FusedFakeQuantize(Function):
 
 
 def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """``x`` with the strides of ``like``."""
+    """Return ``x`` with the strides of ``like``."""
     return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, *, inplace: bool = False
 ) -> Tensor:
-    """Move ``x`` onto its integer grid: scale · (clip(round(x/scale) + z, qmin, qmax) − z).
+    """Round ``x`` to its integer grid: scale · (clip(round(x/scale) + z, qmin, qmax) − z).
 
-    Gradients, with the straight-through estimator for the rounding and a clip that passes 1 on
-    every integer of the grid, its ends included:
+    Gradients use the straight-through estimator for rounding, and "inside" includes both ends of
+    the grid:
 
     * ∂out/∂x = 1 inside, 0 outside;
     * ∂out/∂scale = round(x/scale) − x/scale inside, qmin − z below, qmax − z above;
     * ∂out/∂z = 0 inside, −scale outside.
 
     Args:
-        x: Real values, any shape and memory format; the result is float32 where they are half.
-        scale: Step, 0-dim, or one per output filter with the dimensions of ``x``, such as
-            [C, 1, 1, 1].
+        x: Real values, any shape and memory format. Half precision is converted to float32.
+        scale: Step, 0-dim or per output filter with the dimensions of ``x``, such as [C, 1, 1, 1].
         zero_point: Integer-valued float tensor of the shape of ``scale``.
         qmin: Smallest integer of the grid.
         qmax: Largest integer of the grid.
-        inplace: Whether ``x``, which needs a gradient and is read by nothing else, may be
-            overwritten; where it cannot be, it is not.
+        inplace: Allow overwriting ``x`` where the implementation can; only valid if ``x`` requires
+            a gradient and nothing else reads it.
 
     Source: Esser et al. 2019 (arXiv 1902.08153), eq. 3; Jain et al. 2019 (arXiv 1903.08066), eq. 6.
 
@@ -253,7 +251,7 @@ def fake_quantize(
     """
     result: Tensor
     if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()  # where 255 steps and a fraction cannot be told apart, no rounding is right
+        x = x.float()  # half precision cannot resolve fractions of 255 steps
     if scale.dim() or not kernels.usable(x):
         result = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
     elif torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
@@ -267,17 +265,17 @@ def fake_quantize(
 
 
 class Adjust(IntEnum):
-    """What a trained factor f of each weight does to it, as the kernels count it."""
+    """Effect of the trained factor f of each weight; the values are those of the C kernels."""
 
     NOTHING = 0
     MULTIPLY = 1
-    """W · clip(f): the paper's pointwise factors."""
+    """W · clip(f), the paper's factors (``quant.weights=scale``)."""
     MOVE = 2
-    """W + clip(f)·d: learned rounding, f in steps."""
+    """W + clip(f)·d, learned rounding with f in steps (``quant.weights=adaround``)."""
 
 
 class _FusedWeight(Function):
-    """Weights on their grid in one pass each way; nothing is kept but what exists anyway."""
+    """Fake quantization of weights in one pass each way, saving no new tensor but the steps."""
 
     @staticmethod
     def forward(
@@ -320,17 +318,17 @@ def fake_quantize_weight(
     adjust: Adjust = Adjust.NOTHING,
     bounds: tuple[float, float] = (0.0, 0.0),
 ) -> Tensor:
-    """Move a frozen weight, with its trained factors, onto the grid −qmax…qmax.
+    """Round a frozen weight, adjusted by its trained factors, to the grid −qmax…qmax.
 
-    With W' = W, W·clip(f) or W + clip(f)·d, d held constant: out = d · clip(round(W'/d), ±qmax).
-    Gradients as in :func:`fake_quantize`; ∂W'/∂f = W or d where f is inside its bounds or at one.
+    out = d · clip(round(W'/d), ±qmax) with W' of :func:`adjust_weight`. Gradients as in
+    :func:`fake_quantize`; ∂W'/∂f = W or d where f is within its bounds, ends included.
 
     Args:
-        weight: float32 [C, ...]; it gets no gradient.
+        weight: float32 [C, ...]; gets no gradient.
         scale: Step d, [C] or 0-dim.
-        qmax: Largest integer.
-        factor: f of the weight's shape, or ``None``.
-        adjust: What f does.
+        qmax: Largest integer of the grid.
+        factor: f, of the weight's shape, or ``None``.
+        adjust: Effect of f.
         bounds: (low, high) of f.
     """
     if factor is None or adjust is Adjust.NOTHING:
@@ -351,7 +349,7 @@ def adjust_weight(
     adjust: Adjust,
     bounds: tuple[float, float],
 ) -> Tensor:
-    """W' of :func:`fake_quantize_weight`, before rounding: W, W·clip(f) or W + clip(f)·d.
+    """Return the adjusted weight before rounding: W' = W, W·clip(f) or W + clip(f)·d, d constant.
 
     Source: arXiv 1812.07872, section 3.4, for W·clip(f).
     """
@@ -364,14 +362,14 @@ def adjust_weight(
 
 
 def _per_filter(scale: Tensor, weight: Tensor) -> Tensor:
-    """Steps [C] in a shape that broadcasts over the filters; one step as it is."""
+    """Reshape steps [C] to broadcast over the filters of ``weight``; 0-dim stays 0-dim."""
     return scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() else scale
 
 
 def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
     """Return the int32 integers of a bias: clip(round(b / (s_w·s_x)), ±(2^31−1)).
 
-    They are found in float64, since float32 cannot hold 31 bits.
+    Computed in float64, since float32 cannot hold 31 bits.
 
     Args:
         bias: float32 [C].
@@ -397,10 +395,10 @@ class _FakeQuantizeBias(Function):
 
 
 def fake_quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
-    """Move a bias onto the int32 grid of step ``scale`` = s_w · s_x.
+    """Round a bias to the int32 grid of step ``scale`` = s_w · s_x, see :func:`quantize_bias`.
 
-    The integers are those of :func:`quantize_bias`. The gradient passes to the bias straight
-    through; the step gets none: it is so fine that its part is below rounding.
+    The bias gets a straight-through gradient. The step gets none: it is so small that its gradient
+    is negligible.
 
     Args:
         bias: float32 [C].

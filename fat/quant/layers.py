@@ -1,4 +1,4 @@
-"""Layers that torch lacks: TensorFlow's "same" convolution, and a clip per channel."""
+"""Layers that torch does not have: TensorFlow's "same" convolution and a clip per channel."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["ChannelClip", "SameConv2d", "pad_same", "pad_same_sides"]
 def pad_same(
     x: Tensor, kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> Tensor:
-    """Pad [N, C, H, W] with zeros so that a convolution gives ⌈H/stride⌉ × ⌈W/stride⌉.
+    """Pad with zeros so that a convolution outputs ⌈H/stride⌉ × ⌈W/stride⌉ pixels.
 
-    An odd pixel goes to the bottom and to the right, as in TensorFlow.
+    An odd pixel is added at the bottom and on the right, as in TensorFlow.
 
     Args:
-        x: Images or activations.
+        x: Images or activations [N, C, H, W].
         kernel: Height and width of the kernel.
         stride: Vertical and horizontal stride.
         dilation: Vertical and horizontal dilation.
@@ -38,7 +38,7 @@ def pad_same_sides(
     stride: tuple[int, int],
     dilation: tuple[int, int],
 ) -> list[int]:
-    """How many zeros :func:`pad_same` puts to the left, right, top and bottom of H × W pixels."""
+    """Return the padding of :func:`pad_same` at the left, right, top and bottom of H × W pixels."""
     sides: list[int] = []
     for axis in (1, 0):
         covered = (-(-size[axis] // stride[axis]) - 1) * stride[axis]
@@ -48,10 +48,10 @@ def pad_same_sides(
 
 
 class SameConv2d(nn.Conv2d):
-    """A convolution whose padding follows from the size of its input, see :func:`pad_same`.
+    """Convolution whose padding depends on the size of its input, see :func:`pad_same`.
 
     Args:
-        layer: The convolution whose weights and geometry to take over.
+        layer: Convolution to copy weights and geometry from.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -77,13 +77,13 @@ class SameConv2d(nn.Conv2d):
 
 
 class ChannelClip(nn.Module):
-    """Clips each channel to a range of its own: y_k = min(max(x_k, 0), bound_k).
+    """Clip each channel to its own range: y_k = min(max(x_k, 0), bound_k).
 
-    ReLU6 becomes this when channel k is multiplied by s_k: bound_k = 6·s_k keeps the function.
-    A runtime computes it as a minimum with one integer per channel.
+    Replaces ReLU6 when channel k is multiplied by s_k: bound_k = 6·s_k preserves the function.
+    Runtimes compute it as a minimum with one integer per channel.
 
     Args:
-        bounds: Upper bounds, one per channel, above 0; channels are the second dimension.
+        bounds: Upper bounds above 0, one per channel (the second dimension).
 
     Examples:
         >>> ChannelClip([6.0, 1.0])(torch.tensor([[7.0, 7.0], [-1.0, 0.5]])).tolist()
@@ -95,7 +95,7 @@ class ChannelClip(nn.Module):
 
     def __init__(self, bounds: Sequence[float]) -> None:
         super().__init__()
-        # The bounds are part of what the layer is, as 6 is of ReLU6: no state.
+        # Not persistent: the bounds define the layer, as 6 defines ReLU6.
         self.bounds = tuple(float(bound) for bound in bounds)
         self.register_buffer("bound", torch.tensor(self.bounds), persistent=False)
         self.register_buffer("zero", torch.zeros(()), persistent=False)
@@ -106,5 +106,5 @@ class ChannelClip(nn.Module):
         return torch.clamp(x, self.zero, bound)
 
     def extra_repr(self) -> str:
-        """Number of channels and the range of their bounds."""
+        """Return the number of channels and the range of their bounds."""
         return f"channels={len(self.bounds)}, bounds={min(self.bounds):g}…{max(self.bounds):g}"

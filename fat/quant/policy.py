@@ -1,4 +1,4 @@
-"""Which tensor gets which grid: the rules about first and last layers, signs and schemes."""
+"""Assignment of integer grids: rules for first and last layers, signs and schemes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ __all__ = ["activation_grid", "weight_grid"]
 
 
 def weight_grid(spec: QuantSpec, layer: str, *, first: bool, last: bool) -> Grid:
-    """Grid of a weight: always symmetric signed.
+    """Return the grid of a weight, which is always symmetric.
+
+    ``layer_bits`` takes precedence over ``last_bits``, and that over ``first_bits``.
 
     Args:
-        spec: What is asked of the network.
-        layer: Name of the layer. A rule for this layer alone wins over all others.
+        spec: Quantization options.
+        layer: Name of the layer.
         first: The layer reads the network's input.
-        last: The layer gives the network's output. A rule for the last layer wins over the first's.
+        last: The layer computes the network's output.
     """
     bits = spec.for_layer(layer) or _edge_bits(spec, first, last) or spec.for_weights
     return Grid(bits, "symmetric")
@@ -23,16 +25,16 @@ def weight_grid(spec: QuantSpec, layer: str, *, first: bool, last: bool) -> Grid
 def activation_grid(
     spec: QuantSpec, *, non_negative: bool, feeds_first: bool, feeds_last: bool
 ) -> Grid:
-    """Grid of an activation.
+    """Return the grid of an activation.
 
-    Tensors that cannot be negative are unsigned in both schemes: with T_l = 0 the asymmetric grid
-    is the unsigned one, and a lower threshold above 0 could not represent zero.
+    Non-negative tensors are unsigned in both schemes: an affine grid with T_l = 0 is the unsigned
+    grid, and one with T_l > 0 could not represent zero.
 
     Args:
-        spec: What is asked of the network.
-        non_negative: By the graph's structure no value is below 0 (after ReLU, say).
-        feeds_first: It is the input of the network's first layer.
-        feeds_last: It is the input of the network's last layer.
+        spec: Quantization options.
+        non_negative: The graph guarantees that no value is below 0, such as after ReLU.
+        feeds_first: The tensor is the input of the network's first layer.
+        feeds_last: The tensor is the input of the network's last layer.
     """
     bits = _edge_bits(spec, feeds_first, feeds_last) or spec.for_activations
     if non_negative:

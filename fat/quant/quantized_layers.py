@@ -24,16 +24,16 @@ __all__ = ["QuantConv2d", "QuantLayer", "QuantLinear"]
 
 
 class QuantLayer(nn.Module):
-    """What quantized convolution and linear layers share: a frozen weight, a bias, a quantizer.
+    """Base class of quantized convolution and linear layers.
 
-    What is frozen is a buffer: the parameters of a quantized network are exactly what is trained.
+    Frozen tensors are buffers: the parameters of a quantized network are exactly what is trained.
 
     Args:
         layer: Name of the layer in the network.
         weight: float32, output filters first.
         bias: float32 [C] or ``None``.
-        spec: What is asked of the network.
-        grid: The integers of the weight.
+        spec: Quantization options.
+        grid: Integer grid of the weight.
     """
 
     weight: Tensor
@@ -59,24 +59,24 @@ class QuantLayer(nn.Module):
         self.factor: nn.Parameter | None = None
         if self.adjust is not Adjust.NOTHING:
             self.factor = nn.Parameter(torch.full_like(self.weight, self._neutral))
-        # Not a submodule: the input's quantizer belongs to the layer before and is only read here.
+        # In a list, so that it is no submodule: the quantizer belongs to the preceding operation.
         self._input: list[ActivationQuantizer] = []
 
     @property
     def input_quantizer(self) -> ActivationQuantizer:
-        """The quantizer that the layer's input passed last."""
+        """Quantizer of the layer's input."""
         return self._input[0]
 
-    def reads_from(self, quantizer: ActivationQuantizer) -> None:
-        """Say which quantizer that is."""
+    def set_input_quantizer(self, quantizer: ActivationQuantizer) -> None:
+        """Set the quantizer of the layer's input."""
         self._input = [quantizer]
 
     def calibrate(self) -> int:
-        """Set the weight's thresholds; return how many were widened so that the bias fits int32.
+        """Set the weight's thresholds; return the number raised so that the bias fits int32.
 
-        A filter whose weights have all but vanished has so small a step that its bias, on the grid
-        s_w·s_x, would pass 31 bits and saturate. Its threshold is raised to where the bias fits,
-        with room for the factors' range; its weights stay below half a step of any use.
+        A filter of almost vanished weights has so small a step that its bias, on the grid s_w·s_x,
+        would exceed 31 bits and saturate. Its threshold is raised until the bias fits, with room
+        for the range of the trained factors; weights that small have no effect anyway.
         """
         self.weight_quantizer.calibrate(self.weight)
         if self.factor is not None:
@@ -84,37 +84,37 @@ class QuantLayer(nn.Module):
         if self.bias is None:
             return 0
         input_scale = self.input_quantizer.thresholds()[0]
-        room = INT32_MAX / 2 * self._smallest_factor**2  # one bit to spare for training
+        room = INT32_MAX / 2 * self._smallest_factor**2  # leaves one bit for training
         smallest_step = self.bias.detach().abs() / (room * input_scale)
         return self.weight_quantizer.widen(smallest_step * self.weight_quantizer.grid.qmax)
 
     @property
     def _neutral(self) -> float:
-        """The factor that leaves a weight as it is."""
+        """Factor that leaves the weight unchanged."""
         return 1.0 if self.adjust is Adjust.MULTIPLY else 0.0
 
     def adjusted_weight(self) -> Tensor:
-        """The weight with its factors before rounding, see :func:`adjust_weight`."""
+        """Return the weight with its trained factors, before rounding."""
         scale = self.weight_quantizer.scale()
         return adjust_weight(self.weight, scale, self.factor, self.adjust, self._bounds)
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring the factors of thresholds and weights back into their ranges."""
+        """Clip the trained factors of thresholds and weights to their ranges."""
         self.weight_quantizer.thresholds.project()
         if self.factor is not None:
             self.factor.clamp_(*self._bounds)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer does, with another weight and bias."""
+        """Apply the layer's operation with the given weight and bias."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer with its weight and bias on their grids."""
+        """Apply the layer with fake-quantized weight and bias."""
         return self.compute(x, *self.quantized())
 
     def quantized(self) -> tuple[Tensor, Tensor | None]:
-        """Weight on its grid and bias on the int32 grid s_w·s_x."""
+        """Return the fake-quantized weight, and the bias on the int32 grid s_w·s_x."""
         if not self.weight_quantizer.enabled:
             return self.adjusted_weight(), self.bias
         scale = self.weight_quantizer.scale()
@@ -129,13 +129,17 @@ class QuantLayer(nn.Module):
         if self.bias is None or not self.input_quantizer.enabled:
             return weight, self.bias
         with torch.no_grad():
-            # In float64: two tiny steps multiplied in float32 would underflow to 0.
+            # In float64, because the product of two tiny steps underflows to 0 in float32.
             step = scale.double() * self.input_quantizer.thresholds()[0].double()
         return weight, fake_quantize_bias(self.bias, step)
 
     @torch.no_grad()
     def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(int8 weight, its step [C] or 0-dim, int32 bias [C] on the grid s_w·s_x or None)."""
+        """Return the layer in integers.
+
+        Returns:
+            int8 weight, its step ([C] or 0-dim), int32 bias [C] on the grid s_w·s_x or ``None``.
+        """
         scale = self.weight_quantizer.scale()
         rows = scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
         weight = torch.div(self.quantized()[0], rows).round_().to(torch.int8)
@@ -145,20 +149,20 @@ class QuantLayer(nn.Module):
         return weight, scale, quantize_bias(self.bias, step)
 
     def extra_repr(self) -> str:
-        """Layer and shape."""
+        """Return layer and shape."""
         return f"{self.layer}, weight={list(self.weight.shape)}, bias={self.bias is not None}"
 
 
 class QuantLinear(QuantLayer):
-    """A linear layer in integers: y = x·W^T + b."""
+    """Quantized linear layer: y = x·W^T + b."""
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Apply another weight and bias to [..., in_features]."""
+        """Apply the given weight and bias to [..., in_features]."""
         return F.linear(x, weight, bias)
 
 
 class QuantConv2d(QuantLayer):
-    """A two-dimensional convolution in integers.
+    """Quantized two-dimensional convolution.
 
     Args:
         layer: See :class:`QuantLayer`.
@@ -192,7 +196,7 @@ class QuantConv2d(QuantLayer):
         self.padding: Any = padding if isinstance(padding, str) else tuple(padding)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Convolve [N, C, H, W] with another weight and bias in the layer's geometry."""
+        """Convolve [N, C, H, W] with the given weight and bias in the layer's geometry."""
         padding = self.padding
         if padding == "dynamic_same":
             kernel = (self.weight.shape[2], self.weight.shape[3])

@@ -1,4 +1,4 @@
-"""Quantizers for activations and weights, and the layers that compute with them."""
+"""Quantizers of activations and weights: calibration, thresholds and fake quantization."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ __all__ = ["ActivationQuantizer", "WeightQuantizer"]
 
 
 class ActivationQuantizer(nn.Module):
-    """Puts an activation, one threshold for the whole tensor, on its grid.
+    """Fake-quantize an activation with one threshold for the whole tensor.
 
-    It also does the clipping activation (ReLU, ReLU6) that runtimes fuse: an unsigned grid whose
-    upper threshold does not pass the clip's bound clips by itself, so that nothing is computed and
-    nothing kept for the clip; elsewhere it is applied before rounding. So is a clip per channel:
-    the grid knows the largest bound alone.
+    Includes the clipping activation (ReLU, ReLU6) that integer runtimes fuse. An unsigned grid
+    whose upper threshold cannot exceed the clip's bound does the clipping, which saves time and
+    memory; otherwise, and for a clip per channel, the activation is applied before rounding.
 
     Args:
-        layer: Name of the operation whose output this is, for messages and tables.
-        spec: What is asked of the network.
-        grid: The integers of this tensor.
-        activation: The fused activation, a ReLU, Hardtanh (ReLU6 is one) or
-            :class:`fat.quant.layers.ChannelClip`, or ``None``.
+        layer: Name of the operation that computes the tensor, for messages and tables.
+        spec: Quantization options.
+        grid: Integer grid of the tensor.
+        activation: Fused ReLU, Hardtanh (includes ReLU6) or :class:`fat.quant.layers.ChannelClip`,
+            or ``None``.
 
     Attributes:
-        enabled: When false the tensor passes the activation only.
-        may_overwrite: Whether nothing but this needs its input, not even for a backward pass.
+        enabled: If false, only the activation is applied.
+        may_overwrite: True if nothing else needs the input, not even for the backward pass.
     """
 
     def __init__(
@@ -54,24 +53,27 @@ class ActivationQuantizer(nn.Module):
         self._grid_clips = unsigned and not isinstance(activation, ChannelClip)
         if unsigned and isinstance(activation, nn.Hardtanh):
             self.thresholds.limit = float(activation.max_val)
-            self._grid_clips = not spec.power_of_two  # the next power of two may pass the bound
+            self._grid_clips = not spec.power_of_two  # the next power of two may exceed the bound
         elif unsigned and isinstance(activation, ChannelClip):
             self.thresholds.limit = max(activation.bounds)
         self.enabled = True
         self.may_overwrite = False
         self._statistics: RangeStatistics | None = None
-        self._elements = 1  # of one image
+        self._elements = 1  # per image
 
     def start_observing(self) -> None:
-        """Pass tensors unchanged from now on and gather their statistics."""
+        """Start calibration: pass tensors unchanged and collect their statistics."""
         wants_histogram = self.init.name in HISTOGRAM_STRATEGIES
         self._statistics = HistogramStatistics() if wants_histogram else RangeStatistics()
 
     def stop_observing(self, *, keep: bool) -> None:
-        """Turn what was seen into thresholds (``keep``), or forget it.
+        """End calibration.
+
+        Args:
+            keep: Set the thresholds from the statistics; ``False`` discards them.
 
         Raises:
-            FatError: If nothing was seen, or what was seen is not finite.
+            FatError: If there were no images, or if the values are not finite.
         """
         statistics, self._statistics = self._statistics, None
         if not keep or statistics is None:
@@ -79,50 +81,53 @@ class ActivationQuantizer(nn.Module):
         statistics.merge()
         self._elements = int(distributed.all_max(torch.tensor(self._elements)))
         if not statistics.seen:
-            raise FatError(f"No image reached '{self.layer}' during calibration: the set is empty.")
+            raise FatError(
+                f"'{self.layer}' received no images during calibration: the calibration set is "
+                "empty."
+            )
         low, high = statistics.minimum(), statistics.maximum()
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise FatError(
                 f"The output of '{self.layer}' ranges from {low.item()} to {high.item()} on the "
-                "calibration images: check the weights and the images' normalisation."
+                "calibration images: check the weights and the images' normalization."
             )
-        # start_observing chose a kind of statistics that answers all that the strategy asks.
+        # start_observing chose statistics with everything that the strategy needs.
         full = cast(Statistics, statistics)
         initial = initial_thresholds(full, self.grid, self.init)
-        self.thresholds.calibrated(*initial, elements=self._elements)
+        self.thresholds.set_range(*initial, elements=self._elements)
 
-    def exact(self, x: Tensor) -> Tensor:
-        """What the float network has here: the fused activation of ``x``, or ``x``."""
+    def activate(self, x: Tensor) -> Tensor:
+        """Apply the fused activation, if any, without quantization."""
         return x if self.activation is None else cast(Tensor, self.activation(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Fake-quantize the activation of ``x``, or observe it while calibrating."""
+        """Fake-quantize the activation of ``x``, or observe it during calibration."""
         if self._statistics is not None:
-            x = self.exact(x)
+            x = self.activate(x)
             self._statistics.update(x)
             self._elements = x[0].numel()
             return x
         if not self.enabled:
-            return self.exact(x)
+            return self.activate(x)
         if not self._grid_clips:
-            x = self.exact(x)
+            x = self.activate(x)
         scale, zero_point = self.thresholds()
         inplace = self.may_overwrite and (self._grid_clips or self.activation is None)
         return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax, inplace=inplace)
 
     @property
     def observing(self) -> bool:
-        """Whether tensors pass unchanged, for their statistics."""
+        """True during calibration, while tensors pass unchanged."""
         return self._statistics is not None
 
     @torch.no_grad()
     def integer_bounds(self) -> tuple[int, int]:
-        """The smallest and the largest integer that the grid and the fused activation leave.
+        """Return the smallest and largest integer within the grid and the fused activation.
 
-        Rounding is monotonic, so an activation clip(x, a, b) is clip(q, q(a), q(b)) on integers.
+        Rounding is monotonic, so clip(x, a, b) becomes clip(q, q(a), q(b)) on integers.
         """
         ends = torch.tensor([-torch.inf, torch.inf], device=self.thresholds.high.device)
-        if isinstance(self.activation, ChannelClip):  # channel_bounds come on top
+        if isinstance(self.activation, ChannelClip):  # its upper bounds are channel_bounds()
             ends = ends.clamp(min=0.0)
         elif self.activation is not None:
             ends = self.activation(ends)
@@ -132,7 +137,7 @@ class ActivationQuantizer(nn.Module):
 
     @torch.no_grad()
     def channel_bounds(self) -> Tensor | None:
-        """The largest integer of each channel, int32 [C], where a clip per channel is fused."""
+        """Return the largest integer of each channel, int32 [C], if a clip per channel is fused."""
         if not isinstance(self.activation, ChannelClip):
             return None
         scale, zero_point = self.thresholds()
@@ -140,20 +145,20 @@ class ActivationQuantizer(nn.Module):
         return quantize(bound, scale, zero_point, self.grid.qmin, self.grid.qmax)
 
     def project(self) -> None:
-        """Bring the thresholds' factors back into their ranges."""
+        """Clip the trained factors of the thresholds to their ranges."""
         self.thresholds.project()
 
     def extra_repr(self) -> str:
-        """Layer, bits and kind of grid."""
+        """Return layer, bits and kind of grid."""
         return f"{self.layer}, bits={self.grid.bits}, grid={self.grid.kind}"
 
 
 class WeightQuantizer(nn.Module):
-    """The symmetric signed grid of a weight, and the thresholds that put it there.
+    """Symmetric grid of a weight and its thresholds.
 
     Args:
-        spec: What is asked of the network; ``per_channel`` has one threshold per output filter.
-        grid: The integers of this weight.
+        spec: Quantization options; ``per_channel`` has one threshold per output filter.
+        grid: Integer grid of the weight.
         shape: Shape of the weight, output filters first.
     """
 
@@ -168,33 +173,33 @@ class WeightQuantizer(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor) -> None:
-        """Set the thresholds from the weight itself."""
+        """Set the thresholds from the weight."""
         rows = weight.flatten(1) if self._broadcast else weight.reshape(1, -1)
         initial = initial_thresholds(SampleStatistics(rows), self.grid, self.init)
-        self.thresholds.calibrated(*initial, elements=rows.shape[1])
+        self.thresholds.set_range(*initial, elements=rows.shape[1])
 
     @torch.no_grad()
     def widen(self, minimum: Tensor) -> int:
-        """Raise thresholds that are below ``minimum``; return how many were."""
+        """Raise thresholds that are below ``minimum``; return the number of raised ones."""
         high = self.thresholds.high
         minimum = minimum.to(high) if self._broadcast else minimum.max().to(high)
         raised = torch.maximum(high, minimum)
         changed = int((raised > high).sum())
         if changed:
-            self.thresholds.calibrated(-raised, raised)
+            self.thresholds.set_range(-raised, raised)
         return changed
 
     def scale(self) -> Tensor:
-        """Step per output filter, [C], or 0-dim."""
+        """Return the step per output filter, [C], or 0-dim."""
         return cast(Tensor, self.thresholds()[0])
 
     def extra_repr(self) -> str:
-        """Bits and number of thresholds."""
+        """Return bits and number of thresholds."""
         return f"bits={self.grid.bits}, thresholds={self.thresholds.high.numel()}"
 
 
 def __getattr__(name: str) -> Any:
-    """Names that FAT 0.1 had here: ``QuantConv2d``, ``QuantLayer`` and ``QuantLinear``."""
+    """Resolve the layers that FAT 0.1 defined here."""
     if name in ("QuantConv2d", "QuantLayer", "QuantLinear"):
         return getattr(importlib.import_module("fat.quant.quantized_layers"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,16 +1,15 @@
-"""Thresholds of a tensor and what may be trained of them: calibrated range → step and zero point.
+"""Trainable thresholds: calibrated range and trained factors → scale and zero point.
 
-A parametrization is a module whose parameters exist from ``__init__`` and whose ``forward`` gives
-(scale, zero_point). All train a factor f on the calibrated range R = T_r − T_l, starting at 1:
+Every parametrization trains a factor f on the calibrated range R = T_r − T_l, starting at f = 1:
 
 * ``fat``: f = clip(α, lo, hi) (arXiv 1812.07872, eqs. 13 and 17);
-* ``lsq``: f = s, the step in units of its calibrated value, any s > 0, with the gradient scaled by
+* ``lsq``: f = s, the step in units of its calibrated value, s > 0, with the gradient scaled by
   1/√(N·q) for N elements on a grid of q positive levels (arXiv 1902.08153, section 3.1);
-* ``tqt``: f = 2^l, l the logarithm of threshold over calibrated threshold (arXiv 1903.08066).
+* ``tqt``: f = 2^l, l the logarithm of threshold over calibrated threshold (arXiv 1903.08066);
+* ``frozen`` trains nothing.
 
-Asymmetric grids train the lower threshold too, T_l,adj = T_l + shift·R. Measured from the
-calibrated values, one learning rate suits all tensors, whatever their size; ``frozen`` trains
-nothing.
+Affine grids also train a shift of the lower threshold, T_l,adj = T_l + shift·R. All parameters are
+relative to the calibrated values, so that one learning rate suits every tensor.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from fat.quant.functional import clip_inclusive, round_ste
 __all__ = ["Thresholds", "power_of_two_ste"]
 
 SMALLEST_FACTOR = 2.0**-10
-"""No trained factor makes a range smaller than this share of the calibrated one."""
+"""Lower bound of trained factors, as a fraction of the calibrated range."""
 LARGEST_FACTOR = 2.0**10
 LARGEST_EXPONENT = 127
-"""Of float32's powers of two."""
+"""Exponent of the largest power of two in float32."""
 
 
 class _PowerOfTwo(Function):
@@ -52,7 +51,9 @@ class _PowerOfTwo(Function):
 
 
 def power_of_two_ste(step: Tensor) -> Tensor:
-    """2^⌈log2 step⌉, exactly; the gradient passes ⌈·⌉ straight through: ∂/∂step = result/step.
+    """Round up to a power of two, 2^⌈log2 step⌉, with a straight-through gradient for ⌈·⌉.
+
+    The gradient is ∂/∂step = result/step.
 
     Source: Jain et al. 2019 (arXiv 1903.08066), eqs. 5 and 7.
 
@@ -66,32 +67,32 @@ def power_of_two_ste(step: Tensor) -> Tensor:
 
 class _ScaleGradient(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, share: float) -> Tensor:
-        ctx.share = share  # type: ignore[attr-defined]
+    def forward(ctx: FunctionCtx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad * ctx.share, None  # type: ignore[attr-defined]
+        return grad * ctx.factor, None  # type: ignore[attr-defined]
 
 
 class Thresholds(nn.Module):
-    """The calibrated range of a tensor on a grid, with the factors that training moves it by.
+    """Calibrated range of a tensor with its trained factors; calling it returns the grid's steps.
 
     Args:
-        spec: Parametrization (``spec.thresholds``), its ranges, whether steps are powers of two.
-        grid: The integers of the tensor.
-        rows: One threshold per row (output filter); ``None`` is one for the tensor, 0-dim.
+        spec: Quantization options: parametrization, its ranges, powers of two.
+        grid: Integer grid of the tensor.
+        rows: Number of thresholds (output filters); ``None`` for one 0-dim threshold.
 
     Attributes:
         low: Calibrated lower threshold T_l ≤ 0.
         high: Calibrated upper threshold T_r ≥ 0, the T_max of symmetric grids.
-        limit: The upper threshold never passes this, whatever is trained: 6 after ReLU6. Steps that
-            are powers of two may pass it.
-        elements: LSQ's N, the elements that share a threshold: of one filter, or of one image.
-        alpha: The trained parameter, shape of ``high``: α, s or l (see the module's text); ``None``
-            when frozen.
-        shift: The trained shift of T_l in units of R, on asymmetric grids.
+        limit: Upper bound of the trained upper threshold, such as 6 after ReLU6. Steps that are
+            powers of two may exceed it.
+        elements: LSQ's N, the number of elements per threshold: of one filter, or of one image.
+        alpha: Trained parameter of the shape of ``high``: α, s or l (see the module's docstring);
+            ``None`` if frozen.
+        shift: Trained shift of T_l in units of R; ``None`` unless the grid is affine.
     """
 
     low: Tensor
@@ -126,8 +127,14 @@ class Thresholds(nn.Module):
     def _start(self) -> float:
         return 0.0 if self.kind == "tqt" else 1.0
 
-    def calibrated(self, low: Tensor, high: Tensor, elements: int | None = None) -> None:
-        """Take over thresholds from calibration and put every trained factor back to its start."""
+    def set_range(self, low: Tensor, high: Tensor, elements: int | None = None) -> None:
+        """Set calibrated thresholds and reset all trained factors.
+
+        Args:
+            low: T_l, of the shape of ``self.low`` or [rows].
+            high: T_r.
+            elements: LSQ's N.
+        """
         self.low.copy_(low.reshape(self.low.shape))
         self.high.copy_(high.reshape(self.high.shape).clamp(max=self.limit))
         if self.alpha is not None:
@@ -138,19 +145,19 @@ class Thresholds(nn.Module):
             self.elements.fill_(elements)
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """The adjusted thresholds (T_l, T_r), differentiable in what is trained.
+        """Return the adjusted thresholds (T_l, T_r), differentiable in the trained parameters.
 
-        On asymmetric grids they contain 0 as long as :meth:`project` is called after each step.
+        On affine grids they contain 0 as long as :meth:`project` is called after each step.
         """
         low, extent = self._adjusted()
         return low, low + extent if self.grid.kind == "affine" else extent
 
     def _extent(self) -> Tensor:
-        """What the calibrated grid's steps share: R on asymmetric grids, T on symmetric ones."""
+        """Return the range that the steps divide: R on affine grids, T on symmetric ones."""
         return self.high - self.low if self.grid.kind == "affine" else self.high
 
     def _adjusted(self) -> tuple[Tensor, Tensor]:
-        """(T_l, what the grid's steps share) with everything that is trained."""
+        """Return T_l and the extent (see :meth:`_extent`) with trained factors applied."""
         extent = self._extent()
         if self.alpha is None:
             return self.low, extent
@@ -165,7 +172,7 @@ class Thresholds(nn.Module):
         return torch.exp2(clipped) if self.kind == "tqt" else self._scaled(clipped)
 
     def _scaled(self, x: Tensor) -> Tensor:
-        """``x`` with LSQ's scaled gradient."""
+        """Scale the gradient of ``x`` as LSQ does."""
         if self.kind != "lsq":
             return x
         scaled: Tensor = _ScaleGradient.apply(
@@ -176,13 +183,13 @@ class Thresholds(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """Return (scale, zero_point), float32 of the thresholds' shape.
 
-        Symmetric: d = T/q. Asymmetric: d = (T_r − T_l)/(2^n−1), z = round(−T_l/d) kept inside the
+        Symmetric: d = T/q. Affine: d = (T_r − T_l)/(2^n−1) and z = round(−T_l/d), clipped to the
         grid, so that 0.0 is always represented exactly. A tensor that is all zero gets d = 1.
         """
         return self._steps(*self._adjusted())
 
     def _steps(self, low: Tensor, extent: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, zero_point) of a range."""
+        """Return (scale, zero_point) of a range."""
         scale = _step(extent, self.grid.qmax)
         if self.power_of_two:
             scale = power_of_two_ste(scale)
@@ -193,11 +200,11 @@ class Thresholds(nn.Module):
 
     @torch.no_grad()
     def project(self) -> None:
-        """Bring what an optimizer's step moved out of its range back to the edge.
+        """Clip the trained parameters to their ranges; call after each optimizer step.
 
-        Outside, the clip passes no gradient, and the factor would never return. Asymmetric ranges
-        are kept such that T_l ≤ 0 ≤ T_r: past that the zero point sits at an end of the grid and
-        passes no gradient to the shift.
+        Outside its range a clipped factor gets no gradient and would never return. Affine ranges
+        keep T_l ≤ 0 ≤ T_r: beyond that the zero point is clipped to the grid and the shift gets no
+        gradient.
         """
         if self.alpha is None:
             return
@@ -208,7 +215,7 @@ class Thresholds(nn.Module):
             return
         assert self.shift is not None
         extent = self.high - self.low
-        # Where 0 lies in the calibrated range, in units of R: between 0 and 1.
+        # Position of 0 in the calibrated range, in units of R: between 0 and 1.
         zero = torch.where(extent > 0.0, -self.low / extent, 0.0)
         largest = self._factor(torch.full_like(self.alpha, self.alpha_range[1]))
         self.shift.clamp_(*self.shift_range)
@@ -217,18 +224,17 @@ class Thresholds(nn.Module):
         self.alpha.copy_(torch.maximum(self.alpha, self._inverse(needed)))
 
     def _inverse(self, factor: Tensor) -> Tensor:
-        """The parameter that gives a factor."""
+        """Return the parameter for a factor."""
         return torch.log2(factor) if self.kind == "tqt" else factor
 
     @torch.no_grad()
     def grid_range(self, *, calibrated: bool = False) -> tuple[Tensor, Tensor]:
-        """The smallest and the largest real value of the grid: (q_min − z)·d and (q_max − z)·d.
+        """Return the smallest and largest real value of the grid, (q_min − z)·d and (q_max − z)·d.
 
-        These are the thresholds, but for what bringing 0 onto an asymmetric grid and rounding a
-        step up to a power of two moved them by.
+        They differ from the thresholds by the rounding of the zero point and of power-of-two steps.
 
         Args:
-            calibrated: As calibration left them, before training.
+            calibrated: Use the calibrated range, without trained factors.
 
         Returns:
             Two tensors of the thresholds' shape.
@@ -239,12 +245,12 @@ class Thresholds(nn.Module):
 
     @torch.no_grad()
     def at_edge(self, tolerance: float = 1e-6) -> Tensor | None:
-        """Which factors stand at either end of their range, bool of α's shape; ``None`` if frozen.
+        """Return a mask of factors at either end of their range, in α's shape; ``None`` if frozen.
 
-        After ReLU6 the upper end is no higher than the factor that makes the threshold 6.
+        After ReLU6 the upper end is at most the factor that makes the threshold 6.
 
         Args:
-            tolerance: How near counts, in units of the trained parameter.
+            tolerance: Largest distance from an end, in units of the trained parameter.
         """
         if self.alpha is None:
             return None
@@ -255,7 +261,7 @@ class Thresholds(nn.Module):
         return (self.alpha <= low + tolerance) | (self.alpha >= top - tolerance)
 
     def factors(self) -> dict[str, Tensor]:
-        """What is trained, by name: ``alpha``, the factor as it acts, and ``shift``."""
+        """Return the effective trained factors by name: ``alpha`` and ``shift``."""
         found = {}
         if self.alpha is not None:
             found["alpha"] = self._factor(self.alpha.detach())
@@ -265,8 +271,8 @@ class Thresholds(nn.Module):
 
 
 def _step(extent: Tensor, steps: int) -> Tensor:
-    # No floor under the step but that of the number format: a coarser one would silently spoil
-    # filters with small weights. All-zero tensors have no extent; any step represents them. What is
-    # not a number stays so: whoever needs a grid says which one is broken.
+    # The only lower bound of a step is that of the number format: a larger one would silently
+    # damage filters with small weights. An all-zero tensor has no extent; any step represents it.
+    # NaN stays NaN, to be reported with the tensor's name.
     step = extent / steps
     return torch.where(step < torch.finfo(step.dtype).tiny, torch.ones_like(step), step)

@@ -72,7 +72,7 @@ class _Lockstep:
                     module, exact[node.args[0]], quantized[node.args[0]]
                 )
             elif isinstance(module, ActivationQuantizer):
-                exact[node] = [module.exact(x) for x in exact[node.args[0]]]
+                exact[node] = [module.activate(x) for x in exact[node.args[0]]]
                 quantized[node] = [module(x) for x in quantized[node.args[0]]]
             else:
                 interpreter = fx.Interpreter(self._network)

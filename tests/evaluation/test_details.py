@@ -59,7 +59,7 @@ def pick(values: list[float], **options: Any) -> tuple[Student, Tensor]:
     fat.calibrate(student, images)
     for quantizer in student.activation_quantizers():  # the input's step is 0.2
         if quantizer.layer == "input":
-            quantizer.thresholds.calibrated(torch.tensor(0.0), torch.tensor(0.2 * 255))
+            quantizer.thresholds.set_range(torch.tensor(0.0), torch.tensor(0.2 * 255))
     return student, images
 
 
@@ -86,7 +86,7 @@ def noisy(values: list[float], on_grid: list[float]) -> float:
 def test_an_activation_by_hand() -> None:
     student, images = pick([0.0, 1.0, 2.4, 3.4, 3.6, 7.0])
     quantizer = of_relu6(student)
-    quantizer.thresholds.calibrated(torch.tensor(0.0), torch.tensor(6.0))
+    quantizer.thresholds.set_range(torch.tensor(0.0), torch.tensor(6.0))
     quantizer.thresholds.alpha.data.fill_(0.5)  # the grid is 0, 1, 2, 3
     found = row(student, images, quantizer.layer, "activation")
     # 7 comes out of ReLU6 as 6. Beyond 3.5, where the next integer would begin, are 3.6 and 6.
@@ -103,7 +103,7 @@ def test_an_activation_by_hand() -> None:
 def test_what_relu6_clips_is_not_saturation() -> None:
     student, images = pick([0.0, 2.0, 4.0, 6.0, 50.0, 9.0])
     quantizer = of_relu6(student)
-    quantizer.thresholds.calibrated(torch.tensor(0.0), torch.tensor(6.0))
+    quantizer.thresholds.set_range(torch.tensor(0.0), torch.tensor(6.0))
     found = row(student, images, quantizer.layer, "activation")
     assert found.saturated == 0.0
     assert found.sqnr_db > 100  # 0, 2, 4 and 6 are the grid

@@ -642,7 +642,7 @@ def test_switched_off(
 def test_a_real_process_without_a_compiler(tmp_path: Path) -> None:
     code = (
         "import torch\n"
-        "from fat import kernels\n"
+        "from fat.quant import kernels\n"
         "from fat.quant.functional import fake_quantize\n"
         "x = torch.tensor([-9.0, 0.2, 0.3, 9.0], requires_grad=True)\n"
         "y = fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -7, 7)\n"

@@ -214,7 +214,7 @@ def test_convolution_is_the_integer_reference(
         groups=groups,
     )
     source = watching(Grid(activation_bits, kind), x, spec)  # type: ignore[arg-type]
-    layer.reads_from(source)
+    layer.set_input_quantizer(source)
     assert layer.calibrate() == 0
     move_factors(layer, seed)
     move_factors(source, seed + 1)
@@ -283,7 +283,7 @@ def test_linear_is_the_integer_reference(
         grid,
     )
     source = watching(Grid(activation_bits, kind), x, spec)  # type: ignore[arg-type]
-    layer.reads_from(source)
+    layer.set_input_quantizer(source)
     layer.calibrate()
     move_factors(layer, seed)
     move_factors(source, seed + 1)
@@ -315,7 +315,7 @@ def test_with_steps_that_are_powers_of_two_not_a_bit_differs(
     w_step, x_step = (2.0**e for e in exponents)
     source = ActivationQuantizer("input", spec, grid)
     zero_point = 77 if kind == "affine" else 0
-    source.thresholds.calibrated(
+    source.thresholds.set_range(
         torch.tensor((grid.qmin - zero_point) * x_step),
         torch.tensor((grid.qmax - zero_point) * x_step),
     )
@@ -323,8 +323,8 @@ def test_with_steps_that_are_powers_of_two_not_a_bit_differs(
     layer = QuantConv2d(
         "conv", weight, torch.randn(4, generator=generator), spec, WEIGHT_GRID, padding=(1, 1)
     )
-    layer.reads_from(source)
-    layer.weight_quantizer.thresholds.calibrated(
+    layer.set_input_quantizer(source)
+    layer.weight_quantizer.thresholds.set_range(
         torch.tensor(-127 * w_step), torch.tensor(127 * w_step)
     )
     x = torch.randn(2, 3, 5, 5, generator=generator) * 100 * x_step
@@ -350,7 +350,7 @@ def vanishing(scale: float, granularity: str, bias: float = 0.5) -> tuple[QuantC
     x = torch.rand(1, 2, 6, 6, generator=generator)
     spec = spec_of(granularity=granularity)
     layer = QuantConv2d("conv", weight, torch.tensor([-bias, bias, 0.0]), spec, WEIGHT_GRID)
-    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), x, spec))
+    layer.set_input_quantizer(watching(Grid(8, "symmetric_unsigned"), x, spec))
     return layer, x
 
 
@@ -403,7 +403,7 @@ def test_ordinary_filters_are_not_widened(seed: int, granularity: str, bits: int
     layer = QuantLinear(
         "linear", weight, 6 * torch.rand(5, generator=generator) - 3, spec, Grid(bits, "symmetric")
     )
-    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))
+    layer.set_input_quantizer(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))
     assert layer.calibrate() == 0
     tops = np.abs(weight.numpy())
     wanted = tops.max(axis=1) if granularity == "per_channel" else tops.max()
@@ -444,7 +444,7 @@ def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> No
     layer = QuantLinear("linear", weight, None, spec, Grid(4, "symmetric"))
     x = torch.rand(9, 6, generator=generator)
     source = watching(Grid(8, "symmetric_unsigned"), x, spec)
-    layer.reads_from(source)
+    layer.set_input_quantizer(source)
     layer.calibrate()
     move_factors(layer, 2)
     grad = torch.randn(9, 4, generator=generator)
@@ -471,7 +471,7 @@ def test_gradient_of_pointwise_factors_and_their_projection() -> None:
     )
     layer = QuantLinear("linear", weight, None, spec, Grid(8, "symmetric"))
     source = watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec)
-    layer.reads_from(source)
+    layer.set_input_quantizer(source)
     layer.calibrate()
     assert layer.factor is not None
     assert torch.equal(layer.factor.detach(), torch.ones_like(weight))
@@ -505,7 +505,7 @@ def rounding_layer(
         rounding_range=reach,  # type: ignore[arg-type]
     )
     layer = QuantLinear("linear", weight, None, spec, Grid(bits, "symmetric"))
-    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))
+    layer.set_input_quantizer(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))
     layer.calibrate()
     return layer
 
@@ -582,7 +582,7 @@ def test_weights_share_a_threshold_among_so_many(granularity: str, wanted: int) 
     weight = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[1] *= 1e-30
     layer = QuantConv2d("conv", weight, torch.ones(5), spec, WEIGHT_GRID)
-    layer.reads_from(watching(Grid(8, "symmetric_unsigned"), torch.ones(1, 2, 3, 3), spec))
+    layer.set_input_quantizer(watching(Grid(8, "symmetric_unsigned"), torch.ones(1, 2, 3, 3), spec))
     assert layer.calibrate() == (
         1 if granularity == "per_channel" else 0
     )  # widening keeps the number
@@ -620,7 +620,9 @@ def test_activations_count_the_elements_of_one_image(batch: int) -> None:
 )
 def test_parameters_are_exactly_what_is_trained(options: dict[str, str], wanted: set[str]) -> None:
     layer = QuantLinear("x", torch.ones(3, 2), torch.ones(3), spec_of(**options), WEIGHT_GRID)
-    layer.reads_from(ActivationQuantizer("input", spec_of(), Grid(8, "symmetric_unsigned")))
+    layer.set_input_quantizer(
+        ActivationQuantizer("input", spec_of(), Grid(8, "symmetric_unsigned"))
+    )
     assert {name for name, _ in layer.named_parameters()} == wanted
     assert {"weight", "bias"} <= set(layer.state_dict())
     assert not any("input" in name for name in layer.state_dict())
@@ -715,7 +717,9 @@ def test_no_image_came(init: str) -> None:
     spec = spec_of(activation_init=InitSpec(init))  # type: ignore[arg-type]
     quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "symmetric_unsigned"))
     quantizer.start_observing()
-    with pytest.raises(FatError, match=r"No image reached 'blocks\.0\.act1'.*the set is empty"):
+    with pytest.raises(
+        FatError, match=r"'blocks\.0\.act1' received no images.*the calibration set is empty"
+    ):
         quantizer.stop_observing(keep=True)
     assert quantizer(torch.tensor([0.5])).item() == pytest.approx(0.5, abs=0.01)
 

@@ -218,7 +218,7 @@ def numpy_error(
 def student_error(x: Tensor, low: Tensor, high: Tensor, grid: Grid, exponent: float) -> Tensor:
     """The error [rows] that a network with these thresholds makes."""
     thresholds = Thresholds(QuantSpec(thresholds="frozen"), grid, len(x))
-    thresholds.calibrated(low, high)
+    thresholds.set_range(low, high)
     scale, zero_point = (t[:, None] for t in thresholds())
     out = fake_quantize(x, scale, zero_point, grid.qmin, grid.qmax)
     return (out.double() - x.double()).abs().pow(exponent).sum(1)

@@ -42,7 +42,7 @@ def calibrated(
 ) -> Thresholds:
     """Thresholds with one row for each of low and high."""
     thresholds = Thresholds(QuantSpec(**options), grid, len(low) if low.dim() else None)
-    thresholds.calibrated(low, high, elements)
+    thresholds.set_range(low, high, elements)
     return thresholds
 
 
@@ -400,7 +400,7 @@ def test_lsqs_number_of_elements_is_kept() -> None:
     grid = Grid(8, "symmetric")
     one = torch.tensor([1.0, 2.0])
     source = calibrated(grid, -one, one, 36, thresholds="lsq")
-    source.calibrated(-2 * one, 2 * one)  # widened: another range of the same elements
+    source.set_range(-2 * one, 2 * one)  # widened: another range of the same elements
     target = Thresholds(QuantSpec(thresholds="lsq"), grid, 2)
     target.load_state_dict(source.state_dict())
     assert source.elements.item() == target.elements.item() == 36
@@ -563,7 +563,7 @@ def test_no_threshold_passes_its_limit(
     thresholds = Thresholds(QuantSpec(thresholds=name, alpha_range=(0.5, 1.3)), grid, rows)  # type: ignore[arg-type]
     thresholds.limit = 6.0
     top = numbers(seed, 0.5, 9.0, rows)
-    thresholds.calibrated(-top if kind == "symmetric" else 0 * top, top)
+    thresholds.set_range(-top if kind == "symmetric" else 0 * top, top)
     assert torch.equal(thresholds.high, top.clamp(max=6.0))
     thresholds.get_parameter("alpha").data.fill_(alpha)
     thresholds.project()
@@ -637,12 +637,12 @@ def test_parameters_exist_from_the_start(thresholds: str, kind: str, rows: int |
 @pytest.mark.parametrize("name", TRAINED)
 def test_calibrating_again_starts_anew(name: str) -> None:
     thresholds = asymmetric(8, torch.tensor(-1.0), torch.tensor(1.0), 0.6, 0.2, thresholds=name)
-    thresholds.calibrated(torch.tensor([-2.0]), torch.tensor([3.0]))
+    thresholds.set_range(torch.tensor([-2.0]), torch.tensor([3.0]))
     values = {key: value.item() for key, value in thresholds.named_parameters()}
     assert values == {"alpha": START[name], "shift": 0.0}
     assert [t.item() for t in thresholds.range()] == [-2.0, 3.0]
     plain = symmetric(Grid(8, "symmetric"), torch.tensor(1.0), 0.6, thresholds=name)
-    plain.calibrated(torch.tensor([-2.0]), torch.tensor([2.0]))
+    plain.set_range(torch.tensor([-2.0]), torch.tensor([2.0]))
     assert [t.item() for t in plain.range()] == [-2.0, 2.0]
 
 
@@ -704,7 +704,7 @@ def test_factors_at_an_end_of_their_range(kind: str) -> None:
 def test_relu6_ends_a_range() -> None:
     found = Thresholds(QuantSpec(thresholds="lsq"), Grid(8, "symmetric_unsigned"), None)
     found.limit = 6.0
-    found.calibrated(torch.tensor(0.0), torch.tensor(3.0), elements=1)
+    found.set_range(torch.tensor(0.0), torch.tensor(3.0), elements=1)
     for factor, at_edge in ((1.0, False), (1.99, False), (2.0, True)):
         found.alpha.data.fill_(factor)
         assert bool(found.at_edge()) is at_edge

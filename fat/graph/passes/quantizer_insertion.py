@@ -173,7 +173,7 @@ def link_inputs(module: fx.GraphModule) -> None:
             raise FatError(f"The input of '{node.target}' passes no quantizer.")
         quantizer = module_of(module, before)
         assert isinstance(quantizer, ActivationQuantizer)
-        layer.reads_from(quantizer)
+        layer.set_input_quantizer(quantizer)
 
 
 def hold_constants(module: nn.Module) -> None:

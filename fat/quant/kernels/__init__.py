@@ -1,8 +1,13 @@
-"""Fake quantization in one pass over memory, compiled on first use where a C compiler is at hand.
+"""Fake-quantization kernels in C, compiled on first use.
 
-The kernels compute what :mod:`fat.quant.functional` computes with torch's operations, forward bit
-for bit, and cost a training step of a mobile network a third of its time less
-(``benchmarks/step.py``). Without a compiler torch's operations do the work.
+Their forward results equal those of the torch operations in :mod:`fat.quant.functional` bit for
+bit, and a training step of a mobile network takes a third less time (``benchmarks/step.py``).
+Without a C compiler the torch operations are used.
+
+torch.utils.cpp_extension.load would not replace this module: it needs ninja beside the compiler,
+builds C++ only, and its cache neither depends on the processor (``-march=native`` in a shared home
+directory) nor detects damaged files, and waits forever for the lock of a killed process. Building
+with the package would tie the wheel to one platform.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("fake_quantize.c")
 BLOCK = 4096
-"""Elements that the kernels add up before the next block starts."""
+"""Number of elements whose sum the kernels compute at a time."""
 FLAGS = (
     "-O3",
     "-march=native",
@@ -54,7 +59,7 @@ FLAGS = (
     *(["-mprefer-vector-width=256"] if platform.machine() in ("x86_64", "AMD64") else []),
 )
 SWITCH = "FAT_KERNELS"
-"""Environment variable; ``off`` leaves the work to torch's operations."""
+"""Environment variable; ``off`` disables the kernels."""
 
 POINTER, FLOAT, INT, LONG = ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int64
 ROWS = (LONG, LONG, FLOAT, INT, FLOAT, FLOAT)
@@ -68,12 +73,12 @@ SIGNATURES = {
 
 
 def backend() -> str:
-    """``compiled``, or ``torch`` where no kernel could be built or ``FAT_KERNELS=off``."""
+    """Return ``compiled``, or ``torch`` without a compiler or with ``FAT_KERNELS=off``."""
     return "torch" if _library() is None else "compiled"
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can work on these: float32 on the CPU, dense, all laid out alike."""
+    """Return True if the kernels support the tensors: float32, on the CPU, dense, same layout."""
     return (
         all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and (
@@ -85,14 +90,15 @@ def usable(*tensors: Tensor) -> bool:
 
 
 def forward(x: Tensor, out: Tensor, scale: float, low: float, high: float) -> None:
-    """Out = scale · clip(round(x / scale), low, high); ``out`` may be ``x``."""
+    """Compute out = scale · clip(round(x / scale), low, high); ``out`` may be ``x``."""
     _call("fat_forward", x, out, x.numel(), scale, low, high, torch.get_num_threads())
 
 
 def forward_code(x: Tensor, out: Tensor, scale: float, low: float, high: float) -> Tensor:
-    """The same; returns int8 of ``x``'s layout, the rounding error in 1/252 of a step.
+    """Compute :func:`forward` and return what the backward pass needs, int8 in ``x``'s layout.
 
-    ±127 marks values outside the grid and −128 NaN, whose gradients are others.
+    The code is the rounding error in units of 1/252 step; ±127 marks values outside the grid, and
+    −128 marks NaN.
     """
     code = torch.empty_like(x, dtype=torch.int8)
     _call("fat_forward_code", x, out, code, x.numel(), scale, low, high, torch.get_num_threads())
@@ -102,10 +108,10 @@ def forward_code(x: Tensor, out: Tensor, scale: float, low: float, high: float) 
 def backward_code(
     code: Tensor, grad: Tensor, low: float, high: float
 ) -> tuple[Tensor, float, float]:
-    """(∂/∂x, ∂/∂scale, sum of the gradient that fell outside the grid)."""
+    """Return ∂/∂x, ∂/∂scale, and the sum of the gradient of values outside the grid."""
     grad_x = torch.empty_like(grad)
     blocks = -(-grad.numel() // BLOCK)
-    sums = torch.empty(blocks + 1, 2, dtype=torch.float64)  # the totals last
+    sums = torch.empty(blocks + 1, 2, dtype=torch.float64)  # totals in the last row
     threads = torch.get_num_threads()
     _call("fat_backward_code", code, grad, grad_x, sums, grad.numel(), low, high, threads)
     scale, outside = sums[-1].tolist()
@@ -115,11 +121,9 @@ def backward_code(
 def forward_rows(
     weight: Tensor, factor: Tensor, scale: Tensor, qmax: int, adjust: int, low: float, high: float
 ) -> Tensor:
-    """Weights [C, ...] on −qmax…qmax with steps [C]; see ``adjust`` in the C source."""
+    """Return weights [C, ...] on −qmax…qmax with steps [C]; ``adjust`` as in the C source."""
     out = torch.empty_like(weight)
-    rows = len(weight)
-    columns = weight.numel() // max(rows, 1)
-    _call("fat_forward_rows", weight, factor, out, scale, rows, columns, qmax, adjust, low, high)
+    _call("fat_forward_rows", weight, factor, out, scale, *_size(weight), qmax, adjust, low, high)
     return out
 
 
@@ -133,27 +137,17 @@ def backward_rows(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor]:
-    """(∂/∂factor of the weight's shape, ∂/∂scale [C]); the first is empty for ``adjust`` 0."""
+    """Return ∂/∂factor in the weight's shape (empty for ``adjust`` 0) and ∂/∂scale [C]."""
     grad_factor = torch.empty_like(weight) if adjust else weight.new_empty(0)
     grad_scale = torch.empty_like(scale)
-    rows = len(weight)
-    columns = weight.numel() // max(rows, 1)
-    _call(
-        "fat_backward_rows",
-        weight,
-        factor,
-        grad,
-        grad_factor,
-        grad_scale,
-        scale,
-        rows,
-        columns,
-        qmax,
-        adjust,
-        low,
-        high,
-    )
+    tensors = (weight, factor, grad, grad_factor, grad_scale, scale)
+    _call("fat_backward_rows", *tensors, *_size(weight), qmax, adjust, low, high)
     return grad_factor, grad_scale
+
+
+def _size(weight: Tensor) -> tuple[int, int]:
+    rows = len(weight)
+    return rows, weight.numel() // max(rows, 1)
 
 
 def _call(name: str, *arguments: Tensor | float) -> None:
@@ -171,8 +165,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, FatError, subprocess.SubprocessError) as error:
         lines = str(error).strip().splitlines()
         logger.info(
-            "No compiled kernels (%s): torch's operations quantize instead, with the same numbers; "
-            "a training step then takes about a third longer.",
+            "No compiled kernels (%s). Using torch operations instead: same results, but about a "
+            "third more time for a training step.",
             lines[0][:200] if lines else type(error).__name__,
         )
         return None
@@ -183,11 +177,11 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _load() -> ctypes.CDLL:
-    """The library for this source, compiler and processor; built if it is not in the cache.
+    """Load the library for this source, compiler and processor from the cache, or build it.
 
     Raises:
-        OSError: If there is no compiler, or what it gave cannot be loaded.
-        subprocess.SubprocessError: If it does not compile.
+        OSError: If there is no compiler, or the library cannot be loaded.
+        subprocess.SubprocessError: If compilation fails.
     """
     compiler = _compiler()
     name = f"fake_quantize-{_key(compiler)}.so"
@@ -197,9 +191,9 @@ def _load() -> ctypes.CDLL:
             return ctypes.CDLL(str(cache / name))
         try:
             return ctypes.CDLL(str(_build(compiler, cache / name)))
-        except FatError:  # it cannot be written
+        except FatError:  # the cache is read-only
             pass
-    # Built anew by each process; once loaded, the file may go.
+    # Without a cache every process builds the library; the file can be deleted once loaded.
     with tempfile.TemporaryDirectory(prefix="fat-") as folder:
         return ctypes.CDLL(str(_build(compiler, Path(folder) / name)))
 
@@ -215,19 +209,19 @@ def _compiler() -> list[str]:
 def _cache() -> Path | None:
     try:
         return cache_folder()
-    except FatError:  # a user without a home
+    except FatError:  # no home directory
         return None
 
 
 def _key(compiler: list[str]) -> str:
-    """A name for everything that the library depends on."""
-    told = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60)
+    """Return a hash of everything that the library depends on."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60)
     parts = (SOURCE.read_bytes(), *(text.encode() for text in (*FLAGS, *compiler, _processor())))
-    return hashlib.sha256(b"\0".join((told.stdout, *parts))).hexdigest()[:16]
+    return hashlib.sha256(b"\0".join((version.stdout, *parts))).hexdigest()[:16]
 
 
 def _build(compiler: list[str], target: Path) -> Path:
-    """Compile; a checksum follows the code, which loaders ignore."""
+    """Compile to ``target`` and append a checksum, which loaders ignore."""
 
     def write(temporary: Path) -> None:
         command = [*compiler, *FLAGS, "-x", "c", str(SOURCE), "-o", str(temporary), "-lm"]
@@ -241,7 +235,7 @@ def _build(compiler: list[str], target: Path) -> Path:
 
 
 def _intact(library: Path) -> bool:
-    """Whether it is there as it was built: loading half a file would kill the process."""
+    """Return True if the file exists undamaged: loading a damaged one would crash the process."""
     try:
         content = library.read_bytes()
     except OSError:
@@ -250,7 +244,7 @@ def _intact(library: Path) -> bool:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Return a description of the processor, on which ``-march=native`` depends."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

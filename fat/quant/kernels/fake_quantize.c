@@ -1,13 +1,13 @@
-/* Fake quantization on CPUs, one pass over memory where torch's operations need four and more.
+/* Fake quantization on CPUs in one pass over memory, where torch operations need four or more.
  *
  * Same arithmetic as fat/quant/functional.py, bit for bit: true division, rounding half to even, no
- * fused multiply-add (build with -ffp-contract=off). Sums are taken in blocks of BLOCK elements (set
- * when building) and added in order, so that results do not depend on the number of threads.
+ * fused multiply-add (compile with -ffp-contract=off). Sums are computed per block of BLOCK
+ * elements (a compiler flag) and added in order: results do not depend on the number of threads.
  */
 #include <math.h>
 #include <stdint.h>
 
-/* A rounding error of half a step is kept as +-126; +-127 marks values outside the grid, -128 NaN. */
+/* Half a step of rounding error is coded as +-126; +-127 marks values outside the grid, -128 NaN. */
 #define FINE 252.0f
 #define OUTSIDE 127
 #define UNKNOWN (-128)
@@ -31,7 +31,7 @@ void fat_forward(const float *x, float *y, int64_t n, float d, float low, float 
     }
 }
 
-/* The same, and in one byte per element what the backward pass needs: the rounding error. */
+/* fat_forward, and in one byte per element the rounding error, which the backward pass needs. */
 void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, float d, float low,
                       float high, int threads)
 {
@@ -52,8 +52,8 @@ void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, float d
     }
 }
 
-/* grad_x, and per block b of BLOCK elements sums[2b] = its part of d out/d scale . grad and
- * sums[2b+1] = the gradient that fell outside the grid; the totals come last. */
+/* Computes grad_x and, for each block b, sums[2b] = its part of d out/d scale . grad and
+ * sums[2b+1] = its sum of gradients of values outside the grid, followed by the totals. */
 void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, double *sums,
                        int64_t n, float low, float high, int threads)
 {
@@ -87,8 +87,8 @@ void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, dou
     }
 }
 
-/* Weights: rows of k values on a grid -q..q, one step per row. `adjust` says what `f` does:
- * 0 nothing, 1 multiplies (w * clip(f)), 2 moves by steps (w + clip(f) * d). */
+/* Weights: rows of k values on a grid -q..q, one step per row. Effect of `f` by `adjust`:
+ * 0 none, 1 multiplies (w * clip(f)), 2 moves by steps (w + clip(f) * d). */
 static inline float adjusted(float w, float f, float d, int adjust, float low, float high)
 {
     if (adjust == 1)
