@@ -1,110 +1,117 @@
-"""The parts that report pages are made of: escaped text, tables, tiles, plots, and the whole page.
+"""HTML of the report pages: Jinja2 templates and the number formats they use.
 
-Everything here returns HTML as text. What came from a user or a file goes through :func:`escape`
-or :func:`embed`; only text that this package wrote itself is passed on as it is.
+``templates/macros.html.j2`` holds the parts of a page (tables, plots, tiles, ...). Each macro is
+also an attribute of this module, so that Python code can call ``html.table(...)``; macros return
+:class:`markupsafe.Markup` and escape every argument that is not markup already.
 """
 
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
-from fat.report.records import finite
+import jinja2
+from markupsafe import Markup
 
-__all__ = [
-    "Column",
+from fat.report.records import dig, finite, word
+
+__all__ = ["Column", "Sorted", "embed", "escape", "format_number", "render_page", "short", "slug"]
+
+MACROS = (
     "cell",
+    "code",
     "command_line",
-    "embed",
-    "escape",
     "facts",
-    "figure_cell",
     "folded",
+    "link",
     "note",
-    "page",
+    "number_cell",
     "pill",
-    "plain",
     "plot",
     "section",
-    "short",
-    "slug",
     "table",
     "tiles",
-]
-
-ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+)
+UNPRINTABLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x00")
+"""Terminal colors, and a character that HTML cannot contain."""
 DIGITS = 6
-"""Significant digits of what is drawn: finer than a pixel, and a third of the bytes of a float."""
+"""Significant digits of plotted values: finer than a pixel, and a third of a float's bytes."""
+
+
+def _clean(value: Any) -> Any:
+    """Remove what an HTML file cannot contain, also lone surrogates; markup is left alone."""
+    if isinstance(value, Markup):
+        return value
+    return UNPRINTABLE.sub("", str(value)).encode("utf-8", "replace").decode("utf-8")
 
 
 def escape(value: object) -> str:
-    """Any value as text inside HTML, also inside an attribute's quotes.
-
-    Colours of terminals and halves of surrogate pairs, which no file can hold, are taken out.
+    """Escape a value for HTML and for plotly.js, which renders a subset of HTML in its labels.
 
     Examples:
         >>> escape('</script><b title="x">')
         '&lt;/script&gt;&lt;b title=&quot;x&quot;&gt;'
     """
-    text = ANSI.sub("", str(value)).replace("\x00", "")
-    return html.escape(text.encode("utf-8", "replace").decode("utf-8"))
+    return html.escape(_clean(value))
 
 
-def embed(content: Any) -> str:
-    r"""Plain data as JSON that is safe inside a script element: no ``<`` and no NaN is left.
+def embed(content: Any) -> Markup:
+    r"""Serialize data as JSON that is safe inside a script element; NaN and infinity become null.
 
     Examples:
-        >>> embed({"x": [1.0, float("nan")], "name": "</script>"})
-        '{"x":[1.0,null],"name":"\\u003c/script\\u003e"}'
+        >>> print(embed({"x": [1.0, float("nan")], "name": "</script>"}))
+        {"x":[1.0,null],"name":"\u003c/script\u003e"}
     """
-    text = json.dumps(_plain(content), separators=(",", ":"), allow_nan=False)
+    if hasattr(content, "to_plotly_json"):
+        content = content.to_plotly_json()
+    text = json.dumps(_jsonable(content), separators=(",", ":"), allow_nan=False)
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
+    return Markup(text)
 
 
-def _plain(content: Any) -> Any:
+def _jsonable(content: Any) -> Any:
     if isinstance(content, float):
         return float(f"{content:.{DIGITS}g}") if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {str(key): _plain(value) for key, value in content.items()}
+        return {str(key): _jsonable(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
-        return [_plain(value) for value in content]
+        return [_jsonable(value) for value in content]
     return content
 
 
-def plain(value: object, digits: int = 2, unit: str = "", *, sign: bool = False) -> str:
-    """A number for people, with a real minus; a dash where there is none.
+def format_number(value: object, digits: int = 2, unit: str = "") -> str:
+    """Format a number with a fixed number of decimals; anything else gives a dash.
 
     Args:
         value: A number, or anything else.
-        digits: Digits after the point.
-        unit: Written behind it.
-        sign: Write the plus, too.
+        digits: Digits after the decimal point.
+        unit: Appended to the number.
 
     Examples:
-        >>> plain(-2.018, 1, " dB"), plain(None), plain(float("nan")), plain(0.4, sign=True)
-        ('−2.0 dB', '–', '–', '+0.40')
+        >>> format_number(-2.018, 1, " dB"), format_number(None), format_number(float("nan"))
+        ('−2.0 dB', '–', '–')
     """
     found = finite(value)
     if found is None:
         return "–"
-    text = f"{found:{'+' if sign else ''},.{digits}f}"
+    text = f"{found:,.{digits}f}"
     if not float(text.replace(",", "")):
-        text = text.lstrip("+-")  # no minus zero
+        text = text.lstrip("-")  # no minus zero
     return text.replace("-", "−").replace(",", "\u202f") + unit
 
 
 def short(value: object) -> str:
-    """A number for people in three digits, whatever its size.
+    """Format a number of any size with three significant digits.
 
     Examples:
         >>> short(-12.359), short(0.0), short(0.00012345), short(None)
@@ -115,86 +122,17 @@ def short(value: object) -> str:
 
 
 def slug(text: str) -> str:
-    """A heading as an anchor.
+    """Turn a heading into an anchor.
 
     Examples:
-        >>> slug("Why runs failed")
-        'why-runs-failed'
+        >>> slug("Failed runs")
+        'failed-runs'
     """
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def pill(status: str) -> str:
-    """A status in a coloured shape."""
-    return f'<span class="pill {slug(status)}">{escape(status)}</span>'
-
-
-def section(title: str, *body: str, intro: str = "") -> str:
-    """A titled part of a page; nothing at all where it has no body.
-
-    Args:
-        title: Heading; its anchor is :func:`slug` of it.
-        *body: HTML.
-        intro: HTML of one sentence or two that say how to read it.
-    """
-    inner = "".join(body)
-    if not inner:
-        return ""
-    lead = f'<p class="intro">{intro}</p>' if intro else ""
-    name = slug(title)
-    return (
-        f'<section id="{name}" aria-labelledby="{name}-title">'
-        f'<h2 id="{name}-title">{escape(title)}</h2>{lead}{inner}</section>'
-    )
-
-
-def note(text: str, kind: str = "hint") -> str:
-    """A paragraph that stands out: a ``hint``, or something ``bad``."""
-    return f'<p class="note {kind}">{escape(text)}</p>'
-
-
-def folded(title: str, text: str) -> str:
-    """Long text, folded away."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
-
-
-def command_line(command: str | None) -> str:
-    """A command with a button that copies it."""
-    if not command:
-        return '<span class="none">not known</span>'
-    text = escape(command)
-    return (
-        f'<span class="command"><code tabindex="0" title="{text}">{text}</code>'
-        f'<button type="button" class="copy" data-copy="{text}">Copy</button></span>'
-    )
-
-
-def tiles(entries: Iterable[tuple[str, str, str]]) -> str:
-    """Large figures side by side: name, figure, and a word beneath; those with a dash are left out.
-
-    Args:
-        entries: Texts, not yet escaped.
-    """
-    inner = "".join(
-        f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}'
-        + (f"<small>{escape(more)}</small>" if more else "")
-        + "</dd></div>"
-        for name, value, more in entries
-        if value != "–"
-    )
-    return f'<dl class="tiles">{inner}</dl>' if inner else ""
-
-
-def facts(entries: Iterable[tuple[str, str]]) -> str:
-    """Names and what they stand for, one below the other.
-
-    Args:
-        entries: Names as text and values as HTML.
-    """
-    inner = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{value}</dd></div>" for name, value in entries
-    )
-    return f'<dl class="facts">{inner}</dl>' if inner else ""
+def _shown(nested: object, path: str, digits: int = 2, unit: str = "") -> str:
+    return format_number(dig(nested, path), digits, unit)
 
 
 @dataclass(frozen=True)
@@ -202,163 +140,98 @@ class Column:
     """A column of a table.
 
     Attributes:
-        title: Its heading.
-        numeric: Whether figures stand in it, to the right.
-        explain: What the heading means, shown while pointing at it.
+        title: Heading.
+        numeric: Right-align the cells and sort them by value.
+        explain: Tooltip of the heading.
+        digits: Digits after the decimal point; ``None`` shows numbers as they are given.
     """
 
     title: str
     numeric: bool = False
     explain: str = ""
+    digits: int | None = 2
 
 
-def cell(inner: str, sort: object = None) -> str:
-    """A cell of text.
+class Sorted(NamedTuple):
+    """A cell that is sorted by something other than its text."""
 
-    Args:
-        inner: HTML.
-        sort: What the row is sorted by; the cell's own text when ``None``.
-    """
-    key = "" if sort is None else f' data-sort="{escape(sort)}"'
-    return f"<td{key}>{inner}</td>"
+    shown: object
+    key: object
 
 
-def figure_cell(value: object, digits: int = 2, unit: str = "") -> str:
-    """A cell with a number, sorted by all of its digits; a dash, sorted last, where it has none."""
-    found = finite(value)
-    key = "" if found is None else repr(found)
-    return f'<td class="n" data-sort="{key}">{plain(found, digits, unit)}</td>'
-
-
-def table(
-    name: str,
-    columns: Sequence[Column],
-    rows: Sequence[Sequence[str]],
-    *,
-    row_ids: Sequence[str] | None = None,
-    interactive: bool = True,
-) -> str:
-    """A table that scrolls inside its own box, and that can be sorted and filtered.
+def render_page(template: str | jinja2.Template, title: str, **context: Any) -> str:
+    """Render a page as one self-contained file: no other file and no network is needed.
 
     Args:
-        name: What it shows; read out, and part of its id.
-        columns: Headings.
-        rows: Cells from :func:`cell` and :func:`figure_cell`.
-        row_ids: An anchor for each row.
-        interactive: Whether it is sorted by its headings and has a filter box.
+        template: A template that extends ``page.html.j2``, or its name.
+        title: Title of the browser window.
+        **context: Variables of the template. ``data`` is what page.js shows of a run when a point
+            of a plot is selected.
     """
-    anchor = f"table-{slug(name)}"
-    heads = []
-    for column in columns:
-        title = escape(column.title)
-        explain = f' title="{escape(column.explain)}"' if column.explain else ""
-        kind = ' class="n"' if column.numeric else ""
-        inner = f'<button type="button">{title}</button>' if interactive else title
-        heads.append(f'<th scope="col"{kind}{explain}>{inner}</th>')
-    body = []
-    for place, row in enumerate(rows):
-        mark = f' id="{escape(row_ids[place])}"' if row_ids else ""
-        body.append(f"<tr{mark}>{''.join(row)}</tr>")
-    box = (
-        f'<div class="filter"><label for="{anchor}-filter">Filter</label>'
-        f'<input type="search" id="{anchor}-filter" data-filter="{anchor}" autocomplete="off" '
-        'spellcheck="false" placeholder="words that a row must hold">'
-        f'<span class="count" aria-live="polite">{len(rows)} rows</span></div>'
-        if interactive
-        else ""
+    return _environment().get_template(template).render(title=title, **context)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fat.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return (
-        f'{box}<div class="scroll" role="region" aria-label="{escape(name)}" tabindex="0">'
-        f'<table id="{anchor}"{" data-sortable" if interactive else ""}>'
-        f'<caption class="hidden">{escape(name)}</caption>'
-        f"<thead><tr>{''.join(heads)}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    environment.filters |= {
+        "embed": embed,
+        "finite": finite,
+        "number": format_number,
+        "shown": _shown,
+        "slug": slug,
+        "word": word,
+    }
+    environment.globals |= {"asset": _asset, "headings": _headings, "page_scripts": _scripts}
+    environment.globals["policy"] = _policy
+    return environment
 
 
-def plot(
-    figure: Mapping[str, Any],
-    label: str,
-    *,
-    height: int,
-    title: str = "",
-    below: str = "",
-    least_width: int = 0,
-) -> str:
-    """A plot, drawn by page.js when it comes near the window.
+def __getattr__(name: str) -> Any:
+    if name in MACROS:
+        return getattr(_environment().get_template("macros.html.j2").module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    Args:
-        figure: ``data`` and ``layout`` as plotly.js takes them.
-        label: What it shows, for those who do not see it.
-        height: Pixels.
-        title: Text above it.
-        below: Text beneath the title.
-        least_width: Pixels; on a narrower screen the plot scrolls inside its own box.
+
+def _headings(body: str) -> list[tuple[str, Markup]]:
+    """Anchor and title of each section of a page."""
+    found = re.findall(r'<section id="([^"]+)"[^>]*><h2[^>]*>(.*?)</h2>', body)
+    return [(anchor, Markup(title)) for anchor, title in found]
+
+
+def _scripts(body: str) -> list[Markup]:
+    """Scripts of a page. A page without plots does without plotly.js and stays small.
+
+    plotly.js, five megabytes, is inlined into every page that has plots. One file shared by all
+    pages of a sweep would be smaller, but then a page sent to somebody would show no plots.
     """
-    caption = f"<figcaption><b>{escape(title)}</b>" if title else ""
-    if title:
-        caption += f"<span>{escape(below)}</span></figcaption>" if below else "</figcaption>"
-    narrow = f"min-width:{least_width}px;" if least_width else ""
-    return (
-        f'<figure class="plot">{caption}<div class="scroll-plot">'
-        f'<div class="canvas" role="img" aria-label="{escape(label)}" '
-        f'style="{narrow}height:{height}px"></div></div>'
-        f'<script type="application/json" class="figure">{embed(figure)}</script></figure>'
-    )
+    scripts = [_asset("page.js")]
+    if 'class="figure"' in body:
+        from plotly.offline import get_plotlyjs
+
+        scripts.insert(0, Markup(get_plotlyjs()))
+    return scripts
 
 
-def page(title: str, header: str, sections: Sequence[str], data: Any = None) -> str:
-    """A whole page in one text that needs nothing else: no file and no network.
+def _policy(scripts: list[Markup]) -> Markup:
+    """Content security policy: run these scripts and no others, and load nothing.
 
-    Args:
-        title: Of the window, not escaped.
-        header: HTML above all sections.
-        sections: From :func:`section`; empty ones are left out.
-        data: What page.js shows of a run when a point of a plot is chosen.
+    Names of layers, classes and files come from users; with this policy none can run a script.
     """
-    body = "".join(sections)
-    titles = re.findall(r'<section id="([^"]+)"[^>]*><h2[^>]*>(.*?)</h2>', body)
-    links = "".join(f'<a href="#{anchor}">{text}</a>' for anchor, text in titles)
-    contents = f'<nav aria-label="On this page">{links}</nav>' if len(titles) > 2 else ""
-    # A page without plots, such as that of a run that failed at once, stays small.
-    scripts = [_plotly()] if 'class="figure"' in body else []
-    scripts.append(_asset("page.js"))
-    # The browser runs these scripts and no others, and loads nothing: whatever a layer or a class
-    # is called, it cannot make the page do anything.
-    allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
-    policy = (
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in scripts)
+    allowed = " ".join(f"'sha256-{digest.decode()}'" for digest in digests)
+    return Markup(
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
-    runs = (
-        "" if data is None else f'<script type="application/json" id="runs">{embed(data)}</script>'
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,">'
-        f"<style>{_asset('page.css')}</style></head><body>"
-        f"<header><div>{header}</div></header>{contents}<main>{body}</main>"
-        f"<footer>Written by FAT. All figures are in the files beside this page.</footer>{runs}"
-        + "".join(f"<script>{script}</script>" for script in scripts)
-        + "</body></html>\n"
-    )
 
 
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode("ascii")
-
-
-def _asset(name: str) -> str:
-    return (files("fat.report") / name).read_text(encoding="utf-8")
-
-
-def _plotly() -> str:
-    """plotly.js itself, inlined into every page that draws: five megabytes, about a student's file.
-
-    One file beside all pages of a sweep would be smaller, but then a page that is sent to somebody
-    would be empty.
-    """
-    from plotly.offline import get_plotlyjs  # slow to import for those who draw nothing
-
-    return str(get_plotlyjs())
+def _asset(name: str) -> Markup:
+    return Markup((files("fat.report") / name).read_text(encoding="utf-8"))

@@ -187,7 +187,7 @@ function draw(canvas) {
   layout.autosize = true;
   // A finger that scrolls over a plot scrolls the page.
   layout.dragmode = hovers ? "zoom" : false;
-  const still = layout.xaxis.fixedrange;
+  const still = layout.xaxis?.fixedrange;
   const options = { responsive: true, displaylogo: false,
     displayModeBar: hovers && !still ? "hover" : false,
     modeBarButtons: [["zoom2d", "pan2d", "resetScale2d", "toImage"]] };

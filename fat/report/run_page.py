@@ -1,28 +1,13 @@
-"""A run's page: everything its directory holds, as one report.html that opens alone."""
+"""A run's page: everything its directory contains, as one self-contained report.html."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fat.report.html import (
-    Column,
-    cell,
-    command_line,
-    escape,
-    facts,
-    figure_cell,
-    folded,
-    note,
-    page,
-    pill,
-    plain,
-    section,
-    table,
-    tiles,
-)
+from fat.report.html import Column, format_number, render_page
 from fat.report.records import (
     Run,
     dig,
@@ -45,32 +30,24 @@ from fat.report.run_sections import (
     threshold_section,
     training_section,
 )
-from fat.report.sweep_grid import Measure, Stage, choose_measure, final_loss, labels_of
+from fat.report.sweep_grid import choose_measure, final_loss, labels_of
 from fat.utils.errors import FatError
 from fat.utils.io import write_text
 
 __all__ = ["HTML", "run_page", "write_run"]
 
 HTML = "report.html"
-FIGURES = (
-    ("top1", "top-1, %", "share of labelled images whose class is the largest logit"),
-    ("top5", "top-5, %", "share of labelled images whose class is among the five largest logits"),
-    ("agreement", "agreement, %", "share of images with the float network's largest logit"),
-    ("sqnr_db", "SQNR, dB", "power of the float logits over the power of the difference"),
-    ("rmse", "RMSE", "root of the mean squared difference between the logits"),
-)
-LEFT = (
-    "metrics.json",
-    "config.yaml",
-    "failure.json",
-    "history.csv",
-    "layers.csv",
-    "thresholds.csv",
-    "equalization.csv",
-    "sensitivity.csv",
-    "details.json",
-    "images.csv",
-    "train.log",
+MEASURES = {
+    "top1": Column("top-1, %", True, "labeled images whose class has the largest logit"),
+    "top5": Column("top-5, %", True, "labeled images whose class is among the top five logits"),
+    "agreement": Column("agreement, %", True, "images with the float network's top class"),
+    "sqnr_db": Column("SQNR, dB", True, "power of the float logits over power of the difference"),
+    "rmse": Column("RMSE", True, "root mean squared difference between the logits", 4),
+}
+LINKED = (
+    *("metrics.json", "config.yaml", "failure.json", "history.csv", "layers.csv"),
+    *("thresholds.csv", "equalization.csv", "sensitivity.csv", "details.json"),
+    *("images.csv", "train.log"),
 )
 """Files of a run that the page links to."""
 
@@ -85,280 +62,180 @@ def write_run(directory: str | os.PathLike[str]) -> Path:
         The page.
 
     Raises:
-        FatError: If the folder is no run's directory, or the page cannot be written.
+        FatError: If the folder is not a run directory, or the page cannot be written.
     """
     place = Path(directory).expanduser()
     if not is_run(place):
         raise FatError(
-            f"{place} is not the directory of a run: it holds no config.yaml, metrics.json or "
-            "failure.json. train.py prints the directory of a run at its end; by default it lies "
-            "under outputs/ or multirun/."
+            f"{place} is not the directory of a run: it contains no config.yaml, metrics.json or "
+            "failure.json. train.py prints the run directory when it ends; by default it is under "
+            "outputs/ or multirun/."
         )
     return write_text(place / HTML, run_page(place))
 
 
 def run_page(directory: Path) -> str:
-    """A run's page as HTML that needs no other file and no network.
+    """Return a run's page as self-contained HTML.
 
     Args:
-        directory: The directory of a run; what it lacks, the page says.
+        directory: The directory of a run; the page names the files that are missing.
     """
     run = read_run(directory)
+    metrics = run.metrics
     problems = list(run.problems)
     history = read_csv(directory / "history.csv", problems)
     layers = read_csv(directory / "layers.csv", problems)
     details = read_json(directory / "details.json", problems)
     thresholds = None if layers else read_csv(directory / "thresholds.csv", problems)
     pairs = read_csv(directory / "equalization.csv", problems)
-    measure = choose_measure([run])
-    sections = [
-        _what_happened(run),
-        _figures(run, measure),
-        _exported(run),
-        training_section(run, history),
-        threshold_section(details),
-        filter_section(run, details, pairs),
-        layer_section(layers, thresholds),
-        sensitivity_section(directory, problems),
-        example_section(details),
-    ]
-    absent = [
-        name
-        for name, found in (
-            ("metrics.json", run.metrics),
-            ("config.yaml", run.config),
-            ("history.csv", history),
-            ("layers.csv", layers),
-            ("details.json", details),
-        )
-        if not found
-    ]
-    sections.append(_files(directory, absent, problems))
-    return page(f"{_title(run)} · {run.status}", _header(run), sections)
-
-
-def _title(run: Run) -> str:
-    (label,) = labels_of([run])
-    network = word(run.metrics, "model") or word(run.config, "model.name") or run.name
-    return f"{network} {label.bits}".strip()
-
-
-def _header(run: Run) -> str:
-    words = [
-        word(run.metrics, "granularity") or word(run.config, "quant.granularity"),
-        word(run.metrics, "scheme") or word(run.config, "quant.scheme"),
-        _init(run),
-    ]
-    under = " · ".join(text for text in words if text)
-    place = run.directory.resolve()
-    # Only where the sweep's own folder is the one above: the link has to work after a move.
-    back = '<a class="back" href="../report.html">The sweep</a>' if is_sweep(place.parent) else ""
-    return (
-        f"{back}<h1>{escape(_title(run))} {pill(run.status)}</h1>"
-        f'<p class="under">{escape(under)}</p>{command_line(run.command) if run.command else ""}'
-    )
-
-
-def _init(run: Run) -> str:
-    (label,) = labels_of([run])
-    return f"init {label.init}" if label.init else ""
-
-
-def _what_happened(run: Run) -> str:
-    if run.status == "finished":
-        return ""
-    if run.status == "failed":
-        failure = run.failure or {}
-        message = word(failure, "message") or "It left no word of why; its log may say."
-        parts = [
-            f'<p class="note bad pre"><b>{escape(word(failure, "error") or "failed")}</b> '
-            f"{escape(message)}</p>"
-        ]
-        if word(failure, "traceback"):
-            parts.append(folded("Traceback", str(failure["traceback"])))
-        if run.command:
-            parts.append(f"<p>Try again:</p>{command_line(run.command)}")
-        return section("Why it failed", *parts)
-    reached = {
-        "calibrated": "Its last figures are those after calibration.",
-        "trained": "Its last figures are those after training.",
+    sensitivity = sensitivity_section(directory, problems)
+    read = {
+        "metrics.json": metrics,
+        "config.yaml": run.config,
+        "history.csv": history,
+        "layers.csv": layers,
+        "details.json": details,
     }
-    where = reached.get(str(run.metrics.get("status")), "It has no figures so far.")
-    text = f"This run has not finished: it goes on, or it was stopped. {where}"
-    return section("What happened", note(text))
+    (label,) = labels_of([run])
+    network = word(metrics, "model") or word(run.config, "model.name") or run.name
+    name = f"{network} {label.bits}".strip()
+    subtitle = (
+        word(metrics, "granularity") or word(run.config, "quant.granularity"),
+        word(metrics, "scheme") or word(run.config, "quant.scheme"),
+        f"init {label.init}" if label.init else "",
+    )
+    return render_page(
+        "run.html.j2",
+        f"{name} · {run.status}",
+        run=run,
+        metrics=metrics,
+        name=name,
+        subtitle=" · ".join(text for text in subtitle if text),
+        # Only when the sweep is the folder above: the link has to work after a move.
+        in_sweep=is_sweep(directory.resolve().parent),
+        reached={
+            "calibrated": "Its last metrics are those after calibration.",
+            "trained": "Its last metrics are those after training.",
+        }.get(str(metrics.get("status")), "It has no metrics yet."),
+        exported=_exported(metrics),
+        training=training_section(run, history),
+        histograms=threshold_section(details),
+        filters=filter_section(run, details, pairs),
+        layers=layer_section(layers, thresholds),
+        sensitivity=sensitivity,
+        examples=example_section(details),
+        problems=problems,
+        absent=[file for file, content in read.items() if not content],
+        present=[file for file in LINKED if (directory / file).is_file()],
+        config=_text(directory / "config.yaml"),
+        **_metrics(run),
+    )
 
 
-def _figures(run: Run, measure: Measure) -> str:
+def _text(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+
+
+def _metrics(run: Run) -> dict[str, Any]:
     metrics = run.metrics
-    stage: Stage = "trained" if isinstance(metrics.get("trained"), Mapping) else "calibrated"
-    if not isinstance(metrics.get(stage), Mapping):
-        return section(
-            "Figures", note("There are no figures: the run did not get to its first ones.")
-        )
-    before = number(metrics, "calibrated.top1")
-    entries = [
-        ("Float top-1", plain(number(metrics, "float.top1"), 2, " %"), ""),
-        ("Calibrated top-1", plain(before, 2, " %"), "before training"),
-        ("Trained top-1", plain(number(metrics, "trained.top1"), 2, " %"), ""),
-        ("Accuracy drop", plain(final_loss(run, "accuracy"), 2), "points of top-1"),
-        (
-            "Agreement",
-            plain(number(metrics, f"{stage}.agreement"), 2, " %"),
-            "with the float network",
-        ),
-        ("SQNR", plain(number(metrics, f"{stage}.sqnr_db"), 1, " dB"), "of the logits"),
-        _size(metrics),
-        ("Bits", _bits(metrics), "weights, activations"),
-        _latency(metrics),
-        ("Time", _duration(total_seconds(metrics)), "all stages"),
-    ]
+    stages = [key for key in ("float", "calibrated", "trained") if _has(metrics, key)]
     rows = [
-        [
-            cell(name),
-            *(
-                figure_cell(number(metrics, f"{key}.{figure}"), 4 if figure == "rmse" else 2)
-                for figure, _, _ in FIGURES
-            ),
-        ]
-        for key, name in (("float", "float"), ("calibrated", "calibrated"), ("trained", "trained"))
-        if isinstance(metrics.get(key), Mapping)
+        [stage, *(number(metrics, f"{stage}.{measure}") for measure in MEASURES)]
+        for stage in stages
     ]
-    columns = [Column("network"), *(Column(title, True, why) for _, title, why in FIGURES)]
     test = number(metrics, "data.splits.test.images")
-    images = "on the test images" if test is None else f"on {test:.0f} test images"
-    kind = (
-        ""
-        if measure == "accuracy"
-        else " They have no labels: agreement with the float network takes accuracy's place."
-    )
-    stages = dig(metrics, "seconds")
-    spent = [
-        (str(name), plain(seconds, 1, " s"))
-        for name, seconds in (stages.items() if isinstance(stages, Mapping) else ())
-        if finite(seconds) is not None
-    ]
-    return section(
-        "Figures",
-        tiles(entries),
-        table("Figures of each network", columns, rows, interactive=False),
-        f'<p class="small">Seconds: {escape(", ".join(f"{n} {s}" for n, s in spent))}.</p>'
-        if spent
-        else "",
-        intro=f"Measured {images}, which nothing was trained or chosen on.{kind}",
-    )
-
-
-def _size(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
-    before, after = number(metrics, "size_mb.float"), number(metrics, "size_mb.quantized")
-    more = "weights and biases" if before is None else f"from {plain(before, 2)} MB in float"
-    return "Size", plain(after, 2, " MB"), more
-
-
-def _latency(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
+    before = number(metrics, "size_mb.float")
+    spent = metrics.get("seconds")
+    seconds = spent.items() if isinstance(spent, Mapping) else ()
+    bits = number(metrics, "bits.weight"), number(metrics, "bits.activation")
+    latency = ("Latency", "–", "")
     for target, time in latencies(metrics).items():
-        before = plain(number(metrics, f"exported.{target}.latency_ms.float"), 2, " ms")
-        return f"Latency in {target}", plain(time, 2, " ms"), f"float {before}"
-    return "Latency", "–", ""
+        floating = format_number(dig(metrics, f"exported.{target}.latency_ms.float"), 2, " ms")
+        latency = (f"Latency in {target}", format_number(time, 2, " ms"), f"float {floating}")
+        break
+    return {
+        "stage": next((key for key in ("trained", "calibrated") if _has(metrics, key)), None),
+        "measures": ([Column("network"), *MEASURES.values()], rows),
+        "test_images": "the test images" if test is None else f"{test:.0f} test images",
+        "labelled": choose_measure([run]) == "accuracy",
+        "drop": final_loss(run, "accuracy"),
+        "size_note": "weights and biases" if before is None else f"float {before:.2f} MB",
+        "bits": "–" if None in bits else f"W{bits[0]:.3g}A{bits[1]:.3g}",
+        "latency": latency,
+        "time": _duration(total_seconds(metrics)),
+        "seconds": [
+            f"{name} {format_number(value, 1, ' s')}"
+            for name, value in seconds
+            if finite(value) is not None
+        ],
+    }
 
 
-def _bits(metrics: Mapping[str, Any]) -> str:
-    weight, activation = number(metrics, "bits.weight"), number(metrics, "bits.activation")
-    if weight is None or activation is None:
-        return "–"
-    return f"W{weight:.3g}A{activation:.3g}"
+def _has(metrics: Mapping[str, Any], stage: str) -> bool:
+    return isinstance(metrics.get(stage), Mapping)
 
 
 def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 100:
-        return plain(seconds, 1, " s")
+    if seconds is None or seconds < 100:
+        return format_number(seconds, 1, " s")
     return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
-def _exported(run: Run) -> str:
-    exported = run.metrics.get("exported")
-    if not isinstance(exported, Mapping):
-        return ""
-    parts = []
-    for target, report in exported.items():
-        if not isinstance(report, Mapping):
-            continue
-        parts += [f"<h3>{escape(target)}</h3>", *_verdict(report)]
-    return section(
-        "The file that ships",
-        *parts,
-        intro="The file was run in its runtime and compared with the simulated network before it "
-        "took its place.",
-    )
+def _exported(metrics: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    exported = metrics.get("exported")
+    return [
+        (str(target), [(name, text) for name, text in _verified(report) if text != "–"])
+        for target, report in (exported.items() if isinstance(exported, Mapping) else ())
+        if isinstance(report, Mapping)
+    ]
 
 
-def _verdict(report: Mapping[str, Any]) -> list[str]:
-    worst = dig(report, "layers.worst")
-    differing = number(report, "layers.differing")
-    compared = plain(number(report, "layers.compared"), 0)
+def _verified(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Results of verifying an exported file, with a dash where one is missing."""
+
+    def shown(path: str, digits: int = 2, unit: str = "") -> str:
+        return format_number(dig(report, path), digits, unit)
+
+    worst, differing = dig(report, "layers.worst"), number(report, "layers.differing")
+    compared = shown("layers.compared", 0)
     if differing is None:
         integers = "not compared"
     elif not differing:
-        integers = f"all equal, in {compared} operations"
+        integers = f"all equal in {compared} operations"
     else:
-        integers = f"{differing:.0f} of {compared} operations have other integers"
+        integers = f"{differing:.0f} of {compared} operations give other integers"
         if isinstance(worst, Mapping):
-            share = number(worst, "share")
-            percent = plain(None if share is None else 100 * share, 3, " %")
+            fraction = number(worst, "share")
+            percent = format_number(None if fraction is None else 100 * fraction, 3, " %")
             integers += f"; worst {worst.get('layer')}: {percent} by up to {worst.get('steps')}"
     floating = dig(report, "kernels.float_layers")
     names = ", ".join(map(str, floating)) if isinstance(floating, list) else ""
-    kernels = f"{plain(number(report, 'kernels.integer_layers'), 0)} layers in integers, "
-    kernels += f"in float: {names}" if names else "none in float"
-    time, size = "latency_ms", "size_mb"
     threads = number(report, "latency_ms.threads")
-    faster = plain(number(report, f"{time}.ratio"), 2)
-    entries = [
-        ("File", f"{escape(report.get('file', '–'))} in {escape(report.get('runtime', '–'))}"),
-        ("Judged on", escape(f"{report.get('images', '–')} {report.get('on', 'images')}")),
-        ("Top-1", escape(plain(number(report, "quantized.top1"), 2, " %"))),
+    return [
+        ("File", f"{report.get('file', '–')} in {report.get('runtime', '–')}"),
+        ("Evaluated on", f"{report.get('images', '–')} {report.get('on', 'images')}"),
+        ("Top-1", shown("quantized.top1", 2, " %")),
         (
             "Agreement",
-            escape(plain(number(report, "quantized.agreement"), 2, " %"))
-            + " with the float network, "
-            + escape(plain(number(report, "simulation.agreement"), 2, " %"))
-            + " with its simulation",
+            f"{shown('quantized.agreement', 2, ' %')} with the float network, "
+            f"{shown('simulation.agreement', 2, ' %')} with the simulation",
         ),
-        ("Integers", escape(integers)),
-        ("Kernels", escape(kernels)),
+        ("Integers", integers),
+        (
+            "Kernels",
+            f"{shown('kernels.integer_layers', 0)} integer layers, float: {names or 'none'}",
+        ),
         (
             "Latency",
-            escape(
-                f"{plain(number(report, f'{time}.float'), 2, ' ms')} in float → "
-                f"{plain(number(report, f'{time}.quantized'), 2, ' ms')}, {faster} of float's time"
-                + ("" if threads is None else f", one image, {threads:.0f} thread(s)")
-            ),
+            f"{shown('latency_ms.float', 2, ' ms')} in float → "
+            f"{shown('latency_ms.quantized', 2, ' ms')} ({shown('latency_ms.ratio')} of the float "
+            "time)" + ("" if threads is None else f", one image, {threads:.0f} thread(s)"),
         ),
         (
             "Size",
-            escape(
-                f"{plain(number(report, f'{size}.float'), 2, ' MB')} in float → "
-                f"{plain(number(report, f'{size}.quantized'), 2, ' MB')}"
-            ),
+            f"{shown('size_mb.float', 2, ' MB')} in float → {shown('size_mb.quantized', 2, ' MB')}",
         ),
     ]
-    return [facts(entry for entry in entries if entry[1] != "–")]
-
-
-def _files(directory: Path, absent: Sequence[str], problems: Sequence[str]) -> str:
-    parts = [note(problem, "bad") for problem in problems]
-    if absent:
-        parts.append(
-            note("Not in this directory, or empty, so not on this page: " + ", ".join(absent) + ".")
-        )
-    there = [name for name in LEFT if (directory / name).is_file()]
-    if there:
-        links = ", ".join(f'<a href="{escape(name)}">{escape(name)}</a>' for name in there)
-        parts.append(f"<p>Beside this page: {links}</p>")
-    config = directory / "config.yaml"
-    try:
-        parts.append(folded("Configuration", config.read_text(encoding="utf-8", errors="replace")))
-    except OSError:
-        parts.append(note("There is no configuration to show."))
-    return section("Files", *parts)

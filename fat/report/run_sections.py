@@ -1,4 +1,4 @@
-"""The parts of a run's page that look into the network: training, thresholds, layers, images."""
+"""Contents of a run page's sections about the network: training, thresholds, layers, images."""
 
 from __future__ import annotations
 
@@ -9,20 +9,9 @@ from typing import Any
 
 from fat.evaluation.sensitivity_file import JSON as SENSITIVITY
 from fat.evaluation.sensitivity_file import read_sensitivity
-from fat.report.html import (
-    Column,
-    cell,
-    escape,
-    facts,
-    figure_cell,
-    note,
-    plain,
-    plot,
-    section,
-    short,
-    table,
-)
-from fat.report.plots import curves, filter_ranges, histogram, layer_bars, sensitivity_bars
+from fat.report import html
+from fat.report.html import Column, format_number, short
+from fat.report.plots import BARS, curves, filter_ranges, histogram, layer_bars, sensitivity_bars
 from fat.report.records import Run, dig, finite, number, word
 from fat.utils.errors import FatError, first_line
 
@@ -43,80 +32,63 @@ MOST_EXAMPLES = 24
 IMAGE = re.compile(r"data:image/(?:jpeg|png|webp|gif);base64,[A-Za-z0-9+/=]+")
 
 
-def training_section(run: Run, history: Sequence[Mapping[str, str]] | None) -> str:
-    """Loss curves, the learning rate, and which step was kept.
+def training_section(run: Run, history: Sequence[Mapping[str, str]] | None) -> dict[str, Any]:
+    """Return loss curves, the learning rate, and the step that was kept.
 
     Args:
         run: The run.
-        history: Rows of history.csv, ``None`` where there is none.
+        history: Rows of history.csv, ``None`` without the file.
     """
-    told = run.metrics.get("training")
-    entries = []
-    if isinstance(told, Mapping):
+    training = run.metrics.get("training")
+    entries = [
+        (name, format_number(number(training, key), digits))
         for name, key, digits in (
             ("Steps", "steps", 0),
             ("Calibrated loss", "calibrated_loss", 5),
             ("Best loss", "best_loss", 5),
             ("Best step", "best_step", 0),
             ("Steps undone (NaN)", "restored", 0),
-        ):
-            if number(told, key) is not None:
-                entries.append((name, escape(plain(number(told, key), digits))))
-        for name, key in (
-            ("Blocks trained one by one", "reconstruction"),
-            ("Bias correction", "bias_correction"),
-        ):
-            if word(told, key):
-                entries.append((name, escape(told[key])))
-    curves_found = _named(history or ())
-    losses = {name: points for name, points in curves_found.items() if name in LOSSES}
-    parts = [facts(entries)]
-    if losses:
-        best = number(told, "best_step") if "val/loss" in losses else None
-        parts.append(
-            plot(
-                curves(losses, log=True, best=best),
-                "Loss over the steps of the training, on training batches and validation images",
-                height=340,
-                title="Loss",
-            )
         )
-    small = []
-    for name, title in (
-        ("train/lr", "Learning rate"),
-        ("val/agreement", "Agreement on validation images, %"),
-        ("val/sqnr_db", "SQNR on validation images, dB"),
-    ):
-        if name in curves_found:
-            figure = curves({name: curves_found[name]})
-            small.append(plot(figure, f"{title} over the steps", height=220, title=title))
-    if small:
-        parts.append(f'<div class="panels">{"".join(small)}</div>')
-    if not losses and entries:
-        parts.append(note("No step of the whole network's training was recorded (history.csv)."))
-    return section(
-        "Training",
-        *parts,
-        intro="The network with the smallest loss on validation images is the one that was kept; "
-        "step 0 is the calibrated one.",
-    )
-
-
-def _named(history: Sequence[Mapping[str, str]]) -> dict[str, tuple[list[float], list[float]]]:
-    found: dict[str, tuple[list[float], list[float]]] = {}
-    for row in history:
+        if number(training, key) is not None
+    ]
+    entries += [
+        (name, text)
+        for name, key in (
+            ("Block reconstruction", "reconstruction"),
+            ("Bias correction", "bias_correction"),
+        )
+        if (text := word(training, key))
+    ]
+    named: dict[str, tuple[list[float], list[float]]] = {}
+    for row in history or ():
         step, value = finite(row.get("step")), finite(row.get("value"))
-        name = row.get("name")
-        if name and step is not None and value is not None:
-            steps, values = found.setdefault(name, ([], []))
+        if row.get("name") and step is not None and value is not None:
+            steps, values = named.setdefault(row["name"], ([], []))
             steps.append(step)
             values.append(value)
-    return found
+    losses = {name: points for name, points in named.items() if name in LOSSES}
+    best = number(training, "best_step") if "val/loss" in losses else None
+    loss = html.plot(
+        curves(losses, log=True, best=best),
+        "Loss on training batches and validation images over the training steps",
+        height=340,
+        title="Loss",
+    )
+    metrics = [
+        html.plot(curves({name: named[name]}), f"{title} over the steps", height=220, title=title)
+        for name, title in (
+            ("train/lr", "Learning rate"),
+            ("val/agreement", "Agreement on validation images, %"),
+            ("val/sqnr_db", "SQNR on validation images, dB"),
+        )
+        if name in named
+    ]
+    return {"entries": entries, "loss": loss if losses else "", "metrics": metrics}
 
 
 def _listed(details: object, key: str) -> list[Mapping[str, Any]]:
-    """The mappings of a list in details.json; whatever else stands there is passed over."""
-    found = details.get(key) if isinstance(details, Mapping) else None
+    """The mappings of a list in details.json; anything else in it is skipped."""
+    found = dig(details, key)
     return (
         [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
     )
@@ -126,18 +98,17 @@ def _numbers(value: object, least: int = 1) -> list[float] | None:
     """A list of finite numbers, or ``None`` if it is anything else or shorter."""
     if not isinstance(value, list):
         return None
-    numbers = [finite(entry) for entry in value]
-    found = [entry for entry in numbers if entry is not None]
+    found = [entry for entry in map(finite, value) if entry is not None]
     return found if len(found) == len(value) >= least else None
 
 
-def threshold_section(details: object) -> str:
-    """Histograms of the worst tensors with their thresholds before and after training.
+def threshold_section(details: object) -> list[str]:
+    """Return histograms of the worst tensors with their thresholds before and after training.
 
     Args:
-        details: Content of details.json, whatever it is.
+        details: Content of details.json.
     """
-    parts = []
+    plots: list[str] = []
     for entry in _listed(details, "histograms"):
         edges, counts = _numbers(entry.get("edges"), 2), _numbers(entry.get("counts"))
         if edges is None or counts is None or len(edges) != len(counts) + 1:
@@ -147,271 +118,191 @@ def threshold_section(details: object) -> str:
         ranges = " → ".join(
             f"{short(pair[0])} … {short(pair[-1])}" for pair in (before, after) if pair
         )
-        parts.append(
-            plot(
+        plots.append(
+            html.plot(
                 histogram(edges, counts, before, after),
                 f"Histogram of {layer}, {kind}; thresholds before and after training {ranges}",
                 height=190,
                 title=layer,
-                below=f"{kind}, {plain(entry.get('sqnr_db'), 1, ' dB')}, T {ranges}",
+                below=f"{kind}, {format_number(entry.get('sqnr_db'), 1, ' dB')}, T {ranges}",
             )
         )
-        if len(parts) == MOST_HISTOGRAMS:
-            break
-    if not parts:
-        return ""
-    return section(
-        "Thresholds",
-        f'<div class="panels">{"".join(parts)}</div>',
-        intro="How often each value occurs in the tensors with the lowest SQNR (log axis), and the "
-        "range that the integer grid covers: "
-        '<span class="key before">before</span> and <span class="key after">after</span> training. '
-        "What lies outside the lines saturates.",
-    )
+    return plots[:MOST_HISTOGRAMS]
 
 
-def filter_section(run: Run, details: object, pairs: Sequence[Mapping[str, str]] | None) -> str:
-    """Ranges of filters before and after equalization; nothing for a run without it.
+def filter_section(
+    run: Run, details: object, pairs: Sequence[Mapping[str, str]] | None
+) -> dict[str, Any]:
+    """Return the ranges of filters before and after equalization.
 
     Args:
         run: The run.
-        details: Content of details.json, whatever it is.
-        pairs: Rows of equalization.csv, ``None`` where there is none.
+        details: Content of details.json.
+        pairs: Rows of equalization.csv, ``None`` without the file.
     """
     drawn = []
     for entry in _listed(details, "filters"):
         before, after = _numbers(entry.get("before")), _numbers(entry.get("after"))
         if before and after and len(before) == len(after):
             drawn.append((str(entry.get("layer", "")), before, after))
-    drawn.sort(key=lambda one: -_spread(one[1]))
-    parts = [
-        plot(
+    drawn.sort(key=lambda one: -_ratio(one[1]))
+    plots = [
+        html.plot(
             filter_ranges(before, after),
             f"Largest weight of each filter of {layer} before and after equalization",
             height=220,
             title=layer,
             below="widest over narrowest: "
-            f"{plain(_spread(before), 1)} → {plain(_spread(after), 1)}",
+            f"{format_number(_ratio(before), 1)} → {format_number(_ratio(after), 1)}",
         )
         for layer, before, after in drawn[:MOST_FILTERS]
     ]
-    body = [f'<div class="panels">{"".join(parts)}</div>'] if parts else []
-    if len(drawn) > MOST_FILTERS:
-        body.append(note(f"The {MOST_FILTERS} layers with the widest spread, of {len(drawn)}."))
-    if pairs:
-        inner = _csv_table("Equalized pairs of layers", pairs)
-        body.append(f"<details><summary>All pairs of layers</summary>{inner}</details>")
-    if not body:
-        return ""
-    shift = number(run.metrics, "equalization.float_shift_db")
-    moved = "" if shift is None else f" It moved the float logits to {escape(plain(shift, 1))} dB."
-    method = word(run.metrics, "equalization.method")
-    by = "" if method is None else f"by {escape(method)} "
-    return section(
-        "Filter ranges",
-        *body,
-        intro="The largest weight of each filter "
-        '<span class="key before">before</span> and <span class="key after">after</span> '
-        f"equalization {by}(log axis). A flat line is good: all filters use their grid.{moved}",
-    )
+    return {
+        "plots": plots,
+        "omitted": max(0, len(drawn) - MOST_FILTERS),
+        "pairs": _csv_table(pairs) if pairs else None,
+        "method": word(run.metrics, "equalization.method"),
+        "shift": number(run.metrics, "equalization.float_shift_db"),
+    }
 
 
-def _spread(values: Sequence[float]) -> float:
+def _ratio(values: Sequence[float]) -> float:
     alive = [value for value in values if value > 0]
     return max(alive) / min(alive) if alive else 1.0
 
 
-LAYER_COLUMNS = (
-    ("bits", "bits", 0, 1.0, ""),
-    ("thresholds", "thresholds", 0, 1.0, "how many: one for each tensor or for each filter"),
-    ("sqnr_db", "SQNR, dB", 1, 1.0, "of the tensor alone against its own quantized form"),
-    ("saturated", "saturated, %", 3, 100.0, "share of values outside the thresholds"),
-    ("threshold_before", "T before", 4, 1.0, "largest threshold as calibrated"),
-    ("threshold_after", "T after", 4, 1.0, "largest threshold as trained"),
-    ("alpha_mean", "α mean", 3, 1.0, "trained factor on the calibrated threshold"),
-    ("alpha_min", "α least", 3, 1.0, "smallest factor of the tensor"),
-    ("alpha_max", "α most", 3, 1.0, "largest factor of the tensor"),
-    ("alpha_at_edge", "α at edge, %", 1, 100.0, "share of factors at an end of their range"),
-)
-"""Column of layers.csv, heading, digits, factor, what it means."""
+LAYER_COLUMNS = {
+    "bits": (Column("bits", True, "", 0), 1.0),
+    "thresholds": (Column("thresholds", True, "number: one per tensor or one per filter", 0), 1.0),
+    "sqnr_db": (Column("SQNR, dB", True, "of this tensor against its quantized values", 1), 1.0),
+    "saturated": (Column("saturated, %", True, "values outside the thresholds", 3), 100.0),
+    "threshold_before": (Column("T before", True, "largest calibrated threshold", 4), 1.0),
+    "threshold_after": (Column("T after", True, "largest trained threshold", 4), 1.0),
+    "alpha_mean": (Column("α mean", True, "trained factor of the calibrated threshold", 3), 1.0),
+    "alpha_min": (Column("α min", True, "smallest factor of the tensor", 3), 1.0),
+    "alpha_max": (Column("α max", True, "largest factor of the tensor", 3), 1.0),
+    "alpha_at_edge": (Column("α at limit, %", True, "factors at a limit of their range", 1), 100.0),
+}
+"""Column of layers.csv: how it is shown, and the factor that gives its unit."""
+BAR_TITLES = {
+    "sqnr_db": ("SQNR of each tensor", "Short bars are the least accurate tensors."),
+    "saturated": ("Saturated values", "Values outside the thresholds are clipped."),
+    "alpha_at_edge": ("α at a limit of its range", "A wider range may let these train further."),
+}
 
 
 def layer_section(
     layers: Sequence[Mapping[str, str]] | None, thresholds: Sequence[Mapping[str, str]] | None
-) -> str:
-    """Errors and shares per layer as bars, and all of them as a table.
+) -> dict[str, Any]:
+    """Return bars and a table of the errors of all layers.
 
     Args:
-        layers: Rows of layers.csv, ``None`` where there is none.
-        thresholds: Rows of thresholds.csv, shown in their place.
+        layers: Rows of layers.csv, ``None`` without the file.
+        thresholds: Rows of thresholds.csv, shown instead.
     """
     if not layers:
-        if not thresholds:
-            return ""
-        return section(
-            "Layers",
-            _csv_table("Thresholds of all tensors", thresholds),
-            intro="From thresholds.csv: there is no layers.csv with errors and shares.",
-        )
-
-    def drawn(key: str, factor: float = 1.0) -> list[tuple[str, str, float | None]]:
-        return [
-            (
-                row.get("layer", ""),
-                row.get("kind", ""),
-                None if (value := finite(row.get(key))) is None else factor * value,
-            )
-            for row in layers
-        ]
-
-    parts = []
-    for key, title, unit, factor, why in (
-        ("sqnr_db", "SQNR of each tensor alone", "dB", 1.0, "Short bars are the weak ones."),
-        ("saturated", "Saturated values", "%", 100.0, "Values outside the thresholds, cut off."),
-        (
-            "alpha_at_edge",
-            "α at the edge of its range",
-            "%",
-            100.0,
-            "Factors that would go further if they were allowed to.",
-        ),
-    ):
-        values = drawn(key, factor)
+        return {
+            "intro": "From thresholds.csv: there is no layers.csv with errors of the layers.",
+            "plots": [],
+            "name": "Thresholds of all tensors",
+            "table": _csv_table(thresholds) if thresholds else None,
+        }
+    plots = []
+    for key, unit, _ in BARS:
+        title, explanation = BAR_TITLES[key]
+        values = [(row.get("layer", ""), row.get("kind", ""), _scaled(row, key)) for row in layers]
         if any(value is not None for *_, value in values):
             heading = f"{title}, {unit}"
-            parts.append(
-                plot(
-                    layer_bars(values, unit),
-                    f"{heading}, of each tensor",
-                    height=260,
-                    title=heading,
-                    below=why,
-                )
-            )
-    columns = [
-        Column("layer"),
-        Column("kind"),
-        *(Column(title, True, why) for _, title, _, _, why in LAYER_COLUMNS),
-    ]
-    rows = []
-    for row in layers:
-        cells = [
-            cell(f"<code>{escape(row.get('layer', ''))}</code>"),
-            cell(escape(row.get("kind", ""))),
-        ]
-        for key, _, digits, factor, _ in LAYER_COLUMNS:
-            value = finite(row.get(key))
-            cells.append(figure_cell(None if value is None else factor * value, digits))
-        rows.append(cells)
-    return section(
-        "Layers",
-        *parts,
-        table("All quantized tensors", columns, rows),
-        intro="Every quantizer by itself, in the order of the network. Choose a heading to sort.",
-    )
-
-
-def _csv_table(name: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """A CSV file as it is, figures to the right."""
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {
-        key: all(not row.get(key) or finite(row[key]) is not None for row in rows) for key in names
-    }
-    body = [
+            bars = layer_bars(values, unit)
+            label = f"{heading}, for each tensor"
+            plots.append(html.plot(bars, label, height=260, title=heading, below=explanation))
+    columns = [Column("layer"), Column("kind"), *(column for column, _ in LAYER_COLUMNS.values())]
+    rows = [
         [
-            _as_written(row.get(key, "")) if numeric[key] else cell(escape(row.get(key, "")))
-            for key in names
+            html.code(row.get("layer", "")),
+            row.get("kind", ""),
+            *(_scaled(row, key) for key in LAYER_COLUMNS),
         ]
-        for row in rows
+        for row in layers
     ]
-    return table(name, [Column(key, numeric[key]) for key in names], body)
+    return {
+        "intro": "Each quantizer by itself, in network order. Click a heading to sort.",
+        "plots": plots,
+        "name": "All quantized tensors",
+        "table": (columns, rows),
+    }
 
 
-def _as_written(figure: str) -> str:
-    return f'<td class="n" data-sort="{escape(figure)}">{escape(figure or "–")}</td>'
+def _scaled(row: Mapping[str, str], key: str) -> float | None:
+    value = finite(row.get(key))
+    return None if value is None else LAYER_COLUMNS[key][1] * value
 
 
-def sensitivity_section(directory: Path, problems: list[str]) -> str:
-    """What each tensor's quantization costs the logits; nothing where it was not measured.
+def _csv_table(rows: Sequence[Mapping[str, str]]) -> tuple[list[Column], list[list[str]]]:
+    """Columns and rows of a CSV file as it is, numbers right-aligned."""
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    columns = [
+        Column(key, all(not row.get(key) or finite(row[key]) is not None for row in rows), "", None)
+        for key in names
+    ]
+    return columns, [[row.get(key, "") for key in names] for row in rows]
+
+
+def sensitivity_section(directory: Path, problems: list[str]) -> dict[str, Any] | None:
+    """Return the error of the logits per quantized tensor; ``None`` if it was not measured.
 
     Args:
         directory: The run directory.
         problems: A sentence is added if the measurement is damaged.
     """
     if not (directory / SENSITIVITY).is_file():
-        return ""
+        return None
     try:
         report = read_sensitivity(directory)
         count = finite(report.images.get("count"))
     except (FatError, AttributeError) as error:
         problems.append(first_line(error))
-        return ""
+        return None
     rows = [(row.layer, row.kind, row.bits, row.alone_db) for row in report.rows]
     shown = [row for row in rows if finite(row[3]) is not None][:MOST_SENSITIVE]
     if not shown:
-        return ""
-    return section(
-        "Sensitivity",
-        plot(
-            sensitivity_bars(shown),
-            "Relative error of the logits when one tensor alone is quantized",
-            height=80 + 21 * len(shown),
-        ),
-        intro="How far the logits move when this tensor alone is quantized; long bars harm. The "
-        f"{len(shown)} most harmful of {len(rows)} tensors, on {escape(plain(count, 0))} images.",
-    )
+        return None
+    label = "Relative error of the logits when only one tensor is quantized"
+    return {
+        "plot": html.plot(sensitivity_bars(shown), label, height=80 + 21 * len(shown)),
+        "shown": len(shown),
+        "total": len(rows),
+        "images": count,
+    }
 
 
-def example_section(details: object) -> str:
-    """Test images on which the networks differ, with the likeliest classes of both.
+def example_section(details: object) -> dict[str, Any]:
+    """Return test images for which the networks differ, with the top classes of both.
 
     Args:
-        details: Content of details.json, whatever it is.
+        details: Content of details.json.
     """
     cards = []
     for entry in _listed(details, "examples")[:MOST_EXAMPLES]:
-        image, name = word(entry, "image") or "", str(entry.get("name", ""))
-        # Nothing but a picture that is in the page itself: an address would be a request.
-        shown = (
-            f'<img src="{image}" alt="{escape(name)}">'
-            if IMAGE.fullmatch(image)
-            else '<div class="no-image">no picture</div>'
-        )
-        label = entry.get("label")
-        truth = "" if label is None else f'<p class="truth">label: {escape(label)}</p>'
+        image = word(entry, "image") or ""
         cards.append(
-            f'<article class="example">{shown}<div><h3>{escape(name)}</h3>{truth}'
-            f"{_guesses('float', entry.get('float'), label)}"
-            f"{_guesses('integers', entry.get('quantized'), label)}"
-            "</div></article>"
+            {
+                # Only a picture that is inside the page: an address would be a request.
+                "image": image if IMAGE.fullmatch(image) else None,
+                "name": str(entry.get("name", "")),
+                "label": entry.get("label"),
+                **{
+                    network: [
+                        (dig(guess, "class"), number(guess, "p"))
+                        for guess in (found if isinstance(found, list) else [])
+                    ]
+                    for network in ("float", "quantized")
+                    for found in [entry.get(network)]
+                },
+            }
         )
-    looked, differ = number(details, "images"), number(details, "differing")
-    if looked is None and not cards:
-        return ""
-    text = (
-        f"Of {plain(looked, 0)} test images the two networks differ on {plain(differ, 0)}."
-        if looked is not None and differ is not None
-        else "Test images on which the two networks differ."
-    )
-    if not cards:
-        return section("Differing images", note(text))
-    return section(
-        "Differing images",
-        f'<div class="examples">{"".join(cards)}</div>',
-        intro=escape(text) + " Each network's three likeliest classes:",
-    )
-
-
-def _guesses(title: str, guesses: object, label: object) -> str:
-    rows = []
-    for guess in guesses if isinstance(guesses, list) else []:
-        share = number(guess, "p")
-        width = 100 * min(max(share or 0.0, 0.0), 1.0)
-        name = dig(guess, "class")
-        mark = ' class="right"' if label is not None and name == label else ""
-        rows.append(
-            f'<li><span class="bar" style="width:{width:.1f}%"></span>'
-            f"<span{mark}>{escape(name)}</span>"
-            f"<b>{plain(None if share is None else 100 * share, 0, ' %')}</b></li>"
-        )
-    return f'<h4>{escape(title)}</h4><ol class="guesses">{"".join(rows)}</ol>' if rows else ""
+    return {
+        "cards": cards,
+        "images": number(details, "images"),
+        "differing": number(details, "differing"),
+    }

@@ -124,6 +124,9 @@ NAMES = {
     "graph.integers.real_operations": "float_operations",
     "kept.Kept": "TrainingState",
     "memo.LogitsMemo": "TeacherLogitsCache",
+    "report.page.figure_cell": "number_cell",
+    "report.page.page": "render_page",
+    "report.page.plain": "format_number",
 }
 """Earlier path of a public name -> the name it has now."""
 

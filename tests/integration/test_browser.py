@@ -191,7 +191,7 @@ def test_the_filter_hides_rows(browser: Any, pages: Path) -> None:
         box = page.get_by_label("Filter")
         rows = page.locator("#table-all-runs tbody tr:visible")
         assert rows.count() == 36
-        box.fill("MNASNET scalar")
+        box.fill("MNASNET per_tensor")
         assert rows.count() == 6
         assert page.locator(".filter .count").inner_text() == "6 of 36 rows"
         assert all("mnasnet" in text and "per_tensor" in text for text in rows.all_inner_texts())
@@ -253,8 +253,8 @@ def test_a_cell_leads_to_its_run(browser: Any, pages: Path, size: dict[str, int]
 
 def test_a_point_leads_to_its_run(browser: Any, pages: Path) -> None:
     with opened(browser, pages / "sweep/report.html", DESKTOP) as (page, _):
-        page.locator("#what-accuracy-costs").scroll_into_view_if_needed()
-        page.locator("#what-accuracy-costs .scatterlayer .point").first.click(force=True)
+        page.locator("#accuracy-and-cost").scroll_into_view_if_needed()
+        page.locator("#accuracy-and-cost .scatterlayer .point").first.click(force=True)
         assert page.locator("#pick .picked code").first.inner_text().startswith("python train.py")
         page.get_by_role("button", name="Close").click()
         assert page.locator("#pick").count() == 0

@@ -1,4 +1,4 @@
-"""The parts of pages: nothing that a user wrote gets out of its place."""
+"""Parts of the report pages: text that comes from users is escaped everywhere."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import Markup
 
 from fat.report.html import (
     Column,
+    Sorted,
+    _environment,
     cell,
     command_line,
     embed,
     escape,
-    figure_cell,
-    page,
-    plain,
+    format_number,
+    number_cell,
     plot,
+    render_page,
     section,
     short,
     table,
@@ -87,13 +90,13 @@ def test_embedded_data_is_json_and_closes_nothing(content: object) -> None:
     ],
 )
 def test_numbers_for_people(value: object, digits: int, wanted: str) -> None:
-    assert plain(value, digits) == wanted
+    assert format_number(value, digits) == wanted
     assert short(1e9) == "1e+09"
 
 
 def test_cells_are_sorted_by_all_their_digits() -> None:
-    assert figure_cell(1.23456, 1) == '<td class="n" data-sort="1.23456">1.2</td>'
-    assert figure_cell(None) == '<td class="n" data-sort="">–</td>'
+    assert number_cell(1.23456, 1) == '<td class="n" data-sort="1.23456">1.2</td>'
+    assert number_cell(None) == '<td class="n" data-sort="">–</td>'
     assert cell("x", HOSTILE).startswith('<td data-sort="&lt;/script&gt;')
 
 
@@ -101,31 +104,43 @@ def test_a_hostile_command_stays_in_its_attributes() -> None:
     line = command_line(HOSTILE)
     assert line.count("<") == line.count(">") == 6
     assert html.unescape(re.findall(r'data-copy="([^"]*)"', line)[0]) == HOSTILE
-    assert "not known" in command_line(None)
+    assert "unknown" in command_line(None)
 
 
 def test_empty_parts_leave_nothing() -> None:
-    assert section("T", "", "") == tiles([("a", "–", "")]) == ""
-    assert "<h2" in section("T", "x")
+    assert section("T", caller=lambda: " \n") == tiles([("a", "–", "")]) == ""
+    assert "<h2" in section("T", caller=lambda: "x")
 
 
 def test_a_table_says_what_it_is() -> None:
-    text = table("All <runs>", [Column("a"), Column("b", True, "why")], [["<td>1</td>"] * 2])
+    text = table("All <runs>", [Column("a"), Column("b", True, "why")], [["1", 1.0]])
     assert '<table id="table-all-runs" data-sortable>' in text
     assert "All &lt;runs&gt;" in text
     assert text.count('<th scope="col"') == text.count("<button") == 2
     assert 'title="why"' in text
-    still = table("t", [Column("a")], [["<td>1</td>"]], interactive=False)
+    assert '<tr><td>1</td><td class="n" data-sort="1.0">1.00</td></tr>' in text
+    still = table("t", [Column("a")], [["1"]], interactive=False)
     assert "<button" not in still
     assert "<input" not in still
+
+
+def test_cells_may_be_sorted_by_something_else() -> None:
+    text = table("t", [Column("a"), Column("b", True, digits=None)], [[Sorted("<x>", 3), "007"]])
+    assert '<td data-sort="3">&lt;x&gt;</td><td class="n" data-sort="007">007</td>' in text
+    assert '<td class="n" data-sort="">–</td>' in table("t", [Column("b", True, "", None)], [[""]])
 
 
 def scripts(text: str) -> list[str]:
     return re.findall(r"<script>(.*?)</script>", text, re.S)
 
 
+def rendered(body: str, title: str = "t", **context: object) -> str:
+    source = '{% extends "page.html.j2" %}{% block main %}{{ body }}{% endblock %}'
+    return render_page(_environment().from_string(source), title, body=body, **context)
+
+
 def test_a_page_allows_its_own_scripts_alone() -> None:
-    drawing = page("t", "", [section("P", plot({"data": [], "layout": {}}, "none", height=10))])
+    drawing = rendered(plot({"data": [], "layout": {}}, "none", height=10))
     policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', drawing)[0]
     assert "default-src 'none'" in policy
     found = scripts(drawing)
@@ -138,7 +153,8 @@ def test_a_page_allows_its_own_scripts_alone() -> None:
 
 
 def test_a_page_that_draws_nothing_is_small() -> None:
-    text = page("<t>", "", [section("A", "a"), section("B", "b"), section("C", "c")], data=[1])
+    body = Markup("").join(section(title, caller=lambda: "x") for title in "ABC")
+    text = rendered(body, "<t>", data=[1])
     assert len(text) < 40_000
     assert "<title>&lt;t&gt;</title>" in text
     assert len(scripts(text)) == 1

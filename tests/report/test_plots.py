@@ -1,4 +1,4 @@
-"""Figures: plotly's own classes accept every attribute, and they draw what was given."""
+"""Figures draw what was given; plotly's classes refuse attributes that they do not know."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from fat.report.sweep_grid import Cell, Panel
 from tests.report.fake_runs import HOSTILE
 
 
-def checked(figure: dict[str, Any]) -> dict[str, Any]:
-    """The figure, once plotly's classes have taken it: they refuse what they do not know."""
-    go.Figure(figure)
-    return figure
+def checked(figure: go.Figure) -> dict[str, Any]:
+    """The figure as page.js gets it."""
+    content = figure.to_plotly_json()
+    assert isinstance(content, dict)
+    return content
 
 
 def cell(*runs: int, calibrated: tuple[float, ...] = (), trained: tuple[float, ...] = ()) -> Cell:
@@ -53,7 +54,7 @@ PANEL = Panel(
 
 def test_the_classes_refuse_what_they_do_not_know() -> None:
     with pytest.raises(ValueError, match="nosuch"):
-        checked({"data": [{"type": "bar", "nosuch": 1}], "layout": {}})
+        go.Figure({"data": [{"type": "bar", "nosuch": 1}], "layout": {}})
 
 
 def test_a_heat_map_shows_each_cell_once() -> None:
@@ -74,31 +75,31 @@ def test_a_heat_map_shows_each_cell_once() -> None:
 def test_what_was_not_trained_is_a_dash_and_a_gain_is_the_lightest() -> None:
     cells = {("a", "W8A8"): cell(0, calibrated=(-0.5,))}
     panel = Panel("mse", {}, ("a",), ("W8A8",), cells)
-    gaps, light, dark = heat_map(panel, "trained", 2.0, ["finished"])["data"]
+    gaps, light, dark = checked(heat_map(panel, "trained", 2.0, ["finished"]))["data"]
     assert gaps["text"] == [["–"]]
-    _, light, dark = heat_map(panel, "calibrated", 2.0, ["finished"])["data"]
+    _, light, dark = checked(heat_map(panel, "calibrated", 2.0, ["finished"]))["data"]
     assert (light["z"], light["text"], dark["text"]) == ([[0.0]], [["−0.50"]], [[""]])
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Relative luminance of WCAG 2."""
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def test_letters_can_be_read_on_every_colour_and_light_is_less() -> None:
-    _, light, dark = heat_map(PANEL, "trained", 50.0, [""] * 4)["data"]
+def test_letters_can_be_read_on_every_color_and_light_is_less() -> None:
+    _, light, dark = checked(heat_map(PANEL, "trained", 50.0, [""] * 4))["data"]
     scale = light["colorscale"]
-    tones = [luminance(colour) for _, colour in scale]
+    tones = [luminance(color) for _, color in scale]
     assert tones == sorted(tones, reverse=True)
 
     def tone(place: float) -> float:
         for (a, one), (b, two) in pairwise(scale):
             if a <= place <= b:
-                share = (place - a) / (b - a)
+                weight = (place - a) / (b - a)
                 mixed = [
-                    round((1 - share) * int(one[i : i + 2], 16) + share * int(two[i : i + 2], 16))
+                    round((1 - weight) * int(one[i : i + 2], 16) + weight * int(two[i : i + 2], 16))
                     for i in (1, 3, 5)
                 ]
                 return luminance("#{:02x}{:02x}{:02x}".format(*mixed))
@@ -160,7 +161,7 @@ def test_curves_leave_out_what_a_log_axis_cannot_show_and_are_thinned() -> None:
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=700))
 def test_bins_that_are_joined_keep_all_counts(counts: list[int]) -> None:
     edges = [0.5 * i - 3 for i in range(len(counts) + 1)]
-    figure = histogram(edges, counts, [-1.0, 1.0], [-0.5, 0.5])
+    figure = checked(histogram(edges, counts, [-1.0, 1.0], [-0.5, 0.5]))
     (bars,) = figure["data"]
     assert len(bars["y"]) <= 200
     assert sum(y or 0 for y in bars["y"]) == sum(counts)
@@ -210,5 +211,5 @@ def test_long_bars_harm() -> None:
     ],
 )
 def test_ticks_of_log_axes_are_whole_figures(values: list[float], wanted: list[str]) -> None:
-    figure = curves({"val/loss": ([0.0] * len(values), values)}, log=True)
+    figure = checked(curves({"val/loss": ([0.0] * len(values), values)}, log=True))
     assert figure["layout"]["yaxis"]["ticktext"] == wanted

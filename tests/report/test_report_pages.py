@@ -108,34 +108,35 @@ def test_a_runs_page_has_everything(tmp_path: Path) -> None:
     told = metrics(command="python train.py model=mobilenet_v2")
     page = check(run_page(fake_run(tmp_path / "run", told)))
     assert page.sections == [
-        "figures",
-        "the-file-that-ships",
+        "metrics",
+        "exported-files",
         "training",
         "thresholds",
         "filter-ranges",
         "layers",
         "sensitivity",
-        "differing-images",
+        "differing-predictions",
         "files",
     ]
     for words in (
         "mobilenet_v2 W8A8 finished",
-        "vector · asymmetric · init mse",
+        "per_channel · asymmetric · init mse",
         "python train.py model=mobilenet_v2 Copy",
         "Float top-1 72.50 %",
         "Accuracy drop 1.00",
-        "Size 3.50 MB from 14.00 MB in float",
+        "Size 3.50 MB float 14.00 MB",
         "Latency in onnx 12.00 ms float 16.80 ms",
         "Time 7 min 04 s",
-        "on 500 test images",
-        "all equal, in 61 operations",
-        "53 layers in integers, none in float",
-        "0.71 of float's time",
+        "Measured on 500 test images, which were used neither for training",
+        "all equal in 61 operations",
+        "53 integer layers, float: none",
+        "(0.71 of the float time)",
         "Best step 150",
-        "moved the float logits to 23.4 dB",
-        "Of 500 test images the two networks differ on 9",
+        "after equalization by balanced (log axis)",
+        "SQNR of the float logits after equalization: 23.4 dB",
+        "The networks predict different classes for 9 of 500 test images",
         "label: Egyptian cat",
-        "granularity: vector",
+        "granularity: per_channel",
     ):
         assert words in page.text, words
     kinds = [figure["data"][0]["type"] for figure in page.figures]
@@ -151,7 +152,8 @@ def test_a_runs_page_has_everything(tmp_path: Path) -> None:
 def test_layers_are_the_rows_of_their_table(tmp_path: Path) -> None:
     directory = fake_run(tmp_path / "run", tensors=10)
     source = run_page(directory)
-    body = re.findall(r'<table id="table-all-quantized-tensors".*?<tbody>(.*?)</tbody>', source)[0]
+    table = source.partition('<table id="table-all-quantized-tensors"')[2]
+    body = table.partition("<tbody>")[2].partition("</tbody>")[0]
     rows = [re.findall(r"<td.*?</td>", row) for row in re.findall(r"<tr>(.*?)</tr>", body)]
     with (directory / "layers.csv").open() as stream:
         stored = list(csv.DictReader(stream))
@@ -169,11 +171,11 @@ def test_a_run_that_failed_at_once(tmp_path: Path) -> None:
     fail(tmp_path / "run", error="FatError", message=f"{HOSTILE}\nmore", command="python t x")
     source = run_page(tmp_path / "run")
     page = check(source)
-    assert page.sections == ["why-it-failed", "figures", "files"]
+    assert page.sections == ["why-it-failed", "metrics", "files"]
     assert " ".join(f"FatError {HOSTILE} more".split()) in page.text
     assert "Traceback (most recent call last)" in page.text
     assert "Try again: python t x Copy" in page.text
-    assert "There is no configuration to show." in page.text
+    assert "config.yaml cannot be shown." in page.text
     assert "metrics.json, config.yaml, history.csv, layers.csv, details.json" in page.text
     assert len(source) < 40_000  # nothing to draw, so nothing that draws
 
@@ -181,7 +183,7 @@ def test_a_run_that_failed_at_once(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_while_training(tmp_path: Path) -> None:
     told = metrics(status="calibrated")
     page = check(run_page(fake_run(tmp_path / "run", told, tensors=4)))
-    assert "Its last figures are those after calibration." in page.text
+    assert "Its last metrics are those after calibration." in page.text
     assert "Calibrated top-1 68.50 %" in page.text
     assert "Trained top-1" not in page.text
     assert "Accuracy drop 4.00" not in page.text  # not the network that it would have ended with
@@ -203,9 +205,9 @@ def test_a_file_that_differs_is_told_where(tmp_path: Path) -> None:
     }
     told["exported"]["onnx"]["kernels"]["float_layers"] = ["head"]
     page = check(run_page(fake_run(tmp_path / "run", told, tensors=4)))
-    assert "2 of 61 operations have other integers; worst" in page.text
+    assert "2 of 61 operations give other integers; worst" in page.text
     assert "0.120 % by up to 1" in page.text
-    assert "in float: head" in page.text
+    assert "float: head" in page.text
 
 
 def test_hostile_names_stay_text(tmp_path: Path) -> None:
@@ -317,22 +319,22 @@ def test_the_link_to_the_sweep_is_there_only_in_one(tmp_path: Path, sweep_direct
 def test_a_sweeps_page_has_everything(sweep_directory: Path) -> None:
     page = check(sweep_page(read_sweep(sweep_directory), "sweep.csv"))
     assert page.sections == [
-        "what-was-swept",
+        "swept-options",
         "accuracy-drop",
-        "what-accuracy-costs",
+        "accuracy-and-cost",
         "all-runs",
-        "why-runs-failed",
-        "still-to-do",
+        "failed-runs",
+        "remaining-runs",
     ]
     for words in (
         "36 runs: 31 finished, 2 failed, 1 unfinished, 2 not started",
         "python train.py -m model=mobilenet_v2,mnasnet_100",
-        "quant.granularity vector, scalar",
+        "quant.granularity per_channel, per_tensor",
         "Points of top-1 below the float network",
         "init mse · quant.granularity=per_tensor",
         "Latency in onnxruntime 1.32.0",
         "HubError No weights of mobilenet_v2 in reach",
-        "It left no word of why",
+        "No error message was recorded",
         "not started 34-efficientnet_lite0",
     ):
         assert words in page.text, words
@@ -386,8 +388,8 @@ def test_without_files_there_is_no_latency(tmp_path: Path) -> None:
         fake_run(tmp_path / f"{place}-a", metrics(bits=(bits, bits), latency=None), tensors=2)
     (tmp_path / "multirun.yaml").write_text("{}")
     page = check(sweep_page(read_sweep(tmp_path)))
-    assert "so there is no latency to show" in page.text
-    assert page.text.count("not known") == 2  # the commands of both
+    assert "There is no latency to show" in page.text
+    assert page.text.count("unknown") == 2  # the commands of both
 
 
 def test_a_sweep_in_which_all_failed(tmp_path: Path) -> None:
@@ -396,7 +398,7 @@ def test_a_sweep_in_which_all_failed(tmp_path: Path) -> None:
     (tmp_path / "multirun.yaml").write_text("{}")
     csv_file, html_file = write_sweep(tmp_path)
     page = check(html_file.read_text(encoding="utf-8"))
-    assert page.sections == ["what-was-swept", "all-runs", "why-runs-failed"]
+    assert page.sections == ["swept-options", "all-runs", "failed-runs"]
     assert page.figures == []
     assert csv_file.read_text().count("failed") == 2
 
