@@ -353,8 +353,8 @@ def _table(view: _View) -> tuple[list[Column], list[tuple[Any, ...]], list[str]]
     ]
     # Network, bits and init have columns of their own.
     for name in [name for name in view.varied if not is_axis(name)][:MOST_OPTIONS]:
-        values = view.varied[name]
-        columns.append((Column(name), [Sorted(value or "–", value) for value in values]))
+        cells = [Sorted(value or "–", value) for value in view.varied[name]]
+        columns.append((Column(name), cells))
     columns.append(
         (
             Column(view.points, True, "of the final network of the run, points"),
