@@ -50,6 +50,8 @@ _MODULES = {
     "size_mb": "fat.evaluation.bit_allocation",
 }
 
+__version__ = "0.2.0.dev0"
+
 __all__ = [
     "EqualizeSpec",
     "FatError",

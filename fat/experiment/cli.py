@@ -1,54 +1,146 @@
-"""What the entry points share: errors without a traceback, run directories, sweeps."""
+"""The ``fat`` command, and what train.py and evaluate.py run."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 import io
-import json
 import math
-import multiprocessing
 import os
 import re
-import shlex
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
+import hydra
 from hydra.errors import ConfigCompositionException, HydraException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fat.experiment.config import RunConfig, parse, suggest_key
-from fat.utils.errors import FatError, nearest, no_run
+import fat
+from fat.experiment import jobs
+from fat.experiment.arguments import arguments
+from fat.experiment.config import EvaluateConfig, RunConfig, parse, suggest_key
+from fat.utils.commands import VARIABLE
+from fat.utils.errors import FatError, nearest, unknown_name
 
-__all__ = ["SweepReport", "arguments", "explain", "guarded", "job", "share_of_cores", "task"]
+__all__ = ["conf_directory", "evaluate", "explain", "guarded", "main", "task", "train"]
 
 INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells expect it."""
+"""Exit status after Ctrl-C, by the convention of shells."""
 FAILED = 1
-"""Exit status of a sweep of which a job failed."""
-AUTO = "auto"
+"""Exit status of a sweep with a failed job."""
 LAUNCHERS = ("submitit", "joblib")
-"""Where errors come from when a job's process is killed, for example for memory."""
-CHANGEABLE = ("trainer", "logger", "name", "hydra")
-"""Groups that may be given beside ``resume=DIR``: they do not change the result."""
+"""Packages that raise errors when the process of a job is killed, for example out of memory."""
 
-_errors: list[Exception] = []
-_failed_jobs: list[Path] = []
-_under_way: list[Path] = []
-"""The sweep that this process started and that has not come to its end."""
+COMMANDS = {
+    "train": "quantize a network and train its thresholds; -m for a sweep",
+    "evaluate": "evaluate, analyze or export a finished run, or evaluate a model file",
+    "report": "write the HTML pages of runs and sweeps again, or compare several",
+    "search": "search for the options with the lowest validation loss",
+    "dashboard": "save a Weights & Biases workspace that compares the runs of a project",
+}
+_MODULES = {
+    "report": "fat.report.__main__",
+    "search": "fat.experiment.recipe_search",
+    "dashboard": "fat.report.wandb_dashboard",
+}
+
+COMPLETION = """\
+_fat_complete() {
+    COMPREPLY=($(compgen -W "$(COMP_LINE="$COMP_LINE" fat -sc query=bash)" -- "${COMP_LINE##* }"))
+    if (( COMP_CWORD == 1 )); then compopt +o nospace; fi
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _fat_complete fat
+"""
+
+_errors: list[FatError] = []
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run the ``fat`` command and return its exit status.
+
+    Args:
+        given: The command line without the program's name; ``None`` for that of this process.
+    """
+    os.environ[VARIABLE] = "fat"
+    name, *words = sys.argv[1:] if given is None else given or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+    elif name == "--version":
+        print(f"fat {fat.__version__}")
+    elif name in ("-sc", "--shell-completion"):
+        return _complete(words[0] if words else "")
+    elif name in _MODULES:
+        status: int = importlib.import_module(_MODULES[name]).main(words)
+        return status
+    elif name in ("train", "evaluate"):
+        sys.argv = [f"fat {name}", *words]
+        (train if name == "train" else evaluate)()
+    else:
+        print(f"Error: {unknown_name('command', name, COMMANDS)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def usage() -> str:
+    """Return the text of ``fat --help``."""
+    lines = [
+        "usage: fat COMMAND [OPTION=VALUE ...]",
+        "",
+        "Quantize pretrained networks to integers, without labels.",
+        "",
+        *(f"  fat {name:10} {meaning}" for name, meaning in COMMANDS.items()),
+        "",
+        "fat COMMAND --help explains a command; fat --version prints the version.",
+        'Completion in bash: eval "$(fat --shell-completion install=bash)"',
+    ]
+    return "\n".join(lines)
+
+
+def _complete(request: str) -> int:
+    """Answer ``-sc install=bash``, and the ``-sc query=bash`` of the function that it installs."""
+    if request == "install=bash":
+        print(COMPLETION, end="")
+        return 0
+    if request != "query=bash":
+        print("Error: type fat --shell-completion install=bash.", file=sys.stderr)
+        return 2
+    _, _, line = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
+    name, space, _ = line.lstrip().partition(" ")
+    if not space:
+        print(*COMMANDS)
+    elif name in ("train", "evaluate"):
+        os.environ["COMP_LINE"] = line
+        return main([name, "-sc", request])
+    return 0
+
+
+def conf_directory() -> Path:
+    """Return the folder of the YAML files, in a checkout or in an installed wheel."""
+    package = Path(fat.__file__).parent
+    return next(path for path in (package / "conf", package.parent / "conf") if path.is_dir())
+
+
+def train() -> None:
+    """Run ``fat train`` with the arguments of this process."""
+    _run("train", _train, RunConfig)
+
+
+def evaluate() -> None:
+    """Run ``fat evaluate`` with the arguments of this process."""
+    _run("evaluate", _evaluate, EvaluateConfig)
+
+
+def _run(name: str, function: Callable[[DictConfig], Any], schema: type) -> None:
+    conf = str(conf_directory().resolve())
+    guarded(hydra.main(version_base="1.3", config_path=conf, config_name=name)(function), schema)
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
-    """Let errors of a Hydra task reach :func:`guarded` without Hydra's own lines about them."""
+    """Wrap a Hydra task so that :func:`guarded` reports its errors, not Hydra."""
 
     @functools.wraps(function)
     def quiet(composed: DictConfig) -> Any:
@@ -61,15 +153,42 @@ def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:
     return quiet
 
 
+@task
+def _train(composed: DictConfig) -> float:
+    return jobs.job(composed)
+
+
+@task
+def _evaluate(composed: DictConfig) -> dict[str, Any]:
+    config = parse(EvaluateConfig, composed)
+    requested = {
+        "artefact": config.artefact is not None,
+        "export": config.export.target != "none",
+        "analysis": config.analysis is not None,
+    }
+    names = [name for name, is_requested in requested.items() if is_requested]
+    if len(names) > 1:
+        raise FatError(f"{'= and '.join(names)}= are different tasks: type one at a time.")
+    # Slow imports wait until the config is known to be valid.
+    from fat.experiment.evaluate import analyze_run, evaluate_artifact, evaluate_run, export_run
+
+    functions: dict[str, Callable[[EvaluateConfig], dict[str, Any]]] = {
+        "artefact": evaluate_artifact,
+        "export": export_run,
+        "analysis": analyze_run,
+    }
+    return functions.get(names[0] if names else "", evaluate_run)(config)
+
+
 def guarded(main: Callable[[], Any], schema: type) -> None:
-    """Call a Hydra main; print what the user can mend as one text, without a traceback.
+    """Call a Hydra main function; print errors that the user can fix without a traceback.
 
     Args:
-        main: The function under ``hydra.main``.
+        main: The function that :func:`hydra.main` returned.
         schema: The dataclass of its config, for suggestions.
     """
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # exceptions come here instead of being printed
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what cannot be printed
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing
+    for stream in (sys.stdout, sys.stderr):  # file names may not be encodable
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -78,328 +197,57 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         if _errors:
             raise _errors[0]
     except FatError as error:
-        print(f"\nError: {error}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, f"Error: {error}")
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
-        print(f"\nError: {explain(error, schema)}", file=sys.stderr)
-        sys.exit(2)
+        _exit(2, f"Error: {explain(error, schema)}")
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(FAILED)
     except OSError as error:
         if error.filename is None:
             raise
-        print(
-            f"\nError: {error.filename}: {error.strerror}. Choose another place.", file=sys.stderr
-        )
-        sys.exit(2)
+        _exit(2, f"Error: {error.filename}: {error.strerror}. Choose another place.")
     except KeyboardInterrupt:
-        print("\nInterrupted.", file=sys.stderr)
-        if _under_way:
-            print(_say_stopped(_under_way[0]), file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _exit(INTERRUPTED, "Interrupted.", *_resume_hints())
     except Exception as error:
-        if not _under_way or type(error).__module__.partition(".")[0] not in LAUNCHERS:
+        if not jobs.running_sweep() or type(error).__module__.partition(".")[0] not in LAUNCHERS:
             raise
-        print(f"\nError: The sweep stopped: {str(error).strip()}", file=sys.stderr)
-        print(
-            f"{_say_stopped(_under_way[0])} Jobs that were handed to a queue do not stop: see that "
-            "none still runs.",
-            file=sys.stderr,
+        _exit(
+            FAILED,
+            f"Error: The sweep stopped: {str(error).strip()}",
+            *_resume_hints(),
+            "Jobs that were submitted to a queue do not stop: check that none is still running.",
         )
-        sys.exit(FAILED)
-    if _failed_jobs:
+    if jobs.failed_jobs():
         sys.exit(FAILED)
 
 
-def _say_stopped(directory: Path) -> str:
-    """What there is of a sweep that did not come to its end, and how it goes on."""
+def _exit(status: int, *lines: str) -> None:
+    print("\n" + "\n".join(lines), file=sys.stderr)
+    sys.exit(status)
+
+
+def _resume_hints() -> list[str]:
+    """Say where the report of an interrupted sweep is and how to resume it."""
     from fat.report.sweep_page import write_sweep
 
-    goes_on = f"The same command with sweep.resume=true, or sweep.resume={directory}, goes on."
+    directory = jobs.running_sweep()
+    if directory is None:
+        return []
+    resume = f"To resume, add sweep.resume=true or sweep.resume={directory} to the same command."
     try:
-        _, page = write_sweep(directory)
-    except FatError:  # not one job has begun
-        return goes_on
-    return f"Report of what is there: {page}\n{goes_on}"
-
-
-def arguments(given: Sequence[str]) -> list[str]:
-    """The command line with the places that ``resume`` and ``sweep.resume`` mean.
-
-    Args:
-        given: Without the program's name.
-
-    Raises:
-        FatError: If there is nothing to go on with.
-
-    Examples:
-        >>> arguments(["model=resnet18"])
-        ['model=resnet18']
-    """
-    words = list(given)
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in ("resume", "sweep.resume") and "=" in word and not value.strip("'\""):
-            raise FatError(f"{word} names no directory: type {key}=DIR, or leave it out.")
-    resume, sweep_resume = _value(words, "resume"), _value(words, "sweep.resume")
-    multirun = any(word in ("-m", "--multirun") for word in words)
-    if resume is not None:
-        if multirun:
-            raise FatError("resume= goes on with one run; for a sweep type sweep.resume=true.")
-        words = [word for word in words if not word.startswith("resume=")]
-        words.append(f"resume={_quoted(resume)}")
-        if resume == AUTO:
-            if _value(words, "hydra.run.dir") is None:
-                raise FatError(
-                    "resume=auto goes on with the run in a directory, or begins it there: type "
-                    "hydra.run.dir=DIR too."
-                )
-        else:
-            if not (Path(resume) / "config.yaml").is_file():  # Hydra would make the folder
-                raise no_run(resume, "config.yaml")
-            # What was composed first stays in .hydra.
-            words += [f"hydra.run.dir={_quoted(resume)}", "hydra.output_subdir=null"]
-    if sweep_resume is not None and sweep_resume.lower() not in ("false", "null"):
-        if not multirun:
-            raise FatError("sweep.resume goes on with a sweep: type -m too.")
-        found = _sweep_of(words) if sweep_resume.lower() == "true" else Path(sweep_resume)
-        if not found.is_dir():
-            raise FatError(f"There is no sweep in {found}: sweep.resume takes its directory.")
-        words = [word for word in words if not word.startswith("sweep.resume=")]
-        words += ["sweep.resume=true", f"hydra.sweep.dir={_quoted(str(found))}"]
-    elif multirun:
-        taken = _value(words, "hydra.sweep.dir")
-        if taken is not None and (Path(taken) / "sweep.json").is_file():
-            raise FatError(
-                f"{taken} holds a sweep already. Type sweep.resume={taken} to go on with it, or "
-                "give another directory: hydra.sweep.dir=DIR."
-            )
-    if int(os.environ.get("RANK", "0")) > 0:  # torchrun: the first process alone writes
-        words = [word for word in words if not word.startswith("hydra.run.dir=")]
-        words += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
-    return words
-
-
-def _value(words: Sequence[str], key: str) -> str | None:
-    found = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
-    if not found:
-        return None
-    return found[-1].strip("'\"") or None
-
-
-def _quoted(value: str) -> str:
-    """As Hydra's grammar wants it, where the value is more than plain letters and slashes."""
-    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
-        return value
-    escaped = value.replace("'", r"\'")
-    return f"'{escaped}'"
-
-
-def _sweep_of(words: Sequence[str]) -> Path:
-    """The newest sweep that the same command line started."""
-    command = _command_line(words)
-    given = _value(words, "hydra.sweep.dir")
-    if given is not None:
-        return Path(given)
-    noted = sorted(Path("multirun").glob("*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(noted):
-        if json.loads(path.read_text(encoding="utf-8")).get("command") == command:
-            return path.parent
-    raise FatError(
-        f"No sweep under multirun/ was started by: {command}\nType sweep.resume=DIR with the "
-        "directory of the sweep, or leave sweep.resume out to start one."
-    )
-
-
-def _command_line(words: Sequence[str]) -> str:
-    """The command that starts the same, whatever it says about going on and where."""
-    kept = [
-        word
-        for word in words
-        if not word.startswith(("sweep.resume=", "hydra.sweep.dir=", "resume="))
-    ]
-    return shlex.join(["python", Path(sys.argv[0]).name, *kept])
-
-
-def job(composed: DictConfig) -> float:
-    """Do the run that Hydra composed, alone or as a job of a sweep.
-
-    Raises:
-        FatError: For anything the user can mend, of a run by itself.
-    """
-    hydra = HydraConfig.get()
-    overrides = list(hydra.overrides.task)
-    command: str | None = shlex.join(["python", "train.py", *overrides])
-    directory = Path(hydra.runtime.output_dir)
-    if hydra.mode == RunMode.MULTIRUN:
-        command = shlex.join(
-            ["python", "train.py", *(o for o in overrides if not o.startswith("sweep."))]
-        )
-        return _job_of_sweep(composed, hydra, directory, command)
-    if composed.get("resume") in (None, AUTO):
-        config = parse(RunConfig, composed)
-    else:
-        config, command = _config_of_run(Path(composed.resume), overrides, composed)
-
-    from fat.experiment.sweep import run_job
-
-    return run_job(config, directory, command=command, resume=composed.get("resume") is not None)
-
-
-def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path, command: str) -> float:
-    """Do a job in whatever process the launcher chose; what fails stays behind as a file."""
-    if (multiprocessing.get_start_method(allow_none=True) or "").startswith("loky"):
-        # A worker of joblib would start the workers that load images as joblib starts its own,
-        # which torch's processes do not fit.
-        multiprocessing.set_start_method(None, force=True)
-    from fat.experiment.sweep import Sweep, job_failed, run_job
-
-    place = Path(hydra.sweep.dir)
-    resume = bool(composed.sweep.resume)
-    sweep = Sweep(place.as_posix(), place, resume, int(hydra.job.num), _threads(place, hydra))
-    try:
-        config = parse(RunConfig, composed)
-    except FatError as error:  # the process that started the sweep would not hear of it
-        return job_failed(directory, error, command, sweep)
-    with _leaves_as_asked():
-        return run_job(config, directory, command=command, sweep=sweep)
-
-
-@contextmanager
-def _leaves_as_asked() -> Iterator[None]:
-    """Keep the exit status of a job that submitit stops to queue it again.
-
-    submitit leaves by SystemExit from a signal's handler, with a status that says so. Training
-    takes that for Ctrl-C: it saves what there is and ends with KeyboardInterrupt, which has another
-    status.
-    """
-    asked: list[SystemExit] = []
-
-    def remembering(handler: Callable[..., Any]) -> Callable[..., Any]:
-        def handle(*arguments: Any) -> None:
-            try:
-                handler(*arguments)
-            except SystemExit as leaving:
-                asked.append(leaving)
-                raise
-
-        return handle
-
-    changed: dict[int, Callable[..., Any]] = {}
-    numbers = (getattr(signal, name, None) for name in ("SIGUSR1", "SIGUSR2"))  # not on Windows
-    for number in filter(None, numbers):
-        handler = signal.getsignal(number)
-        if callable(handler) and str(getattr(handler, "__module__", "")).startswith("submitit"):
-            changed[number] = handler
-            signal.signal(number, remembering(handler))
-    try:
-        yield
-    except KeyboardInterrupt:
-        if asked:
-            raise asked[0] from None
-        raise
-    finally:
-        for number, handler in changed.items():
-            signal.signal(number, handler)
-
-
-def share_of_cores(
-    launcher: str, cores: int, jobs: int, environment: Mapping[str, str]
-) -> int | None:
-    """Torch threads of one job of a sweep, so that jobs that run at once share the machine.
-
-    joblib sees to it itself: it gives its workers ``OMP_NUM_THREADS``.
-
-    Args:
-        launcher: Hydra's class of it.
-        cores: Cores that this process may use.
-        jobs: Jobs of the sweep.
-        environment: Of this process.
-
-    Returns:
-        ``None`` to leave it to torch.
-
-    Examples:
-        >>> share_of_cores("hydra_submitit_launcher.LocalLauncher", 16, 3, {})
-        5
-        >>> share_of_cores("x.SlurmLauncher", 16, 3, {"SLURM_CPUS_PER_TASK": "4"})
-        4
-    """
-    if "OMP_NUM_THREADS" in environment:  # somebody has chosen
-        return None
-    kind = launcher.rpartition(".")[2]
-    if kind == "LocalLauncher":  # starts all jobs at once
-        return max(1, cores // max(1, jobs))
-    if kind == "SlurmLauncher" and environment.get("SLURM_CPUS_PER_TASK", "").isdigit():
-        return int(environment["SLURM_CPUS_PER_TASK"])
-    return None
-
-
-def _threads(directory: Path, hydra: HydraConf) -> int | None:
-    from fat.experiment.sweep import jobs_of
-
-    able = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if able else os.cpu_count() or 1
-    target = str(OmegaConf.select(cast(Any, hydra), "launcher._target_") or "")
-    return share_of_cores(target, cores, jobs_of(directory), os.environ)
-
-
-def _config_of_run(
-    directory: Path, overrides: Sequence[str], composed: DictConfig
-) -> tuple[RunConfig, str | None]:
-    """The options of the run in a directory, with what may be changed of them."""
-    from fat.experiment.run_directory import read_config, read_metrics, stored_config
-
-    given = [word for word in overrides if not word.startswith("resume=")]
-    for word in given:
-        group = re.split(r"[.=@]", word.lstrip("+~"))[0]
-        if group not in CHANGEABLE:
-            raise FatError(
-                f"resume= takes the options of the run itself; leave out {word}. Only trainer, "
-                "logger and name may be others."
-            )
-    merged = OmegaConf.create(stored_config(read_config(directory)))
-    for word in given:
-        key = re.split("=", word.lstrip("+~"))[0]
-        OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
-    metrics = read_metrics(directory)
-    return parse(RunConfig, merged), None if metrics is None else metrics["command"]
-
-
-class SweepReport(Callback):
-    """Notes what a sweep is before its first job, and writes its report after the last."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write sweep.json."""
-        from fat.experiment.sweep import start_sweep
-
-        directory = Path(config.hydra.sweep.dir)
-        _under_way[:] = [directory]
-        overrides = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        parsed = OverridesParser.create().parse_overrides(
-            [*overrides, *config.hydra.overrides.task]
-        )
-        choices = {
-            override.get_key_element(): len(list(override.sweep_string_iterator()))
-            if override.is_discrete_sweep()
-            else 1
-            for override in parsed
-        }
-        start_sweep(
-            directory,
-            directory.as_posix(),
-            _command_line(sys.argv[1:]),
-            math.prod(choices.values()),
-        )
-
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write the report, say what failed, and drop what only jobs needed."""
-        from fat.experiment.sweep import end_sweep
-
-        _under_way.clear()
-        _failed_jobs.extend(end_sweep(Path(config.hydra.sweep.dir)))
+        return [f"Report of the finished jobs: {write_sweep(directory)[1]}", resume]
+    except FatError:  # no job has started
+        return [resume]
 
 
 def explain(error: Exception, schema: type) -> str:
-    """Hydra's message in short, with the nearest names where one was mistyped."""
+    """Return Hydra's message in short, with the nearest names where one was mistyped.
+
+    Args:
+        error: The error that Hydra or OmegaConf raised.
+        schema: The dataclass of the config.
+    """
     chain: list[BaseException] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -414,11 +262,13 @@ def explain(error: Exception, schema: type) -> str:
         names = options[1].split()
         close = nearest(given, names)
         hint = f" Did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
-        more = ""
-        if group == "model":
-            more = " Any other timm network: model.name=NAME."
+        more = " Any other timm network: model.name=NAME." if group == "model" else ""
         return f"Unknown choice {group}={given}.{hint} Allowed: {', '.join(names)}.{more}"
     if "Missing mandatory value" in text:
         key = re.search(r"Missing mandatory value: (\S+)", text)
-        return f"{key[1] if key else 'A value'} is needed: type {key[1] if key else 'KEY'}=VALUE."
+        return f"{key[1] if key else 'A value'} is required: type {key[1] if key else 'KEY'}=VALUE."
     return text.splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -34,12 +34,12 @@ from fat.utils.commands import install_command
 from fat.utils.errors import FatError, first_line, no_run, unknown_name
 from fat.utils.io import check_writable
 
-__all__ = ["analyse_run", "evaluate_run", "export_run", "judge_artefact"]
+__all__ = ["analyze_run", "evaluate_artifact", "evaluate_run", "export_run"]
 
 logger = logging.getLogger(__name__)
 
 
-def analyse_run(config: EvaluateConfig) -> dict[str, Any]:
+def analyze_run(config: EvaluateConfig) -> dict[str, Any]:
     """Make the analysis that ``config.analysis`` names: ``sensitivity``.
 
     It is measured on calibration images, since bits are chosen by it and nothing may be chosen on
@@ -164,7 +164,7 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
     return report
 
 
-def judge_artefact(config: EvaluateConfig) -> dict[str, Any]:
+def evaluate_artifact(config: EvaluateConfig) -> dict[str, Any]:
     """Judge a file on any images: those of a run, or any that conf/data has.
 
     Args:

@@ -27,7 +27,7 @@ MODULES = {
     "calibrate": "models.calibration",
     "callbacks": "training.callbacks",
     "checkpoint": "models.serialization",
-    "cli": "experiment.cli",
+    "cli": "experiment.cli experiment.jobs experiment.arguments",
     "config": "experiment.config",
     "correct": "training.bias_correction",
     "dashboard": "report.wandb_dashboard",
@@ -108,6 +108,8 @@ MODULES = {
 """Earlier module path -> modules that hold its names now; all without the leading ``fat.``."""
 
 NAMES = {
+    "analyses.analyse_run": "analyze_run",
+    "artefacts.judge_artefact": "evaluate_artifact",
     "callbacks.History": "CSVHistory",
     "callbacks.KeepBest": "BestStudent",
     "callbacks.Progress": "ProgressBar",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fat.experiment.cli import arguments
+from fat.experiment.arguments import arguments
 from fat.utils.errors import FatError
 
 
@@ -114,7 +114,7 @@ def test_sweep_resume_takes_a_directory(here: Path) -> None:
 
 def test_a_sweep_does_not_begin_where_one_is(here: Path) -> None:
     sweep_in(here / "mine", "python train.py -m seed=1")
-    with pytest.raises(FatError, match=r"mine holds a sweep already\. Type sweep\.resume=mine"):
+    with pytest.raises(FatError, match=r"mine already holds a sweep\. Type sweep\.resume=mine"):
         arguments(["-m", "seed=1", "hydra.sweep.dir=mine"])
     assert arguments(["-m", "hydra.sweep.dir=other"]) == ["-m", "hydra.sweep.dir=other"]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,32 @@ def test_tab_completes(script: str, typed: str, wanted: set[str]) -> None:
     offered = set(result.stdout.split())
     assert wanted <= offered
     assert all(entry.startswith(typed.split()[-1]) for entry in offered)
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("t", "train "),
+        ("train quant.gran", "train quant.granularity="),
+        ("evaluate export=on", "evaluate export=onnx"),
+    ],
+)
+def test_tab_completes_the_installed_command(typed: str, wanted: str, tmp_path: Path) -> None:
+    program = tmp_path / "fat"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m fat.experiment.cli "$@"\n')
+    program.chmod(0o755)
+    script = f"""
+        eval "$(fat -sc install=bash)"
+        compopt() {{ after=" "; }}  # outside a completion Bash refuses the real one
+        COMP_LINE="fat {typed}" COMP_CWORD={len(typed.split())}
+        _fat_complete
+        printf "%s" "{typed.rpartition(" ")[0]}" "{" " if " " in typed else ""}" "$COMPREPLY$after"
+    """
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        ["bash", "-c", script], cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True
+    )
+    assert result.stdout.decode() == wanted, result.stderr
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

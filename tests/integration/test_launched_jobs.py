@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fat.experiment import cli
 from fat.experiment import sweep as sweeps
 from fat.experiment.config import DataConfig, ModelConfig, RunConfig
+from fat.experiment.jobs import _exit_status_of_submitit, share_of_cores
 from fat.experiment.sweep import Sweep, failures, job_failed, jobs_of, run_job, start_sweep
 from fat.utils.errors import FatError
 from tests.report.fake_runs import metrics
@@ -125,7 +125,7 @@ def test_the_time_left_counts_ended_jobs_only(
 def test_jobs_at_once_share_the_cores(
     launcher: str, jobs: int, environment: dict[str, str], wanted: int | None
 ) -> None:
-    assert cli.share_of_cores(launcher, 8, jobs, environment) == wanted
+    assert share_of_cores(launcher, 8, jobs, environment) == wanted
 
 
 def training_that_is_stopped() -> None:
@@ -144,11 +144,11 @@ def test_a_job_that_its_queue_stops_leaves_with_the_queues_status() -> None:
     handler.__module__ = "submitit.core.job_environment"
     before = signal.signal(signal.SIGUSR2, handler)
     try:
-        with pytest.raises(SystemExit) as left, cli._leaves_as_asked():
+        with pytest.raises(SystemExit) as left, _exit_status_of_submitit():
             training_that_is_stopped()
         assert left.value.code == 144
         assert signal.getsignal(signal.SIGUSR2) is handler
-        with pytest.raises(KeyboardInterrupt), cli._leaves_as_asked():
+        with pytest.raises(KeyboardInterrupt), _exit_status_of_submitit():
             raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGUSR2, before)
