@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import io
@@ -22,6 +23,7 @@ import fat
 from fat.experiment import jobs
 from fat.experiment.arguments import arguments
 from fat.experiment.config import EvaluateConfig, RunConfig, parse, suggest_key
+from fat.experiment.help import help_text
 from fat.utils.commands import VARIABLE
 from fat.utils.errors import FatError, nearest, unknown_name
 
@@ -135,8 +137,19 @@ def evaluate() -> None:
 
 
 def _run(name: str, function: Callable[[DictConfig], Any], schema: type) -> None:
-    conf = str(conf_directory().resolve())
-    guarded(hydra.main(version_base="1.3", config_path=conf, config_name=name)(function), schema)
+    conf = conf_directory().resolve()
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(name, [*_config_folders(sys.argv[1:]), conf]))
+        return
+    start = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)
+    guarded(start(function), schema)
+
+
+def _config_folders(words: Sequence[str]) -> list[Path]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd", type=Path, action="append", default=[])
+    found: list[Path] = parser.parse_known_args(words)[0].config_dir
+    return found
 
 
 def task(function: Callable[[DictConfig], Any]) -> Callable[[DictConfig], Any]:

@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fat.experiment.cli import explain
 from fat.experiment.config import RunConfig, parse
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError, missing_extra
 from fat.utils.io import write_json
 
@@ -358,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; ``None`` takes the process's own.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m fat.search",
+        prog=command_line("search"),
         description=(
             "Search for the options with the lowest validation loss. Options are written as for "
             "train.py; interval(), range() and choice() are searched."

@@ -23,6 +23,7 @@ from fat.models.student import Student
 from fat.quant.config import QuantSpec
 from fat.report.records import CONFIG, FAILURE, METRICS
 from fat.utils import distributed
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError, first_line, no_run, unknown_name
 from fat.utils.io import check_writable, torn_part, write_text
 from fat.utils.memory import keep_freed_memory
@@ -230,7 +231,10 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         FatError: If the directory, its student or a given checkpoint is not what it should be.
     """
     if not config.run:
-        raise FatError("Which run? Type python evaluate.py run=DIR with a directory of train.py.")
+        raise FatError(
+            f"No run was given. Type {command_line('evaluate', 'run=DIR')} with the directory that "
+            "a training printed."
+        )
     directory = Path(config.run).expanduser()
     if not (directory / STUDENT).is_file():
         raise no_run(directory, STUDENT)

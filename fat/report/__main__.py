@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from fat.report.records import Run, find_runs, is_run, is_sweep, read_run, read_sweep
 from fat.report.run_page import write_run
 from fat.report.sweep_page import write_comparison, write_sweep
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError, first_line
 
 __all__ = ["main"]
@@ -25,9 +25,9 @@ runs, and its table as CSV beside it.
 """
 EXAMPLES = """\
 examples:
-  python -m fat.report outputs/DAY/TIME-NETWORK
-  python -m fat.report multirun/DAY/TIME
-  python -m fat.report outputs/DAY/* --out comparisons/day.html
+  {report} outputs/DAY/TIME-NETWORK
+  {report} multirun/DAY/TIME
+  {report} outputs/DAY/* --out comparisons/day.html
 """
 
 
@@ -41,9 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 after an error that the user can mend, which is printed.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m fat.report",
+        prog=command_line("report"),
         description=ABOUT,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES.format(report=command_line("report")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="a run or a sweep")
@@ -124,11 +124,11 @@ def _check(place: Path) -> None:
     names = dict.fromkeys(
         next((up for up in found.parents if up != place and is_sweep(up)), found) for found in below
     )
-    shown = " ".join(shlex.quote(str(name)) for name in list(names)[:3])
+    shown = command_line("report", *map(str, list(names)[:3]))
     more = " …" if len(names) > 3 else ""
     raise FatError(
         f"{place} is no run and no sweep, but holds {len(names)} of them. Name those you mean: "
-        f"python -m fat.report {shown}{more}. Two or more are compared on one page."
+        f"{shown}{more}. Two or more are compared on one page."
     )
 
 

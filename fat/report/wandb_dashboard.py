@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError, first_line
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows the command's name; ``None`` takes the process's own.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m fat.dashboard",
+        prog=command_line("dashboard"),
         description="Save a W&B workspace that compares the runs of a project.",
     )
     parser.add_argument("place", metavar="ENTITY/PROJECT", help="user or team, and project")
