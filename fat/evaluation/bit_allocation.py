@@ -1,4 +1,4 @@
-"""Bits per layer under a size budget, and what size means."""
+"""Bit-widths of layers under a size budget, and the size of a student."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ __all__ = ["Allocation", "choose_bits", "mean_bits", "size_mb"]
 BITS_PER_MB = 8_000_000
 """One megabyte is 10^6 bytes."""
 BIAS_BITS = 32
-"""A bias is stored as int32, or as float32 in the float network."""
+"""Biases are stored as int32, or as float32 in the float network."""
 
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bit-widths of all weights, and what to expect of them.
+    """Bit-widths of all weights, with the size and SQNR to expect.
 
     Attributes:
         bits: Bit-width by layer, in the order of the graph.
         size_mb: Size of the weights and biases in megabytes.
-        predicted_db: Logits' SQNR predicted for the weights' noise alone, dB.
-        bound_db: What no choice within the budget can exceed by the same prediction, dB.
+        predicted_db: Predicted SQNR of the logits from the noise of the weights alone, dB.
+        bound_db: Upper bound on the predicted SQNR within the budget, dB.
     """
 
     bits: Mapping[str, int]
@@ -42,30 +42,31 @@ def choose_bits(
     first_bits: int | None = None,
     last_bits: int | None = None,
 ) -> Allocation:
-    """Choose each weight's bit-width so that the predicted noise is least within the budget.
+    """Choose the bit-width of each weight that minimizes the predicted noise within a budget.
 
-    Layer i at b bits is given the noise f_i(b) = 10^(−SQNR_i(b)/10), as measured when its weight
-    alone is quantized, and the size b·n_i. Noise of several layers is taken as additive:
+    Layer i at b bits has the noise f_i(b) = 10^(−SQNR_i(b)/10), measured when its weight alone is
+    quantized, and the size b·n_i. The noise of several layers is assumed to be additive:
 
-        minimise Σ f_i(b_i)  subject to  Σ b_i·n_i + 32·(biases) ≤ budget,  b_i in 2…8
+        minimize Σ f_i(b_i)  subject to  Σ b_i·n_i + 32·(biases) ≤ budget,  b_i in 2…8
 
-    This multiple-choice knapsack is solved greedily: every layer starts at its fewest bits and
-    moves along the lower convex hull of its f_i, always the step that saves the most noise per
-    stored bit, until a step does not fit. Then single changes of one layer that still fit are
-    made, the greatest saving first. Up to the step that does not fit, the choice is the optimum for
-    the size reached, so the noise exceeds the optimum by less than that one step would have saved;
-    ``bound_db`` comes from taking the fitting part of that step (the relaxation's optimum).
+    This multiple-choice knapsack problem is solved greedily: every layer starts at its fewest bits
+    and moves along the lower convex hull of its f_i, always taking the step that saves the most
+    noise per stored bit, until a step does not fit. Then changes of single layers that still fit
+    are made, in order of decreasing savings. Before the step that did not fit, the choice is
+    optimal for its size, so the noise exceeds the optimum by less than that step would have saved.
+    ``bound_db`` is the optimum of the linear relaxation, which takes the fitting part of that step.
 
     Source: Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", 1988.
 
     Args:
-        rows: From :func:`fat.evaluation.sensitivity_analysis`, of all weights.
-        budget_mb: Megabytes (10^6 bytes) for weights and int32 biases.
-        first_bits: Fixes the first layer's bits.
-        last_bits: Fixes the last layer's bits; wins where first and last are one layer.
+        rows: Results of :func:`fat.evaluation.sensitivity` for all weights.
+        budget_mb: Size of weights and int32 biases in megabytes (10^6 bytes).
+        first_bits: Bit-width of the first layer, if it is fixed.
+        last_bits: Bit-width of the last layer, if it is fixed; takes precedence over
+            ``first_bits`` in a network of one layer.
 
     Raises:
-        FatError: If the budget is below what the fewest bits take, or above what 8 bits take.
+        FatError: If the budget is below the size at the fewest bits, or above the size at 8 bits.
     """
     layers = sorted((row for row in rows if row.kind == "weight"), key=lambda row: row.position)
     noise = [{bits: 10 ** (-db / 10) for bits, db in row.bits_db.items()} for row in layers]
@@ -81,7 +82,7 @@ def choose_bits(
     left = budget - biases - sum(n * bits for n, bits in zip(counts, chosen, strict=True))
     steps = sorted(
         (step for index, options in enumerate(noise) for step in _hull(index, options, counts)),
-        key=lambda step: -step.saving / step.cost,  # stable: equal steps in the graph's order
+        key=lambda step: -step.saving / step.cost,  # stable: ties keep the order of the graph
     )
     missed = 0.0
     for step in steps:
@@ -103,11 +104,11 @@ def choose_bits(
 
 
 def size_mb(student: Student) -> dict[str, float]:
-    """Megabytes (10^6 bytes) of the weights and biases of a student.
+    """Return the size of a student's weights and biases in megabytes (10^6 bytes).
 
-    ``quantized``: bits·n/8 bytes for the n weights of a layer, packed, and 4 bytes per int32 bias.
-    ``float``: 4 bytes each. Steps and zero points are not counted: at most 4 bytes and one more per
-    threshold, whatever the bits.
+    ``quantized`` counts bits·n/8 bytes for the n weights of a layer and 4 bytes per int32 bias,
+    ``float`` 4 bytes for each. Scales and zero points, at most 5 bytes per threshold, are not
+    counted.
     """
     counts = [(x.weight.numel(), x.weight_quantizer.grid.bits) for x in student.layers()]
     biases = BIAS_BITS * sum(x.bias.numel() for x in student.layers() if x.bias is not None)
@@ -118,7 +119,7 @@ def size_mb(student: Student) -> dict[str, float]:
 
 
 def mean_bits(student: Student) -> float:
-    """Bits per weight on average over all weights of all layers; whole where all are the same."""
+    """Return the mean number of bits per weight; an integer if the division leaves no remainder."""
     counts = [(x.weight.numel(), x.weight_quantizer.grid.bits) for x in student.layers()]
     stored, weights = sum(n * bits for n, bits in counts), sum(n for n, _ in counts)
     return stored // weights if stored % weights == 0 else stored / weights
@@ -126,7 +127,7 @@ def mean_bits(student: Student) -> float:
 
 @dataclass(frozen=True)
 class _Step:
-    """Layer ``index`` goes to ``bits``, which takes ``cost`` more bits and saves noise."""
+    """Change of layer ``index`` to ``bits``, which costs ``cost`` stored bits and saves noise."""
 
     index: int
     bits: int
@@ -141,10 +142,10 @@ def _budget_bits(
         biases + sum(n * end(options) for n, options in zip(counts, noise, strict=True))
         for end in (min, max)
     )
-    # A size that was printed or computed in megabytes means a whole number of bits.
+    # Sizes in megabytes are rounded to a whole number of bits.
     budget = round(budget_mb * BITS_PER_MB) if math.isfinite(budget_mb) else -1
     if not least <= budget <= most:
-        # Rounded so that either end can be typed as it stands here.
+        # Rounded inward, so that both ends are valid budgets.
         low = math.ceil(least / BITS_PER_MB * 1e6) / 1e6
         high = math.floor(most / BITS_PER_MB * 1e6) / 1e6
         raise FatError(
@@ -160,27 +161,27 @@ def _widths(bits: Iterable[int]) -> str:
 
 
 def _hull(index: int, options: dict[int, float], counts: list[int]) -> list[_Step]:
-    """Steps along the lower convex hull of noise over bits, from the fewest bits on."""
+    """Return the steps along the lower convex hull of noise over bits, from the fewest bits."""
     steps: list[_Step] = []
-    here = min(options)
+    current = min(options)
     while True:
         slopes = {
-            bits: (options[here] - noise) / (bits - here)
+            bits: (options[current] - noise) / (bits - current)
             for bits, noise in options.items()
-            if bits > here and noise < options[here]
+            if bits > current and noise < options[current]
         }
         if not slopes:
             return steps
-        there = max(slopes, key=lambda bits: (slopes[bits], bits))
-        saving = options[here] - options[there]
-        steps.append(_Step(index, there, (there - here) * counts[index], saving))
-        here = there
+        best = max(slopes, key=lambda bits: (slopes[bits], bits))
+        saving = options[current] - options[best]
+        steps.append(_Step(index, best, (best - current) * counts[index], saving))
+        current = best
 
 
 def _best_change(
     chosen: list[int], noise: list[dict[int, float]], counts: list[int], left: int
 ) -> _Step | None:
-    """The change of one layer that fits into what is left and saves most; ``None`` if none does."""
+    """Return the change of one layer that saves most within the remaining bits, if any."""
     changes = [
         _Step(index, bits, (bits - chosen[index]) * counts[index], options[chosen[index]] - value)
         for index, options in enumerate(noise)

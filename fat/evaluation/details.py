@@ -1,4 +1,4 @@
-"""What a run's page shows of single layers and images: layers.csv and details.json."""
+"""Statistics of single layers and images, computed on a student: layers.csv and details.json."""
 
 from __future__ import annotations
 
@@ -45,38 +45,38 @@ __all__ = [
 LAYERS, DETAILS = "layers.csv", "details.json"
 BINS = 100
 BLOCK = 2**18
-"""Values that are summed at once."""
+"""Number of values that are summed at once, so that they stay in the processor's cache."""
 WORST = 6
-"""Of how many tensors a histogram is kept."""
+"""Number of tensors with a histogram."""
 THUMBNAIL = 160
-"""Longest side of an example's picture, pixels."""
+"""Longest side of an example's thumbnail, pixels."""
 TOP = 3
-"""How many classes are named for each example."""
+"""Number of predicted classes listed for an example."""
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One quantizer, and what it does to its tensor. The fields are the columns of layers.csv.
+    """Statistics of one quantizer. The fields are the columns of layers.csv.
 
     Attributes:
         layer: Name of the layer.
         kind: ``"weight"`` or ``"activation"``.
-        bits: Width of its integers.
-        thresholds: How many thresholds it has: one, or one per filter.
-        sqnr_db: The tensor's own signal to quantization noise, 10·log10(Σ x² / Σ (x − q)²), dB.
-            Of an activation x is what reaches the quantizer, after the clip (ReLU, ReLU6) that is
-            fused into it; of a weight x is the weight with its pointwise factors. Factors that
-            choose how to round (``weights=rounding``) are part of the quantization, not of x.
-        saturated: Share of x that lies more than half a step beyond the grid's ends, 0…1. What
-            ReLU6 itself clips is none of it.
-        threshold_before: Largest magnitude on the grid as calibrated; of several filters the
-            largest. In the tensor's own units.
-        threshold_after: The same as trained.
-        alpha_mean: Mean of the trained factors on the calibrated range; ``None`` where nothing is
-            trained, as for the next three.
+        bits: Bit-width.
+        thresholds: Number of thresholds: one, or one per filter.
+        sqnr_db: Signal to quantization noise ratio of the tensor, 10·log10(Σ x² / Σ (x − q)²), dB.
+            For an activation, x is the quantizer's input after the activation function (ReLU,
+            ReLU6) fused into it. For a weight, x is the weight with its trained scale factors;
+            factors that choose the rounding (``weights=adaround``) are part of the quantization.
+        saturated: Fraction of x more than half a step beyond the ends of the grid, 0…1. Values
+            clipped by ReLU6 do not count.
+        threshold_before: Largest magnitude on the calibrated grid, over all filters, in the units
+            of the tensor.
+        threshold_after: Largest magnitude on the trained grid.
+        alpha_mean: Mean of the trained factors on the calibrated range; ``None``, like the next
+            three, if they are not trained.
         alpha_min: Smallest factor.
         alpha_max: Largest factor.
-        alpha_at_edge: Share of the factors that stand at an end of their range, 0…1.
+        alpha_at_edge: Fraction of the factors at an end of their allowed range, 0…1.
     """
 
     layer: str
@@ -95,20 +95,19 @@ class LayerRow:
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of one tensor and the range of its grid.
+    """Histogram of one tensor, and the range of its grid.
 
     Attributes:
         layer: Name of the layer.
         kind: ``"weight"`` or ``"activation"``.
         sqnr_db: See :class:`LayerRow`.
-        unit: ``"value"``: the tensor's own units. ``"threshold"``, where each filter has one of its
-            own: a filter's weights in units of its calibrated threshold, so that all filters show
-            their grids' ends at ±1.
-        edges: Ends of the bins, one more than there are bins. They cover all finite values and
-            the grid before and after.
-        counts: How many values each bin holds.
-        before: Lowest and highest value of the grid as calibrated, in ``unit``.
-        after: The same as trained; of several filters the mean.
+        unit: ``"value"`` for the units of the tensor, or ``"threshold"`` for per-channel
+            quantization: each filter's weights divided by its calibrated threshold, so that all
+            grids end at ±1.
+        edges: Edges of the bins. They cover all finite values and both grids.
+        counts: Number of values in each bin.
+        before: Lowest and highest value of the calibrated grid in ``unit``.
+        after: Lowest and highest value of the trained grid, averaged over filters.
     """
 
     layer: str
@@ -123,7 +122,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class FilterChange:
-    """What equalization did to one layer: max|W_k| of each filter k, before it and after."""
+    """Maximum magnitude max|W_k| of each filter k of a layer before and after equalization."""
 
     layer: str
     before: list[float]
@@ -142,25 +141,24 @@ def write_details(
 
     layers.csv has one row per quantizer, the fields of :class:`LayerRow`. details.json holds
 
-    * ``histograms``: of the :data:`WORST` tensors with the least SQNR, fields of
-      :class:`Histogram`;
-    * ``filters``: of the layers that equalization changed, fields of :class:`FilterChange`;
-    * ``examples``: what :func:`example` gives of each image kept in ``differing``;
-    * ``images``, ``differing``: how many images were looked at, and on how many of them the largest
-      logits differ; both ``null`` without ``differing``.
+    * ``histograms``: fields of :class:`Histogram` for the :data:`WORST` tensors of lowest SQNR;
+    * ``filters``: fields of :class:`FilterChange` for the layers that equalization changed;
+    * ``examples``: the result of :func:`example` for each image kept in ``differing``;
+    * ``images``, ``differing``: number of images evaluated, and of those with different
+      predictions; ``null`` without ``differing``.
 
-    The student stays as it is. It costs one pass of the batch.
+    The student does not change. The batch passes through the network once.
 
     Args:
         directory: The run directory.
-        student: Calibrated, and trained or not. ``student.origin`` gives the preprocessing and the
-            names of the classes.
-        batch: Some 16 images that nothing was trained on, labelled or not.
-        differing: What :func:`fat.evaluation.evaluator` collected.
-        names: Names of the images that were judged, in their order.
+        student: Calibrated student. ``student.origin`` gives the preprocessing and the names of the
+            classes.
+        batch: About 16 held-out images, labeled or not.
+        differing: The images that :func:`fat.evaluation.evaluate` collected.
+        names: Names of the evaluated images, in their order.
 
     Raises:
-        FatError: If the student is not calibrated, the batch is empty or not one of images, or the
+        FatError: If the student is not calibrated, the batch is empty or holds no images, or the
             directory cannot be written.
     """
     rows, histograms = layer_rows(student, batch)
@@ -180,7 +178,7 @@ def write_details(
     }
     header = [column.name for column in fields(LayerRow)]
     write_csv(directory / LAYERS, header, ([_cell(x) for x in astuple(row)] for row in rows))
-    # Not indented: each of some ten thousand numbers would stand on a line of its own.
+    # Not indented, because that would put each of about ten thousand numbers on its own line.
     write_text(directory / DETAILS, json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n")
 
 
@@ -197,31 +195,31 @@ def _cell(value: object) -> object:
 def layer_rows(
     student: Student, batch: AnyBatch, worst: int = WORST
 ) -> tuple[list[LayerRow], list[Histogram]]:
-    """What each quantizer does to its tensor, from one pass of a batch with all quantizers on.
+    """Compute the statistics of every quantizer in one pass of a batch through the student.
 
-    Activations are those of the fake-quantized network: each with what the tensors before it left.
-    In memory is one activation at a time.
+    Activations are those of the fake-quantized network, including the errors of earlier layers.
+    Only one activation at a time is kept in memory.
 
     Args:
-        student: Calibrated student; it stays as it is.
+        student: Calibrated student; it does not change.
         batch: Images [N, 3, H, W], or (images, labels).
-        worst: Of how many tensors to give a histogram, at least 1.
+        worst: Number of tensors with a histogram, at least 1.
 
     Returns:
-        One row per quantizer, in the order of ``student.quantizers()``, and the histograms of the
-        tensors with the least SQNR, the worst first.
+        One row per quantizer in the order of ``student.quantizers()``, and the histograms of the
+        tensors of lowest SQNR, the worst first.
 
     Raises:
-        FatError: If the student is not calibrated, or the batch is empty or not one of images.
+        FatError: If the student is not calibrated, or the batch is empty or holds no images.
     """
     student.check_calibrated()
     images = split(batch)[0].to(student.device)
     if not len(images):
-        raise FatError("The batch holds no image; give a few, such as 16 validation images.")
-    seen = _Seen(worst)
+        raise FatError("The batch holds no image. Give a few, such as 16 validation images.")
+    collected = _Collector(worst)
 
     def watch(quantizer: ActivationQuantizer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.take(
+        collected.add(
             (quantizer.layer, "activation"),
             quantizer.thresholds,
             quantizer.activate(inputs[0]),
@@ -234,9 +232,9 @@ def layer_rows(
     student.eval()
     try:
         with switched(student, on=True):
-            # Weights first: they are small, and few activations are then among the worst for long.
+            # Weights first: they are small, and spare the histograms of most activations.
             for layer in student.layers():
-                seen.take(
+                collected.add(
                     (layer.layer, "weight"),
                     layer.weight_quantizer.thresholds,
                     _unrounded(layer),
@@ -247,20 +245,20 @@ def layer_rows(
         for handle in handles:
             handle.remove()
         student.train(was_training)
-    rows = [seen.rows[id(quantizer.thresholds)] for _, _, quantizer in student.quantizers()]
-    return rows, [histogram for _, _, histogram in seen.worst]
+    rows = [collected.rows[id(quantizer.thresholds)] for _, _, quantizer in student.quantizers()]
+    return rows, [histogram for _, _, histogram in collected.worst]
 
 
 def _unrounded(layer: QuantLayer) -> Tensor:
-    """The real values that a weight's quantizer rounds (see :class:`LayerRow`)."""
+    """Return the real values that a weight's quantizer rounds (see :class:`LayerRow`)."""
     return layer.weight if layer.adjust is Adjust.MOVE else layer.adjusted_weight()
 
 
-class _Seen:
-    """Rows of all tensors that came, and histograms of the worst.
+class _Collector:
+    """Rows of all tensors, and histograms of the worst.
 
-    A histogram is made when its tensor is among the worst so far, so that no tensor is kept and few
-    histograms are made in vain.
+    A histogram is computed at once if its tensor is among the worst so far, so that no tensor needs
+    to be kept.
     """
 
     def __init__(self, keep: int) -> None:
@@ -268,7 +266,7 @@ class _Seen:
         self.rows: dict[int, LayerRow] = {}
         self.worst: list[tuple[float, int, Histogram]] = []
 
-    def take(
+    def add(
         self, name: tuple[str, str], thresholds: Thresholds, exact: Tensor, quantized: Tensor
     ) -> None:
         row = _row(name, thresholds, exact, quantized)
@@ -306,7 +304,7 @@ def _row(
 
 
 def _powers(exact: Tensor, quantized: Tensor) -> tuple[float, float]:
-    """Σ x² and Σ (x − q)², summed in float64 block by block: a block stays in the cache."""
+    """Return Σ x² and Σ (x − q)², summed in float64 block by block."""
     signal = noise = 0.0
     for x, q in zip(_blocks(exact), _blocks(quantized), strict=True):
         signal += float(x.square().sum(dtype=torch.float64))
@@ -315,14 +313,14 @@ def _powers(exact: Tensor, quantized: Tensor) -> tuple[float, float]:
 
 
 def _beyond(exact: Tensor, low: Tensor, high: Tensor, step: Tensor) -> int:
-    """How many values lie more than half a step beyond the ends of the grid."""
+    """Count the values more than half a step beyond the ends of the grid."""
     bottom, top = low - step / 2, high + step / 2
     if step.dim():
         shape = (-1, *[1] * (exact.dim() - 1))
         return int(((exact < bottom.reshape(shape)) | (exact > top.reshape(shape))).sum())
     count = 0
     for x in _blocks(exact):
-        smallest, largest = x.aminmax()  # mostly nothing is beyond, and this is soon known
+        smallest, largest = x.aminmax()  # a fast test, since few blocks have such values
         if not (bool(smallest >= bottom) and bool(largest <= top)):
             count += int(((x < bottom) | (x > top)).sum())
     return count
@@ -333,7 +331,7 @@ def _blocks(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """All values in one order for all tensors of a shape, without a copy where possible."""
+    """Flatten in channels-last order, which needs no copy for most activations."""
     return x.movedim(1, -1).flatten() if x.dim() > 2 else x.flatten()
 
 
@@ -342,15 +340,15 @@ def _magnitude(low: Tensor, high: Tensor) -> float:
 
 
 def _histogram(row: LayerRow, thresholds: Thresholds, exact: Tensor) -> Histogram | None:
-    """The histogram of a tensor; none where training left thresholds that are not numbers."""
+    """Return the histogram of a tensor, or ``None`` if its thresholds are not finite."""
     before, after = thresholds.grid_range(calibrated=True), thresholds.grid_range()
     unit = "value"
     if before[1].dim():
         unit = "threshold"
-        own = before[1]
-        exact = exact / own.reshape(-1, *[1] * (exact.dim() - 1))
-        before = (before[0] / own, before[1] / own)
-        after = (after[0] / own, after[1] / own)
+        threshold = before[1]
+        exact = exact / threshold.reshape(-1, *[1] * (exact.dim() - 1))
+        before = (before[0] / threshold, before[1] / threshold)
+        after = (after[0] / threshold, after[1] / threshold)
     ends_before, ends_after = (
         (float(low.mean()), float(high.mean())) for low, high in (before, after)
     )
@@ -364,7 +362,7 @@ def _histogram(row: LayerRow, thresholds: Thresholds, exact: Tensor) -> Histogra
     low = min(float(smallest.min()), ends_before[0], ends_after[0])
     high = max(float(largest.max()), ends_before[1], ends_after[1])
     counts = torch.zeros(BINS, dtype=torch.int64)
-    for block in torch.split(values, BLOCK):  # histc counts in float32, which ends at 2^24
+    for block in torch.split(values, BLOCK):  # histc counts in float32, exact up to 2^24
         counts += torch.histc(block, BINS, low, high).to("cpu", torch.int64)
     edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
     return Histogram(
@@ -372,37 +370,37 @@ def _histogram(row: LayerRow, thresholds: Thresholds, exact: Tensor) -> Histogra
         row.kind,
         round(row.sqnr_db, 3),
         unit,
-        [_short(edge) for edge in edges.tolist()],
+        [_rounded(edge) for edge in edges.tolist()],
         counts.tolist(),
-        (_short(ends_before[0]), _short(ends_before[1])),
-        (_short(ends_after[0]), _short(ends_after[1])),
+        (_rounded(ends_before[0]), _rounded(ends_before[1])),
+        (_rounded(ends_after[0]), _rounded(ends_after[1])),
     )
 
 
-def _short(value: float, digits: int = 6) -> float:
-    """A number with so many digits: files stay small."""
+def _rounded(value: float, digits: int = 6) -> float:
+    """Round to significant digits, so that files stay small."""
     return float(f"{value:.{digits}g}")
 
 
 def filter_changes(student: Student) -> list[FilterChange]:
-    """Ranges of the filters of each layer that equalization changed, in the order of the graph.
+    """Return the filters' ranges for the layers that equalization changed, in the graph's order.
 
-    Both layers of a pair are changed: the first one's filters were multiplied, and what reads them
-    had its input channels divided. Nothing else changes a student's float weights.
+    Both layers of an equalized pair change: the filters of the first and the input channels of the
+    second. Nothing else changes a student's float weights.
     """
     if not student.spec.equalize.methods:
         return []
-    found = []
+    changes = []
     for layer in student.layers():
         original = student.teacher.get_submodule(layer.layer).weight
         assert isinstance(original, Tensor)
         if not torch.equal(original, layer.weight):
             before, after = (
-                [_short(value, 4) for value in weight.flatten(1).abs().amax(1).tolist()]
+                [_rounded(value, 4) for value in weight.flatten(1).abs().amax(1).tolist()]
                 for weight in (original, layer.weight)
             )
-            found.append(FilterChange(layer.layer, before, after))
-    return found
+            changes.append(FilterChange(layer.layer, before, after))
+    return changes
 
 
 # ---------------------------------------------------------------------------------- the examples
@@ -414,18 +412,18 @@ def example(
     preprocessing: Preprocessing | None,
     names: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """An image that the two networks see differently, as plain values.
+    """Describe an image with different predictions as plain values.
 
     Args:
         entry: The image and its logits.
-        classes: What to call the classes, in the order of the logits.
-        preprocessing: How the image was normalised, see :func:`picture`.
-        names: Names of the images that were judged, in their order.
+        classes: Names of the classes in the order of the logits.
+        preprocessing: Normalization of the image, see :func:`picture`.
+        names: Names of the evaluated images, in their order.
 
     Returns:
         ``image`` (a JPEG of at most :data:`THUMBNAIL` pixels, as a data URL), ``name``, ``label``
-        (the class, ``None`` where unknown), ``float`` and ``quantized``: the :data:`TOP` most
-        likely classes, each {class, p}, p in 0…1 by softmax.
+        (the class, or ``None`` if unknown), ``float`` and ``quantized``: the :data:`TOP` most
+        likely classes, each {class, p} with the softmax probability p.
     """
     jpeg = io.BytesIO()
     thumbnail = picture(entry.image, preprocessing)
@@ -444,7 +442,7 @@ def example(
 
 def _likely(logits: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
     if not bool(logits.isfinite().all()):
-        return []  # a network that broke down has no opinion
+        return []
     best = logits.double().softmax(0).topk(min(TOP, len(logits)))
     return [
         {"class": classes[index], "p": round(p, 4)}
@@ -453,12 +451,11 @@ def _likely(logits: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def picture(image: Tensor, preprocessing: Preprocessing | None) -> Image.Image:
-    """The picture that a normalised image was made from: x·std + mean, scaled to 0…255.
+    """Convert a normalized image to a picture: x·std + mean, scaled to 0…255.
 
     Args:
         image: float32 [3, H, W].
-        preprocessing: Its mean and std; ``None`` stretches the image from its smallest value to its
-            largest.
+        preprocessing: Mean and std; ``None`` scales the smallest and largest value to 0 and 255.
     """
     pixels = image.detach().cpu().float()
     if preprocessing is None:

@@ -1,4 +1,4 @@
-"""Judge a student, and its float teacher, on held-out images."""
+"""Evaluation of a student and its float teacher on held-out images."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["Disagreement", "Disagreements", "accuracy_drop", "evaluate"]
 
 @dataclass(frozen=True)
 class Disagreement:
-    """An image on which the two networks' largest logits differ.
+    """An image for which the two networks predict different classes.
 
     Attributes:
-        position: Which image it was, counted from 0 over all that were looked at.
-        image: What the networks saw, float32 [3, H, W], normalised, on the CPU.
-        label: Its class, −1 where unknown.
+        position: Index of the image among all evaluated images.
+        image: Normalized input, float32 [3, H, W], on the CPU.
+        label: Class of the image, −1 if unknown.
         reference: Logits of the float network, float32 [classes], on the CPU.
-        logits: Logits of the quantized network, the same.
-        confidence: Largest probability that the float network gave, 0…1.
+        logits: Logits of the quantized network, float32 [classes], on the CPU.
+        confidence: Largest probability that the float network assigns, 0…1.
     """
 
     position: int
@@ -40,17 +40,17 @@ class Disagreement:
 
 
 class Disagreements:
-    """Counts images on which two networks differ, and keeps those where the float one was surest.
+    """Collects the images for which two networks predict different classes.
 
-    Memory holds ``keep`` images, however many come.
+    Only those with the most confident float predictions are kept.
 
     Args:
-        keep: How many images to keep at most.
+        keep: Maximum number of images to keep.
 
     Attributes:
-        images: How many images were looked at.
-        differing: On how many of them the largest logits differ.
-        kept: The most confident of these, the surest first; of equal ones the earlier.
+        images: Number of images evaluated.
+        differing: Number of images with different predictions.
+        kept: The kept images in order of decreasing confidence; ties keep their order.
     """
 
     def __init__(self, keep: int = 8) -> None:
@@ -61,19 +61,19 @@ class Disagreements:
 
     @torch.no_grad()
     def update(self, images: Tensor, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
-        """Take in one batch.
+        """Add a batch.
 
         Args:
             images: float32 [N, 3, H, W].
             logits: [N, classes] of the quantized network.
             reference: [N, classes] of the float network.
-            labels: int64 [N], −1 where unknown.
+            labels: int64 [N], −1 if unknown.
         """
         rows = (logits.argmax(1) != reference.argmax(1)).nonzero().flatten()
         sure = reference[rows].double().softmax(1).amax(1).nan_to_num(0.0)
         best = sure.sort(descending=True, stable=True).indices[: self.keep]
         for row, confidence in zip(rows[best].tolist(), sure[best].tolist(), strict=True):
-            # Copies: a view would keep its whole batch alive.
+            # Copies, because a view would keep its whole batch in memory.
             image, float_row, row_logits = (
                 tensor[row].detach().to("cpu", torch.float32, copy=True)
                 for tensor in (images, reference, logits)
@@ -88,7 +88,7 @@ class Disagreements:
         self.differing += len(rows)
 
     def add(self, others: Disagreements) -> None:
-        """Take in what others collected, such as another process; their images come after these."""
+        """Add the images that others collected; their positions follow those of this one."""
         self.kept += [
             replace(entry, position=entry.position + self.images) for entry in others.kept
         ]
@@ -96,8 +96,8 @@ class Disagreements:
         self.images += others.images
         self.differing += others.differing
 
-    def shared(self) -> Disagreements:
-        """What all processes collected, the first one's images first; this one stays as it is."""
+    def gather(self) -> Disagreements:
+        """Return the images that all processes collected, in the order of their ranks."""
         joined = Disagreements(self.keep)
         for collected in distributed.gather_objects(self):
             joined.add(collected)
@@ -120,18 +120,18 @@ def evaluate(
 
     Args:
         student: Calibrated student.
-        images: Batches that nothing was trained or chosen on, labelled or not. Of several processes
-            each gives its own, and all get the figures of all.
-        progress: Text before a progress bar; ``None`` shows none.
-        differing: Takes in the images that the two networks see differently.
+        images: Held-out batches, labeled or not. With several processes, each passes its own and
+            all get the metrics over all images.
+        progress: Label of a progress bar; ``None`` shows none.
+        differing: Collects the images for which the two networks predict different classes.
 
     Returns:
-        ``images`` (how many), ``float`` {top1, top5}, ``quantized`` {top1, top5, agreement,
+        ``images`` (their number), ``float`` {top1, top5}, ``quantized`` {top1, top5, agreement,
         sqnr_db, rmse}, ``accuracy_drop`` (float top-1 − quantized top-1, points) and ``seconds``.
-        Accuracies are in percent and ``None`` where no image is labelled.
+        Accuracies are in percent, or ``None`` if no image is labeled.
 
     Raises:
-        FatError: If the student is not calibrated, or a batch is not one of images.
+        FatError: If the student is not calibrated, or a batch does not hold images.
     """
     device = student.device
     quantized, reference = Comparison().to(device), Comparison().to(device)
@@ -151,18 +151,18 @@ def evaluate(
             count += len(pixels)
     finally:
         student.train(was_training)
-    floats, figures = reference.compute(), quantized.compute()
+    float_metrics, metrics = reference.compute(), quantized.compute()
     return {
         "images": int(distributed.all_sum(torch.tensor(count))),
-        "float": {"top1": floats["top1"], "top5": floats["top5"]},
-        "quantized": dict(figures),
-        "accuracy_drop": accuracy_drop(floats["top1"], figures["top1"]),
+        "float": {"top1": float_metrics["top1"], "top5": float_metrics["top5"]},
+        "quantized": dict(metrics),
+        "accuracy_drop": accuracy_drop(float_metrics["top1"], metrics["top1"]),
         "seconds": time.perf_counter() - started,
     }
 
 
 def accuracy_drop(reference: float | None, quantized: float | None) -> float | None:
-    """Points of top-1 lost against the float network, ``None`` where there are no labels."""
+    """Return float top-1 − quantized top-1 in points, or ``None`` without labels."""
     if reference is None or quantized is None:
         return None
     return reference - quantized

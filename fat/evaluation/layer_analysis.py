@@ -1,4 +1,4 @@
-"""Where a student loses: each layer's own error, apart from what it inherits."""
+"""Quantization error of each tensor by itself, and of equalization."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["LayerError", "disabled", "float_shift_db", "layer_errors", "switched
 
 @dataclass(frozen=True)
 class LayerError:
-    """What quantizing one tensor alone costs.
+    """Error of one tensor when it alone is quantized.
 
     Attributes:
         layer: Name of the layer.
@@ -36,7 +36,7 @@ class LayerError:
 
 @contextmanager
 def switched(student: Student, *, on: bool) -> Iterator[None]:
-    """Turn every quantizer on, or off, for a while."""
+    """Context manager that enables or disables all quantizers."""
     quantizers = [quantizer for _, _, quantizer in student.quantizers()]
     states = [quantizer.enabled for quantizer in quantizers]
     for quantizer in quantizers:
@@ -49,13 +49,13 @@ def switched(student: Student, *, on: bool) -> Iterator[None]:
 
 
 def disabled(student: Student) -> AbstractContextManager[None]:
-    """Let the student compute in float for a while: its weights as equalized, no quantizer on."""
+    """Context manager that disables all quantizers: the student's own float function."""
     return switched(student, on=False)
 
 
 @torch.no_grad()
 def float_shift_db(student: Student, images: Images) -> float:
-    """How far equalization moved the float function: logits' SQNR against the teacher, dB."""
+    """Return the SQNR of the student's float logits, as equalized, against the teacher's, dB."""
     signal = noise = 0.0
     with disabled(student):
         for batch in as_batches(images):
@@ -70,33 +70,33 @@ def float_shift_db(student: Student, images: Images) -> float:
 
 @torch.no_grad()
 def layer_errors(student: Student, images: Images) -> list[LayerError]:
-    """Error of each weight and each activation when it alone is quantized, worst first.
+    """Return the error of each weight and activation when it alone is quantized, worst first.
 
-    The network runs in float; every layer is also computed with its weight on the grid, and every
-    activation is also put on its own.
+    The network runs in float. Each layer is computed again with its weight quantized, and each
+    activation is quantized again.
 
     Args:
         student: Calibrated student.
-        images: A batch or a few.
+        images: One or a few batches.
     """
     sums: dict[tuple[str, str], list[float]] = {}
 
-    def note(layer: str, kind: str, exact: Tensor, quantized: Tensor) -> None:
+    def add(layer: str, kind: str, exact: Tensor, quantized: Tensor) -> None:
         entry = sums.setdefault((layer, kind), [0.0, 0.0])
         entry[0] += float(exact.double().square().sum())
         entry[1] += float((exact.double() - quantized.double()).square().sum())
 
-    # The hooks call forward itself, which does not come back to them.
+    # The hooks call forward directly, which does not trigger them again.
     def watch_layer(layer: QuantLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         layer.weight_quantizer.enabled = True
-        note(layer.layer, "weight", output, layer.forward(inputs[0]))
+        add(layer.layer, "weight", output, layer.forward(inputs[0]))
         layer.weight_quantizer.enabled = False
 
     def watch_activation(
         quantizer: ActivationQuantizer, inputs: tuple[Tensor, ...], output: Tensor
     ) -> None:
         quantizer.enabled = True
-        note(quantizer.layer, "activation", output, quantizer.forward(inputs[0]))
+        add(quantizer.layer, "activation", output, quantizer.forward(inputs[0]))
         quantizer.enabled = False
 
     handles = [layer.register_forward_hook(watch_layer) for layer in student.layers()]

@@ -1,4 +1,4 @@
-"""How far two sets of logits are apart: pure functions, and the same gathered over batches."""
+"""Metrics that compare two sets of logits, accumulated over batches and processes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Comparison"]
 
 
 def _root(mean_square: float) -> float | None:
-    """The root, or ``None`` for a network whose logits are not finite: JSON has no NaN."""
+    """Return the root, or ``None`` if it is not finite, because JSON has no NaN."""
     return math.sqrt(mean_square) if math.isfinite(mean_square) else None
 
 
 class Comparison(Metric):
-    """Agreement, logits' SQNR and RMSE against the float network, and accuracy where labels are.
+    """Agreement, SQNR and RMSE of logits against the float network, and accuracy if labeled.
 
-    Sums only, so that results over several devices are those of one.
+    All states are sums, so that several processes give the same results as one.
     """
 
     full_state_update = False
@@ -38,7 +38,7 @@ class Comparison(Metric):
     elements: Tensor
 
     def __init__(self) -> None:
-        # Not what torchmetrics would ask: where one process works alone the others do not answer.
+        # Not torchmetrics' default, which would wait for the other processes in local_only blocks.
         super().__init__(distributed_available_fn=lambda: distributed.size() > 1)
         for name in ("images", "labelled", "top1", "top5", "same", "elements"):
             self.add_state(name, torch.tensor(0, dtype=torch.int64), dist_reduce_fx="sum")
@@ -46,12 +46,12 @@ class Comparison(Metric):
             self.add_state(name, torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
-        """Take in one batch.
+        """Add a batch.
 
         Args:
-            logits: [N, classes] of the network that is judged.
+            logits: [N, classes] of the evaluated network.
             reference: [N, classes] of the float network.
-            labels: int64 [N], −1 where unknown.
+            labels: int64 [N], −1 if unknown.
         """
         self.images += len(logits)
         self.same += (logits.argmax(1) == reference.argmax(1)).sum()
@@ -63,15 +63,15 @@ class Comparison(Metric):
         if count:
             self.labelled += count
             for name, k in (("top1", 1), ("top5", min(5, logits.shape[1]))):
-                share = multiclass_accuracy(
+                accuracy = multiclass_accuracy(
                     logits[known], labels[known], logits.shape[1], average="micro", top_k=k
                 )
-                setattr(self, name, getattr(self, name) + torch.round(share * count).long())
+                setattr(self, name, getattr(self, name) + torch.round(accuracy * count).long())
 
     def compute(self) -> Mapping[str, float | None]:
-        """``top1``, ``top5`` and ``agreement`` in percent, ``sqnr_db`` in dB, ``rmse`` in logits.
+        """Return ``top1``, ``top5`` and ``agreement`` in percent, ``sqnr_db`` in dB, and ``rmse``.
 
-        ``top1`` and ``top5`` are ``None`` where no image has a label, all are where none came.
+        ``top1`` and ``top5`` are ``None`` without labels; all are ``None`` without images.
         """
         if not int(self.images):
             return dict.fromkeys(("top1", "top5", "agreement", "sqnr_db", "rmse"))

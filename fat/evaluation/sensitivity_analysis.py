@@ -1,4 +1,4 @@
-"""How much each tensor's quantization costs the logits: it alone quantized, and all but it."""
+"""Sensitivity of the logits to the quantization of each tensor."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ __all__ = ["TensorSensitivity", "sensitivity"]
 
 @dataclass(frozen=True)
 class TensorSensitivity:
-    """What the quantization of one tensor costs, against the student with every quantizer off.
+    """Effect of quantizing one tensor, against the student with all quantizers disabled.
 
     Attributes:
-        position: Place of the tensor among all in the order of the graph, from 0.
-        layer: Name of the layer, or of the operation whose result an activation is.
+        position: Index of the tensor in the order of the graph.
+        layer: Name of the layer, or of the operation that produces an activation.
         kind: ``"weight"`` or ``"activation"``.
-        bits: Bit-width that the tensor has in the student.
-        alone_db: Logits' SQNR when this tensor alone is quantized, dB.
-        alone_agreement: Share of images with the same largest logit then, %.
-        without_db: Logits' SQNR when all tensors but this one are quantized, dB.
-        without_agreement: Share of images with the same largest logit then, %.
+        bits: Bit-width of the tensor in the student.
+        alone_db: Logits' SQNR when only this tensor is quantized, dB.
+        alone_agreement: Images with the same largest logit when only this tensor is quantized, %.
+        without_db: Logits' SQNR when all other tensors are quantized, dB.
+        without_agreement: Images with the same largest logit when all others are quantized, %.
         parameters: Number of weights; 0 for an activation.
         biases: Number of biases of the layer; 0 for an activation.
-        bits_db: Logits' SQNR, dB, when this weight alone is quantized, by bit-width, each with
-            thresholds initialised for that width; empty for an activation.
+        bits_db: Logits' SQNR by bit-width when only this weight is quantized, dB, with thresholds
+            initialized for that bit-width; empty for an activation.
     """
 
     position: int
@@ -60,48 +60,46 @@ class TensorSensitivity:
 def sensitivity(
     student: Student, images: Images, *, progress: str | None = None
 ) -> list[TensorSensitivity]:
-    """Quantize one tensor at a time, and all but one, and compare the logits.
+    """Quantize each tensor alone, and all tensors except it, and compare the logits.
 
-    The reference is the student's own float function: every quantizer off, weights unrounded with
-    their pointwise factors, biases unrounded as they are. What equalization or training made of
-    weights and biases is part of the reference, not of the damage.
+    The reference is the student's own float function: all quantizers disabled, weights (with their
+    trained scale factors) and biases not rounded. It includes changes made by equalization and
+    training.
 
-    The images pass the network once for every measurement: twice for an activation, nine times for
-    a weight. What comes before the tensor in question is computed once for all of them. The
-    student is left exactly as it came.
+    Each activation takes two passes over the images and each weight nine. The part of the network
+    before the tensor is computed only once. The student does not change.
 
     Args:
         student: Calibrated student.
-        images: One batch [N, 3, H, W] or several, labelled or not; 50 to 100 images are enough.
+        images: One or several batches [N, 3, H, W], labeled or not; 50 to 100 images are enough.
             They are kept in memory.
-        progress: Text before a progress bar; ``None`` shows none.
+        progress: Label of a progress bar; ``None`` shows none.
 
     Returns:
-        One row per quantizer, the most harmful first: ``alone_db`` ascending, ties in the order of
-        the graph.
+        One row per quantizer in order of increasing ``alone_db``; ties keep the order of the graph.
 
     Raises:
-        FatError: If the student is not calibrated, or no image came.
+        FatError: If the student is not calibrated, or there is no image.
     """
     student.check_calibrated()
     batches = [split(batch)[0] for batch in as_batches(images)]
     if not sum(map(len, batches)):
-        raise FatError("No images came to measure on; give at least one batch [N, 3, H, W].")
+        raise FatError("There are no images to measure on. Give at least one batch [N, 3, H, W].")
     sites = _sites(student.network)
     widths = {node: _at_every_width(site, student.spec) for node, site in sites.items()}
     runs = len(batches) * sum(2 + len(quantizers) for quantizers in widths.values())
     device = student.device
-    judged: dict[Any, Comparison] = defaultdict(lambda: Comparison().to(device))
+    comparisons: dict[Any, Comparison] = defaultdict(lambda: Comparison().to(device))
 
-    def judge(key: Any, reference: Tensor) -> None:
+    def compare(key: Any, reference: Tensor) -> None:
         logits = partial.finish()
-        judged[key].update(logits, reference, torch.full((len(logits),), -1, device=device))
+        comparisons[key].update(logits, reference, torch.full((len(logits),), -1, device=device))
         bar.update()
 
     partial = _Partial(student.network)
     was_training = student.training
     student.eval()
-    # The rate averaged over the whole measurement: runs get shorter along the graph.
+    # smoothing=0 averages the rate over the whole measurement, as runs get shorter along the graph.
     bar = tqdm(total=runs, desc=progress, disable=progress is None, leave=False, smoothing=0)
     try:
         for pixels in batches:
@@ -110,18 +108,24 @@ def sensitivity(
                 reference = student.network(x)
                 for node in partial.walk(x, sites):
                     with _toggled(sites[node]):
-                        judge((node, "alone"), reference)
+                        compare((node, "alone"), reference)
                     for bits, quantizer in widths[node].items():
                         with _replaced(sites[node], quantizer):
-                            judge((node, bits), reference)
+                            compare((node, bits), reference)
             with switched(student, on=True):
                 for node in partial.walk(x, sites):
                     with _toggled(sites[node]):
-                        judge((node, "without"), reference)
+                        compare((node, "without"), reference)
     finally:
         bar.close()
         student.train(was_training)
-    figures = {key: comparison.compute() for key, comparison in judged.items()}
+    metrics = {key: comparison.compute() for key, comparison in comparisons.items()}
+
+    def metric(key: Any, name: str) -> float:
+        value = metrics[key][name]
+        assert value is not None  # there are images
+        return value
+
     rows = []
     for position, (node, site) in enumerate(sites.items()):
         is_layer = isinstance(site, QuantLayer)
@@ -131,13 +135,13 @@ def sensitivity(
                 layer=site.layer,
                 kind="weight" if is_layer else "activation",
                 bits=_quantizer(site).grid.bits,
-                alone_db=_figure(figures[node, "alone"], "sqnr_db"),
-                alone_agreement=_figure(figures[node, "alone"], "agreement"),
-                without_db=_figure(figures[node, "without"], "sqnr_db"),
-                without_agreement=_figure(figures[node, "without"], "agreement"),
+                alone_db=metric((node, "alone"), "sqnr_db"),
+                alone_agreement=metric((node, "alone"), "agreement"),
+                without_db=metric((node, "without"), "sqnr_db"),
+                without_agreement=metric((node, "without"), "agreement"),
                 parameters=site.weight.numel() if isinstance(site, QuantLayer) else 0,
                 biases=_biases(site),
-                bits_db={bits: _figure(figures[node, bits], "sqnr_db") for bits in widths[node]},
+                bits_db={bits: metric((node, bits), "sqnr_db") for bits in widths[node]},
             )
         )
     return sorted(rows, key=lambda row: row.alone_db)
@@ -147,7 +151,7 @@ Site = ActivationQuantizer | QuantLayer
 
 
 def _sites(network: fx.GraphModule) -> dict[fx.Node, Site]:
-    """What quantizes, by its node, in the order of the graph."""
+    """Return all quantizing modules by their nodes, in the order of the graph."""
     sites: dict[fx.Node, Site] = {}
     for node in network.graph.nodes:
         if node.op == "call_module":
@@ -155,12 +159,6 @@ def _sites(network: fx.GraphModule) -> dict[fx.Node, Site]:
             if isinstance(module, ActivationQuantizer | QuantLayer):
                 sites[node] = module
     return sites
-
-
-def _figure(figures: Mapping[str, float | None], name: str) -> float:
-    value = figures[name]
-    assert value is not None  # images came
-    return value
 
 
 def _quantizer(site: Site) -> ActivationQuantizer | WeightQuantizer:
@@ -172,10 +170,10 @@ def _biases(site: Site) -> int:
 
 
 def _at_every_width(site: Site, spec: QuantSpec) -> dict[int, WeightQuantizer]:
-    """Fresh quantizers of a layer's weight by bit-width; none for an activation.
+    """Return new quantizers of a layer's weight by bit-width; none for an activation.
 
-    Filters with vanishing weights keep their own small thresholds here: what widens them, a bias
-    that does not fit int32, needs the input's step, and the input is not quantized.
+    Thresholds of filters with vanishing weights are not widened to fit the bias into int32, since
+    that depends on the scale of the input, which is not quantized here.
     """
     if not isinstance(site, QuantLayer):
         return {}
@@ -211,10 +209,10 @@ def _replaced(site: Site, quantizer: WeightQuantizer) -> Iterator[None]:
 
 
 class _Partial(fx.Interpreter):
-    """Computes a graph once, and from chosen nodes on as often as asked."""
+    """Computes a graph once, and its end from chosen nodes repeatedly."""
 
     def walk(self, x: Tensor, stops: Mapping[fx.Node, object]) -> Iterator[fx.Node]:
-        """Compute node after node; yield each of ``stops`` before it is computed."""
+        """Compute all nodes, and yield each of ``stops`` before it is computed."""
         nodes = [node for node in self.graph.nodes if node.op != "placeholder"]
         self._values = {node: x for node in self.graph.nodes if node.op == "placeholder"}
         for index, node in enumerate(nodes):
@@ -224,7 +222,7 @@ class _Partial(fx.Interpreter):
             self._compute(node, self._values)
 
     def finish(self) -> Tensor:
-        """The graph's result, from the node that :meth:`walk` stands at, as modules are now."""
+        """Compute the graph's result from the current node of :meth:`walk`."""
         values = dict(self._values)
         for node in self._rest:
             self._compute(node, values)

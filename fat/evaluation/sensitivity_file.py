@@ -1,4 +1,4 @@
-"""A sensitivity measurement as files, sensitivity.csv, .json and .png, and as text."""
+"""Files and text of a sensitivity analysis: sensitivity.csv, .json and .png."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from fat.evaluation.sensitivity_analysis import TensorSensitivity
 from fat.quant.config import BITS, QuantSpec
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError
 from fat.utils.io import write_atomic, write_csv, write_json
 
@@ -37,23 +38,22 @@ COLUMNS = (
     "without_agreement",
     "parameters",
 )
-SHOWN = 30
-"""How many tensors the plot shows."""
-MOST_SHOWN = 200.0
-"""Longest bar of the plot, %; past it the logits have nothing left of the float network's."""
-COLOURS = {"weight": "#2a6f97", "activation": "#e09f3e"}
+PLOTTED_TENSORS = 30
+PLOTTED_ERROR = 200.0
+"""Longest bar of the plot, %; beyond it the logits are unrelated to the float network's."""
+COLORS = {"weight": "#2a6f97", "activation": "#e09f3e"}
 
 
 @dataclass(frozen=True)
 class SensitivityReport:
-    """A measurement and what it was made on.
+    """Results of a sensitivity analysis, and the network and images it was run on.
 
     Attributes:
-        rows: From :func:`fat.evaluation.sensitivity_analysis`, the most harmful tensor first.
+        rows: Results of :func:`fat.evaluation.sensitivity`, the most sensitive tensor first.
         model: Name of the network.
-        weights: Where its weights came from.
+        weights: Source of its weights.
         images: ``source``, ``root``, ``split`` and ``count`` of the images.
-        spec: What was asked of the network that was measured.
+        spec: Quantization options of the student.
     """
 
     rows: Sequence[TensorSensitivity]
@@ -66,26 +66,12 @@ class SensitivityReport:
 def write_sensitivity(directory: Path, report: SensitivityReport) -> None:
     """Write sensitivity.csv and sensitivity.json into a directory, each atomically.
 
-    CSV columns: rank, layer, kind, bits, alone_db, alone_agreement, without_db, without_agreement,
-    parameters. The JSON has the same by tensor, with ``position``, ``biases`` and ``bits_db``, and
-    beside ``tensors`` what was measured on what.
+    The columns of the CSV file are :data:`COLUMNS`. The JSON file has all fields of
+    :class:`TensorSensitivity` under ``tensors``, and beside it the other fields of the report.
     """
-    table = (
-        (
-            rank,
-            row.layer,
-            row.kind,
-            row.bits,
-            f"{row.alone_db:.3f}",
-            f"{row.alone_agreement:.3f}",
-            f"{row.without_db:.3f}",
-            f"{row.without_agreement:.3f}",
-            row.parameters,
-        )
-        for rank, row in enumerate(report.rows, 1)
-    )
-    write_csv(directory / CSV, COLUMNS, table)
     tensors = [{"rank": rank, **asdict(row)} for rank, row in enumerate(report.rows, 1)]
+    table = ([_cell(tensor[column]) for column in COLUMNS] for tensor in tensors)
+    write_csv(directory / CSV, COLUMNS, table)
     write_json(
         directory / JSON,
         {
@@ -100,26 +86,27 @@ def write_sensitivity(directory: Path, report: SensitivityReport) -> None:
     )
 
 
+def _cell(value: object) -> object:
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
 def read_sensitivity(path: str | os.PathLike[str]) -> SensitivityReport:
-    """Read back what :func:`write_sensitivity` wrote.
+    """Read a report that :func:`write_sensitivity` wrote.
 
     Args:
-        path: A sensitivity.json, or a run directory that holds one.
+        path: A sensitivity.json file, or a run directory with one.
 
     Raises:
-        FatError: If there is none, or it is damaged, of another kind or of another version.
+        FatError: If the file is missing, damaged, or of another kind or version.
     """
     file = Path(path).expanduser()
     try:
         file = file / JSON if file.is_dir() else file
         found = file.is_file()
-    except OSError:  # a name that is too long, for example
+    except OSError:  # for example, the name is too long
         found = False
     if not found:
-        raise FatError(
-            f"There is no {file}. Measure a run of the network first: "
-            "python evaluate.py run=DIR analysis=sensitivity."
-        )
+        raise FatError(f"There is no {file}. First analyze a run of this network: {_command()}.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         kind, version = content["format"], content["version"]
@@ -127,8 +114,8 @@ def read_sensitivity(path: str | os.PathLike[str]) -> SensitivityReport:
         raise _damaged(file, error) from error
     if (kind, version) != (FORMAT, VERSION):
         raise FatError(
-            f"{file} is of the format {kind} {version}; this FAT reads {FORMAT} {VERSION}. "
-            "Measure again: python evaluate.py run=DIR analysis=sensitivity."
+            f"{file} has the format {kind} {version}; this version of FAT reads {FORMAT} "
+            f"{VERSION}. Repeat the analysis: {_command()}."
         )
     try:
         return SensitivityReport(
@@ -155,13 +142,17 @@ def _row(stored: Mapping[str, Any]) -> TensorSensitivity:
 
 def _damaged(file: Path, error: Exception) -> FatError:
     return FatError(
-        f"{file} is not what a sensitivity measurement wrote ({type(error).__name__}: {error}). "
-        "Measure again: python evaluate.py run=DIR analysis=sensitivity."
+        f"{file} is not a valid sensitivity report ({type(error).__name__}: {error}). Repeat the "
+        f"analysis: {_command()}."
     )
 
 
+def _command() -> str:
+    return command_line("evaluate", "run=DIR", "analysis=sensitivity")
+
+
 def format_worst(rows: Sequence[TensorSensitivity], count: int = 10) -> str:
-    """The first rows as a table for people."""
+    """Format the first rows as a text table."""
     shown = rows[:count]
     width = max(len(row.layer) for row in shown)
     head = f"{'layer':<{width}}  {'kind':<10} bits  alone dB  agreement  without dB  agreement"
@@ -174,7 +165,7 @@ def format_worst(rows: Sequence[TensorSensitivity], count: int = 10) -> str:
 
 
 def format_bits(bits: Mapping[str, int]) -> str:
-    """Layers by bit-width, the widest first, one line for each width.
+    """Format the layers of each bit-width as one line, the widest first.
 
     Examples:
         >>> print(format_bits({"stem": 8, "conv": 4, "head": 8}))
@@ -189,25 +180,24 @@ def format_bits(bits: Mapping[str, int]) -> str:
 
 
 def write_plot(directory: Path, report: SensitivityReport) -> bool:
-    """Draw the most harmful tensors as sensitivity.png, if matplotlib is installed.
+    """Plot the most sensitive tensors as sensitivity.png, if matplotlib is installed.
 
-    The bars are the relative error of the logits, 100·10^(−SQNR/20) in percent, so that long is
-    bad.
+    The bars show the relative error of the logits, 100·10^(−SQNR/20) in percent.
 
     Returns:
-        Whether the file was written; without matplotlib it is not.
+        ``True`` if the file was written, ``False`` without matplotlib.
     """
     try:
-        # Without pyplot no window system is asked for and no state is shared.
+        # Not pyplot, which needs a window system and has global state.
         from matplotlib.figure import Figure
         from matplotlib.patches import Patch
     except ImportError:
         return False
-    rows = report.rows[:SHOWN]
-    errors = [min(100.0 * 10 ** (-row.alone_db / 20), MOST_SHOWN) for row in rows]
+    rows = report.rows[:PLOTTED_TENSORS]
+    errors = [min(100.0 * 10 ** (-row.alone_db / 20), PLOTTED_ERROR) for row in rows]
     figure = Figure(figsize=(9, 1.3 + 0.25 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    bars = axis.barh(range(len(rows)), errors, 0.75, color=[COLOURS[row.kind] for row in rows])
+    bars = axis.barh(range(len(rows)), errors, 0.75, color=[COLORS[row.kind] for row in rows])
     axis.bar_label(bars, [f"{row.alone_db:.1f} dB" for row in rows], fontsize=7, padding=3)
     axis.set_yticks(
         range(len(rows)), [f"{row.layer}  ({row.bits} bits)" for row in rows], fontsize=8
@@ -217,15 +207,15 @@ def write_plot(directory: Path, report: SensitivityReport) -> bool:
     axis.margins(x=0.12)
     axis.set_xlabel("Relative error of the logits when only this tensor is quantized, %")
     axis.set_title(
-        f"{report.model}: the {len(rows)} most harmful of {len(report.rows)} tensors, "
+        f"{report.model}: the {len(rows)} most sensitive of {len(report.rows)} tensors, "
         f"{report.images['count']} images",
         fontsize=10,
         loc="left",
     )
     axis.legend(
         handles=[
-            Patch(color=colour, label=kind)
-            for kind, colour in COLOURS.items()
+            Patch(color=color, label=kind)
+            for kind, color in COLORS.items()
             if any(row.kind == kind for row in rows)
         ],
         frameon=False,

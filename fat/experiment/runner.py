@@ -319,7 +319,7 @@ def _run(
         write_thresholds(directory / THRESHOLDS, student)
     metrics["accuracy_drop"] = after["accuracy_drop"]
     data.share_skipped()
-    seen, together = differing.shared(), distributed.size()
+    seen, together = differing.gather(), distributed.size()
     if not writes:
         return objective(metrics)
 

@@ -215,5 +215,5 @@ def test_what_cannot_be_measured_is_refused(student: Student, tiny: nn.Module) -
     with pytest.raises(FatError, match="not calibrated"):
         measure(fat.prepare(tiny, images), images)
     for nothing in ([], images[:0]):
-        with pytest.raises(FatError, match="No images came"):
+        with pytest.raises(FatError, match="There are no images to measure on"):
             measure(student, nothing)

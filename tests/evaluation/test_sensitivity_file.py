@@ -15,7 +15,7 @@ from PIL import Image
 from fat import FatError, QuantSpec
 from fat.evaluation.sensitivity_analysis import TensorSensitivity
 from fat.evaluation.sensitivity_file import (
-    COLOURS,
+    COLORS,
     SensitivityReport,
     format_bits,
     format_worst,
@@ -71,10 +71,10 @@ def test_the_table_has_a_row_for_each_tensor(report: SensitivityReport, tmp_path
 @pytest.mark.parametrize(
     ("damage", "wanted"),
     [
-        (lambda text: text[:100], "is not what a sensitivity measurement wrote"),
-        (lambda text: "[]", "is not what a sensitivity measurement wrote"),
+        (lambda text: text[:100], "is not a valid sensitivity report"),
+        (lambda text: "[]", "is not a valid sensitivity report"),
         (lambda text: text.replace('"version": 1', '"version": 9'), "fat-sensitivity 9"),
-        (lambda text: text.replace("fat-sensitivity", "coco"), "of the format coco 1"),
+        (lambda text: text.replace("fat-sensitivity", "coco"), "has the format coco 1"),
         (lambda text: text.replace('"alone_db"', '"alone"'), "'alone_db'"),
         (lambda text: text.replace('"8": ', '"9": '), "bits_db of blocks.0.conv_dw has"),
         (lambda text: text.replace('"bits_db": {}', '"bits_db": 3'), "AttributeError"),
@@ -116,10 +116,10 @@ def test_texts(report: SensitivityReport) -> None:
     assert text == "8 bits: b\n5 bits: d\n3 bits: a, c"
 
 
-def colour_rows(file: Path, colour: str) -> int:
-    """In how many rows of pixels a colour stands."""
+def color_rows(file: Path, color: str) -> int:
+    """In how many rows of pixels a color stands."""
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
-    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return int((abs(pixels - wanted).sum(2) < 8).any(1).sum())
 
 
@@ -128,12 +128,12 @@ def test_the_plot_has_a_bar_for_each_tensor(report: SensitivityReport, tmp_path:
     assert write_plot(tmp_path, report)
     few = tmp_path / "sensitivity.png"
     assert Image.open(few).format == "PNG"
-    heights = {kind: colour_rows(few, colour) for kind, colour in COLOURS.items()}
+    heights = {kind: color_rows(few, color) for kind, color in COLORS.items()}
     assert min(heights.values()) > 10
     weights = [replace(report.rows[0], position=i, layer=f"layer{i}") for i in range(50)]
     assert write_plot(tmp_path, replace(report, rows=weights))
     # Thirty bars of the same height as before, and the legend.
-    assert colour_rows(few, COLOURS["weight"]) > 10 * heights["weight"]
+    assert color_rows(few, COLORS["weight"]) > 10 * heights["weight"]
 
 
 def test_without_matplotlib_there_is_no_plot(

@@ -98,7 +98,7 @@ def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
     fat.calibrate(student, mine)
     differing = Disagreements()
     found["evaluate"] = evaluate(student, mine, differing=differing)
-    shared = differing.shared()
+    shared = differing.gather()
     found["differing"] = (
         shared.images,
         shared.differing,
