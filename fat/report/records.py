@@ -1,7 +1,7 @@
-"""What runs and sweeps left on disk, read as far as it is there.
+"""Reading the files of runs and sweeps, including those of earlier versions.
 
-A run may have failed or been killed at any point, so nothing here insists on a file: what is
-missing reads as nothing, and what is damaged is said in ``problems``.
+A run may have failed or been killed at any point, so no file is required: a missing one reads as
+empty, and a damaged one is described in ``problems``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from typing import Any
 
 import yaml
 
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError, first_line
 
 __all__ = [
     "Run",
     "Sweep",
+    "current_names",
     "dig",
     "find_runs",
     "finite",
@@ -45,21 +47,36 @@ METRICS, FAILURE, CONFIG = "metrics.json", "failure.json", "config.yaml"
 OVERRIDES = ".hydra/overrides.yaml"
 SWEEP, MULTIRUN = "sweep.json", "multirun.yaml"
 DEEPEST = 4
-"""How many folders below a sweep its runs may lie; Hydra's own layout has them one below."""
+"""Depth at which runs are searched below a sweep; Hydra's own layout has them one below."""
+_GRANULARITIES = {"vector": "per_channel", "scalar": "per_tensor"}
+RENAMED_VALUES = {
+    "granularity": _GRANULARITIES,
+    "quant.granularity": _GRANULARITIES,
+    "quant.weights": {"pointwise": "scale", "rounding": "adaround"},
+    "grid": {"signed": "symmetric", "unsigned": "symmetric_unsigned", "asymmetric": "affine"},
+}
+RENAMED_OPTIONS = {
+    "quant.pointwise_range": "quant.weight_scale_range",
+    "quant.rounding_range": "quant.adaround_range",
+    "optim.pointwise_lr": "optim.weight_scale_lr",
+    "optim.rounding_lr": "optim.adaround_lr",
+    "optim.reconstruction.float_share": "optim.reconstruction.float_fraction",
+}
+"""Names that FAT 0.1 wrote into files, and what they are called now: old and new runs compare."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run, as far as its directory tells.
+    """One run, as far as its directory describes it.
 
     Attributes:
-        directory: Where it is; it may not exist, for a job that was never started.
-        name: How pages name it: its directory, relative to the page.
+        directory: The run directory; it does not exist for a job that was never started.
+        name: Name on pages: the directory, relative to the page.
         status: ``finished``, ``failed``, ``unfinished`` or ``not started``.
-        metrics: metrics.json; empty where there is none.
-        failure: failure.json; ``None`` where there is none.
-        config: config.yaml; empty where there is none.
-        overrides: What was typed for this run, such as ``quant.bits=4``; empty where unknown.
+        metrics: metrics.json; empty without the file.
+        failure: failure.json; ``None`` without the file.
+        config: config.yaml; empty without the file.
+        overrides: What was typed for this run, such as ``quant.bits=4``; empty if unknown.
         problems: Files that could not be read, one sentence each.
     """
 
@@ -74,17 +91,15 @@ class Run:
 
     @property
     def command(self) -> str | None:
-        """The line that gives this run again; ``None`` where nothing tells it."""
-        for place in (self.metrics, self.failure or {}):
-            if word(place, "command"):
-                return word(place, "command")
-        if self.overrides:
-            return shlex.join(["python", "train.py", *self.overrides])
-        return None
+        """The command line that repeats this run; ``None`` if it is unknown."""
+        recorded = word(self.metrics, "command") or word(self.failure, "command")
+        if recorded:
+            return _current_command(recorded)
+        return command_line("train", *self.overrides) if self.overrides else None
 
     @property
     def error(self) -> str | None:
-        """Why the run failed, in one line; ``None`` where nothing says so."""
+        """Why the run failed, in one line; ``None`` if nothing says so."""
         if self.failure is None:
             return None
         parts = (word(self.failure, "error"), word(self.failure, "message"))
@@ -93,13 +108,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Several runs that one page shows.
+    """Several runs on one page.
 
     Attributes:
-        directory: The folder that the page lies in; names and links are relative to it.
-        title: What the page is called.
-        command: The line that gives all of it again; ``None`` where nothing tells it.
-        runs: In the order in which they were asked for.
+        directory: The folder of the page; names and links are relative to it.
+        title: Title of the page.
+        command: The command line that repeats the sweep; ``None`` if it is unknown.
+        runs: In the order in which they were requested.
         problems: Files that could not be read, one sentence each.
     """
 
@@ -111,7 +126,7 @@ class Sweep:
 
 
 def finite(value: object) -> float | None:
-    """A number that can be drawn, or ``None``: for text, NaN, infinity, truth values and nothing.
+    """Return a finite number, or ``None`` for other text, NaN, infinity, booleans and nothing.
 
     Examples:
         >>> finite(3), finite("2.5"), finite(float("nan")), finite(""), finite(True)
@@ -127,7 +142,7 @@ def finite(value: object) -> float | None:
 
 
 def dig(nested: object, path: str) -> Any:
-    """What stands under a dotted path, ``None`` where there is no such place.
+    """Return the value at a dotted path, ``None`` if there is no such path.
 
     Examples:
         >>> dig({"float": {"top1": 90.0}}, "float.top1"), dig({"float": None}, "float.top1")
@@ -141,18 +156,18 @@ def dig(nested: object, path: str) -> Any:
 
 
 def number(nested: object, path: str) -> float | None:
-    """The finite number under a dotted path, else ``None``."""
+    """Return the finite number at a dotted path, else ``None``."""
     return finite(dig(nested, path))
 
 
 def word(nested: object, path: str) -> str | None:
-    """The text under a dotted path, else ``None``."""
+    """Return the text at a dotted path, else ``None``."""
     found = dig(nested, path)
     return found if isinstance(found, str) and found else None
 
 
 def latencies(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Milliseconds that one image takes, by export target, of files that were measured."""
+    """Return the measured latency of one image by export target, milliseconds."""
     exported = metrics.get("exported")
     found = {
         str(target): number(report, "latency_ms.quantized")
@@ -162,7 +177,7 @@ def latencies(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def total_seconds(metrics: Mapping[str, Any]) -> float | None:
-    """Seconds of all stages of a run together; ``None`` where none is known."""
+    """Return the total seconds of all stages of a run; ``None`` if none is known."""
     stages = metrics.get("seconds")
     found = [finite(value) for value in stages.values()] if isinstance(stages, Mapping) else []
     known = [value for value in found if value is not None]
@@ -170,21 +185,70 @@ def total_seconds(metrics: Mapping[str, Any]) -> float | None:
 
 
 def texts(value: object) -> tuple[str, ...]:
-    """A list of words; nothing where something else came."""
+    """Return a list as a tuple of texts; anything else gives an empty tuple."""
     return tuple(str(entry) for entry in value) if isinstance(value, list) else ()
 
 
+def current_names(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a config or metrics with the names of earlier versions replaced by today's.
+
+    Args:
+        values: Content of config.yaml or metrics.json.
+        prefix: Path of ``values`` inside the file, with a dot behind it.
+
+    Examples:
+        >>> current_names({"quant": {"weights": "rounding", "rounding_range": [-1, 1]}})
+        {'quant': {'weights': 'adaround', 'adaround_range': [-1, 1]}}
+    """
+    current: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            value = current_names(value, f"{path}.")
+        elif isinstance(value, str):
+            value = RENAMED_VALUES.get(path, {}).get(value, value)
+        current[RENAMED_OPTIONS[path].rpartition(".")[2] if path in RENAMED_OPTIONS else key] = (
+            value
+        )
+    return current
+
+
+def _current_override(text: str) -> str:
+    """An override such as ``quant.granularity=vector,scalar`` with today's names."""
+    name, equals, value = text.partition("=")
+    key = name.lstrip("+~")
+    values = RENAMED_VALUES.get(key, {}) if key.startswith("quant.") else {}
+    current = ",".join(values.get(part, part) for part in value.split(","))
+    return name.removesuffix(key) + RENAMED_OPTIONS.get(key, key) + equals + current
+
+
+def _current_command(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return command
+    current = [_current_override(word) for word in words]
+    return command if current == words else shlex.join(current)
+
+
 def read_json(file: Path, problems: list[str]) -> Any:
-    """A JSON file, or ``None`` if there is none; a damaged one is added to ``problems``."""
+    """Read a JSON file, ``None`` without it; a damaged file is added to ``problems``."""
     return _read(file, json.loads, problems)
 
 
 def read_csv(file: Path, problems: list[str]) -> list[dict[str, str]] | None:
-    """The rows of a CSV file, or ``None`` if there is none; missing cells are empty."""
+    """Read the rows of a CSV file, ``None`` without it; missing cells are empty."""
 
     def parse(text: str) -> list[dict[str, str]]:
         table = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval="")
-        return [{key: value for key, value in row.items() if key} for row in table]
+        return [
+            {
+                key: RENAMED_VALUES.get(key, {}).get(value, value)
+                for key, value in row.items()
+                if key
+            }
+            for row in table
+        ]
 
     rows: list[dict[str, str]] | None = _read(file, parse, problems)
     return rows
@@ -206,26 +270,29 @@ def _read(file: Path, parse: Any, problems: list[str]) -> Any:
 
 
 def _read_mapping(file: Path, problems: list[str]) -> dict[str, Any] | None:
-    parse = json.loads if file.suffix == ".json" else yaml.safe_load
+    def parse(text: str) -> Any:
+        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        return current_names(found) if isinstance(found, dict) else found
+
     found = _read(file, parse, problems)
     if found is None or isinstance(found, dict):
         return found
-    problems.append(f"{file.name} is damaged: it holds a {type(found).__name__}, no mapping.")
+    problems.append(f"{file.name} is damaged: it contains a {type(found).__name__}, not a mapping.")
     return None
 
 
 def is_run(directory: Path) -> bool:
-    """Whether a folder is the directory of a run, be it of one that stopped at once."""
+    """Return whether a folder is a run directory, also of a run that failed immediately."""
     return any((directory / name).is_file() for name in (CONFIG, METRICS, FAILURE, OVERRIDES))
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether a folder is the directory of a sweep."""
+    """Return whether a folder is the directory of a sweep."""
     return any((directory / name).is_file() for name in (SWEEP, MULTIRUN))
 
 
 def find_runs(directory: Path) -> list[Path]:
-    """Directories of runs below a folder, ``2-…`` before ``10-…``; nothing inside a run counts."""
+    """Return the run directories below a folder, ``2-…`` before ``10-…``; runs are not nested."""
     return list(_below(directory, DEEPEST))
 
 
@@ -244,7 +311,7 @@ def _below(directory: Path, depth: int) -> Iterable[Path]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Numbers in a name as numbers, before letters."""
+    """Sort key that compares numbers in a name by value, before letters."""
     return [
         (False, int(part), "") if part.isdecimal() else (True, 0, part)
         for part in re.split(r"([0-9]+)", name)
@@ -259,19 +326,20 @@ def read_run(
     overrides: Sequence[str] = (),
     stated: str | None = None,
 ) -> Run:
-    """Read what a run left.
+    """Read the files of a run.
 
     Args:
         directory: The run directory, which may not exist.
-        name: How pages shall name it; the folder's own name when ``None``.
-        overrides: What was typed for it, where the sweep knows; else Hydra's own note is read.
-        stated: What the sweep says of its status.
+        name: Name on pages; the name of the folder when ``None``.
+        overrides: What was typed for it, if the sweep knows; otherwise Hydra's record is read.
+        stated: Its status according to the sweep.
     """
     problems: list[str] = []
     metrics = _read_mapping(directory / METRICS, problems) or {}
     failure = _read_mapping(directory / FAILURE, problems)
     config = _read_mapping(directory / CONFIG, problems) or {}
     typed = tuple(overrides) or texts(_read(directory / OVERRIDES, yaml.safe_load, problems))
+    typed = tuple(map(_current_override, typed))
     return Run(
         directory=directory,
         name=name if name is not None else directory.resolve().name,
@@ -290,26 +358,26 @@ def _status(
     failure: Mapping[str, Any] | None,
     stated: str | None,
 ) -> str:
-    # The run's own files come first: the sweep's list may be older, when the sweep was killed.
+    # The run's own files take precedence: the list of a sweep that was killed may be outdated.
     if failure is not None or (directory / FAILURE).is_file():
         return "failed"
     if metrics.get("status") == "finished":
         return "finished"
     if metrics and "status" not in metrics and isinstance(metrics.get("trained"), Mapping):
-        return "finished"  # written by a FAT that did not note the status yet
+        return "finished"  # written by a version that did not record the status
     if stated == "failed":
         return "failed"
     return "unfinished" if is_run(directory) else "not started"
 
 
 def read_sweep(directory: Path) -> Sweep:
-    """Read a sweep: by its sweep.json, or where there is none by the runs found below it.
+    """Read a sweep: the jobs of its sweep.json, and all other runs found below it.
 
     Args:
         directory: The sweep's directory.
 
     Raises:
-        FatError: If it holds no run and no list of jobs.
+        FatError: If it has no run and no list of jobs.
     """
     problems: list[str] = []
     notes = _read_mapping(directory / SWEEP, problems) or {}
@@ -337,27 +405,28 @@ def read_sweep(directory: Path) -> Sweep:
     ]
     if not runs:
         raise FatError(
-            f"{directory} is a sweep without any run. Start it again: python train.py -m …, or "
-            "give another directory."
+            f"{directory} is a sweep without any run. Start it again: "
+            f"{command_line('train', '-m')} …, or give another directory."
         )
-    command = word(notes, "command") or _multirun_command(directory / MULTIRUN, problems)
+    recorded = word(notes, "command") or _multirun_command(directory / MULTIRUN, problems)
+    command = _current_command(recorded) if recorded else None
     title = word(notes, "id") or directory.resolve().name
     return Sweep(directory, title, command, tuple(runs), tuple(problems))
 
 
 def _job_directory(sweep: Path, place: str) -> Path:
-    given = sweep / place  # an absolute place stays as it is
-    # A sweep that was moved still holds its jobs, under their names.
+    given = sweep / place  # which an absolute place replaces
+    # A sweep that was moved still contains its jobs under their names.
     beside = sweep / Path(place).name
     return beside if not given.is_dir() and beside.is_dir() else given
 
 
 def _multirun_command(file: Path, problems: list[str]) -> str | None:
-    """What was typed for the sweep, from Hydra's note of it."""
+    """The command line of a sweep, from Hydra's record of it."""
     content = _read_mapping(file, problems)
     task = texts(dig(content, "hydra.overrides.task"))
     own = texts(dig(content, "hydra.overrides.hydra"))
     words = [*task, *(entry for entry in own if not entry.startswith("hydra.mode="))]
     if content is None:
         return None
-    return shlex.join(["python", "train.py", "-m", *words])
+    return command_line("train", "-m", *words)

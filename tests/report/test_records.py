@@ -88,6 +88,67 @@ def test_runs_from_before_the_status_was_noted(tmp_path: Path) -> None:
     assert read_run(fake_run(tmp_path / "old", told, tensors=2)).status == "unfinished"
 
 
+def test_files_of_version_0_1_read_with_todays_names(tmp_path: Path) -> None:
+    """Keys and values that were renamed since then; nothing else changes."""
+    told = metrics(
+        granularity="vector", command="python train.py quant.weights=rounding 'name=a b'"
+    )
+    overrides = ["+quant.granularity=scalar", "optim.pointwise_lr=0.1", "model.weights=rounding"]
+    directory = fake_run(tmp_path / "run", told, tensors=2, overrides=overrides)
+    asked = {"weights": "pointwise", "granularity": "scalar", "pointwise_range": [0.5, 2]}
+    asked |= {"rounding_range": [-1, 1], "name": "vector"}
+    optim = {"pointwise_lr": 1, "rounding_lr": 2, "reconstruction": {"float_share": 0.5}}
+    (directory / "config.yaml").write_text(yaml.safe_dump({"quant": asked, "optim": optim}))
+    run = read_run(directory)
+    assert run.metrics == told | {"granularity": "per_channel"}
+    assert run.config == {
+        "quant": {
+            "weights": "scale",
+            "granularity": "per_tensor",
+            "weight_scale_range": [0.5, 2],
+            "adaround_range": [-1, 1],
+            "name": "vector",
+        },
+        "optim": {
+            "weight_scale_lr": 1,
+            "adaround_lr": 2,
+            "reconstruction": {"float_fraction": 0.5},
+        },
+    }
+    assert run.overrides == (
+        "+quant.granularity=per_tensor",
+        "optim.weight_scale_lr=0.1",
+        "model.weights=rounding",
+    )
+    assert run.command == "python train.py quant.weights=adaround 'name=a b'"
+    (directory / "thresholds.csv").write_text("layer,grid\nvector,unsigned\nb,asymmetric\n")
+    assert read_csv(directory / "thresholds.csv", []) == [
+        {"layer": "vector", "grid": "symmetric_unsigned"},
+        {"layer": "b", "grid": "affine"},
+    ]
+
+
+def test_a_sweep_of_version_0_1_has_todays_command(tmp_path: Path) -> None:
+    fake_run(tmp_path / "0-a", tensors=2)
+    command = "python train.py -m quant.granularity=vector,scalar 'model.weights=a\"b'"
+    jobs = [{"directory": "0-a", "overrides": ["quant.granularity=vector"], "status": "finished"}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"command": command, "jobs": jobs}))
+    sweep = read_sweep(tmp_path)
+    assert sweep.command == (
+        "python train.py -m quant.granularity=per_channel,per_tensor 'model.weights=a\"b'"
+    )
+    assert sweep.runs[0].overrides == ("quant.granularity=per_channel",)
+    (tmp_path / "sweep.json").write_text(json.dumps({"command": "python 'unclosed", "jobs": jobs}))
+    assert read_sweep(tmp_path).command == "python 'unclosed"
+
+
+def test_a_config_that_contains_itself_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("a: &a {b: *a}\n")
+    run = read_run(tmp_path)
+    assert run.config == {}
+    assert "config.yaml is damaged" in run.problems[0]
+
+
 def test_a_failure_says_why_in_one_line(tmp_path: Path) -> None:
     directory = fail(
         tmp_path / "run", error="FatError", message="No weights.\nTry:  X", command="python a b"
@@ -116,7 +177,7 @@ def test_the_command_is_put_together_from_what_was_typed(tmp_path: Path) -> None
     ("content", "wanted"),
     [
         ("{", "metrics.json is damaged"),
-        ("[1]", "holds a list, no mapping"),
+        ("[1]", "contains a list, not a mapping"),
         (b"\xff\xfe", "metrics.json cannot be read"),
         ("[" * 100_000, "metrics.json is damaged"),
     ],
