@@ -28,7 +28,7 @@ from fat.export.base import Runtime
 from fat.export.evaluate_file import judge
 from fat.export.registry import open_artefact
 from fat.models.float_model import Preprocessing, load_float_network
-from fat.report.text import format_export, format_figures
+from fat.report.text import format_export, format_metrics
 from fat.utils.batches import first_images
 from fat.utils.commands import install_command
 from fat.utils.errors import FatError, first_line, no_run, unknown_name
@@ -116,7 +116,7 @@ def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
         opened.directory,
         figures["images"],
         opened.data_config.root or opened.data_config.source,
-        format_figures(rows),
+        format_metrics(rows),
     )
     return figures
 
@@ -200,7 +200,7 @@ def evaluate_artifact(config: EvaluateConfig) -> dict[str, Any]:
         path,
         runtime.name,
         figures["images"],
-        format_figures(rows),
+        format_metrics(rows),
         computing,
     )
     return figures

@@ -480,7 +480,7 @@ def _asked(given: argparse.Namespace) -> tuple[list[str], int, int, Path]:
 
 def _conclude(study: Study, space: Space, directory: Path) -> None:
     from fat.report.sweep_page import write_sweep
-    from fat.report.text import format_figures
+    from fat.report.text import format_metrics
 
     table, page = write_sweep(directory)
     best = _best(study)
@@ -491,7 +491,7 @@ def _conclude(study: Study, space: Space, directory: Path) -> None:
     for found in directory.glob(f"{best.number}-*/metrics.json"):
         metrics = json.loads(found.read_text(encoding="utf-8"))
         rows = {name: metrics[name] for name in ("float", "calibrated", "trained")}
-        logger.info("On test images, which did not choose it:\n%s", format_figures(rows))
+        logger.info("On test images, which did not choose it:\n%s", format_metrics(rows))
     logger.info("Table: %s\nReport: %s\nThe best again:", table, page)
     logger.info(shlex.join(["python", "train.py", *space.overrides(best.params)]))
 

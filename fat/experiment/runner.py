@@ -64,7 +64,7 @@ from fat.quant.config import QuantSpec
 from fat.report.hub.upload import check_before, push_to_hub
 from fat.report.plots import run_figures
 from fat.report.run_page import HTML, write_run
-from fat.report.text import format_export, format_figures
+from fat.report.text import format_export, format_metrics
 from fat.training.callbacks import AlphaHistory, CSVHistory
 from fat.training.fitting import FitResult, fit
 from fat.training.loggers import finish, log_results, make_logger, sync_command
@@ -255,7 +255,7 @@ def _run(
             write_metrics(directory / METRICS, metrics)
             save(student, directory / STUDENT)
         logger.info(
-            "Before training, on %d test images:\n%s", before["images"], format_figures(rows)
+            "Before training, on %d test images:\n%s", before["images"], format_metrics(rows)
         )
 
     result: FitResult | None = None
@@ -557,7 +557,7 @@ def _summarise(
     lines = [
         f"{metrics['model']} ({metrics['weights']}), W{_weights(spec)}A{spec.for_activations} "
         f"{spec.granularity} {spec.scheme}:",
-        format_figures(rows),
+        format_metrics(rows),
     ]
     size = metrics["size_mb"]
     lines.append(

@@ -1,4 +1,4 @@
-"""How the runs of a sweep lie: what differs between them, heat maps of it, and Pareto fronts."""
+"""Layout of a sweep: differing options, panels of heat maps, and Pareto fronts."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ __all__ = [
 
 Measure = Literal["accuracy", "agreement"]
 Stage = Literal["calibrated", "trained"]
+STAGES: tuple[Stage, ...] = ("calibrated", "trained")
 MEASURES: Mapping[Measure, str] = {"accuracy": "accuracy drop", "agreement": "loss of agreement"}
-"""What is drawn, in words: points of top-1 below the float network, and 100 − agreement."""
+"""Losses that are drawn: points of top-1 below the float network, and 100 − agreement."""
 
 AXES = ("model", "init", "quant.bits", "quant.weight.bits", "quant.activation.bits")
-"""Options that the axes and titles of heat maps show, so no panel has to."""
-BESIDE = ("name", "logger", "trainer.progress", "trainer.threads", "data.workers")
+"""Options that the axes and titles of heat maps show, so that they need no panels."""
+IGNORED = ("name", "logger", "trainer.progress", "trainer.threads", "data.workers")
 """Options that do not change a result."""
 REPEATS = ("seed", "export")
-"""Options that measure the same once more: a cell shows the mean of their runs."""
+"""Options that repeat a measurement: a cell shows the mean of such runs."""
 
 
 def choose_measure(runs: Sequence[Run]) -> Measure:
-    """``accuracy`` where every run with figures has labels, else ``agreement``, which all have."""
-    judged = [run for run in runs if isinstance(run.metrics.get("calibrated"), Mapping)]
-    labelled = [run for run in judged if loss(run, "calibrated", "accuracy") is not None]
-    return "accuracy" if judged and len(labelled) == len(judged) else "agreement"
+    """Return ``accuracy`` if every run with metrics has labels, else ``agreement``."""
+    evaluated = [run for run in runs if isinstance(run.metrics.get("calibrated"), Mapping)]
+    labelled = [run for run in evaluated if loss(run, "calibrated", "accuracy") is not None]
+    return "accuracy" if evaluated and len(labelled) == len(evaluated) else "agreement"
 
 
 def loss(run: Run, stage: Stage, measure: Measure) -> float | None:
-    """What a run lost against the float network after a stage, percentage points.
+    """Return the loss of a run against the float network after a stage, percentage points.
 
     Args:
         run: Any run.
@@ -56,7 +57,7 @@ def loss(run: Run, stage: Stage, measure: Measure) -> float | None:
         measure: ``accuracy``: float top-1 − top-1; ``agreement``: 100 − agreement.
 
     Returns:
-        ``None`` where the run has no such figure.
+        The loss; ``None`` if the run has no such metric.
     """
     if measure == "agreement":
         agreement = number(run.metrics, f"{stage}.agreement")
@@ -66,24 +67,24 @@ def loss(run: Run, stage: Stage, measure: Measure) -> float | None:
 
 
 def final_loss(run: Run, measure: Measure) -> float | None:
-    """What the network that a run ended with lost; ``None`` for a run that did not get there."""
+    """Return the loss of a run's final network; ``None`` for a run without one."""
     if isinstance(run.metrics.get("trained"), Mapping):
         return loss(run, "trained", measure)
     return loss(run, "calibrated", measure) if run.status == "finished" else None
 
 
 def varied_options(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Options that differ between runs, each with its value in every run ("" where unknown).
+    """Return the options that differ between runs, with the value in each run ("" if unknown).
 
-    What was typed is shortest, so it is taken where all runs name the same options, as the jobs
-    of one sweep do. Otherwise whole configurations are compared.
+    If the same options were typed for all runs, as in the jobs of one sweep, those are compared.
+    Otherwise whole configurations are compared.
 
     Args:
         runs: Any runs.
     """
     options = [_typed(run) for run in runs]
     if len({frozenset(typed) for typed in options}) != 1 or not any(options):
-        # A run without a configuration is known by what was typed, as far as the names agree.
+        # For a run without a configuration, what was typed is used as far as the names agree.
         whole = [_flat(run.config) for run in runs]
         known = {name for flat in whole for name in flat}
         options = [
@@ -95,7 +96,7 @@ def varied_options(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {
         name: values
         for name, values in columns.items()
-        if len(set(values) - {""}) > 1 and not _is(name, BESIDE)
+        if len(set(values) - {""}) > 1 and not _is(name, IGNORED)
     }
 
 
@@ -121,19 +122,19 @@ def _is(name: str, among: Sequence[str]) -> bool:
 
 
 def is_axis(option: str) -> bool:
-    """Whether an option is shown by the axes and titles of heat maps: network, bits and init."""
+    """Return whether the axes and titles of heat maps show an option: network, bits and init."""
     return _is(option, AXES)
 
 
 @dataclass(frozen=True)
 class Labels:
-    """How heat maps name a run.
+    """Names of a run on heat maps.
 
     Attributes:
-        network: Its architecture.
-        bits: Of weights and activations, as in ``W4A8``; "" where unknown.
-        init: Strategy of the first thresholds.
-        widths: Bits of weights and of activations, to sort by.
+        network: Architecture.
+        bits: Bits of weights and activations, as in ``W4A8``; "" if unknown.
+        init: Init strategy of the thresholds.
+        widths: Bits of weights and of activations, for sorting.
     """
 
     network: str
@@ -143,10 +144,10 @@ class Labels:
 
 
 def labels_of(runs: Sequence[Run]) -> list[Labels]:
-    """Name every run by network, bits and init.
+    """Return the network, bits and init of every run.
 
-    Short names as they were typed are used where every run has one, so that a job which never
-    started stands in the same row as those that did.
+    Names as they were typed are used if every run has one, so that a job that never started is in
+    the same row as those that did.
     """
     typed = [_typed(run) for run in runs]
     short = {
@@ -190,8 +191,8 @@ def _init(run: Run, typed: Mapping[str, str]) -> str:
 
 
 def _widths(run: Run, typed: Mapping[str, str]) -> tuple[float, float] | None:
-    # What was asked for comes before what came of it: a run that failed early has only the first.
-    # Mixed bits are the exception, because there the mean over all weights is the answer.
+    # The config takes precedence, because a run that failed early has no metrics. With mixed bits
+    # the metrics do, because they have the mean over all weights.
     found: list[float | None] = []
     for kind in ("weight", "activation"):
         asked = number(run.config, f"quant.{kind}.bits") or number(run.config, "quant.bits")
@@ -206,31 +207,31 @@ def _widths(run: Run, typed: Mapping[str, str]) -> tuple[float, float] | None:
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs of one network at one bit-width in one panel; most often one, several for seeds.
+    """Runs of one network at one bit-width in one panel: one, or several that differ in seed.
 
     Attributes:
         runs: Their places in the sweep.
-        values: What each lost, where it is known, by stage; percentage points.
+        values: Known losses by stage, percentage points.
     """
 
     runs: tuple[int, ...]
     values: Mapping[Stage, tuple[float, ...]]
 
     def mean(self, stage: Stage) -> float | None:
-        """Mean over the runs that have a value."""
+        """Return the mean over the runs that have a value, ``None`` if there is none."""
         return fmean(self.values[stage]) if self.values[stage] else None
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One heat map: networks down, bits across.
+    """A heat map: networks down, bits across.
 
     Attributes:
-        init: Strategy of the first thresholds.
-        options: Further options that this panel has, others have otherwise.
+        init: Init strategy of the thresholds.
+        options: Further options that distinguish this panel from the others.
         networks: Rows.
         bits: Columns, the widest first.
-        cells: By row and column; a pair without any run is not in it.
+        cells: Cells by row and column; pairs without a run are left out.
     """
 
     init: str
@@ -243,16 +244,16 @@ class Panel:
 def panels(
     runs: Sequence[Run], varied: Mapping[str, Sequence[str]], measure: Measure
 ) -> tuple[list[Panel], list[str]]:
-    """Lay runs out as heat maps: one panel per init and per further option that tells runs apart.
+    """Lay out runs as heat maps, one panel per init and per further option that separates runs.
 
     Args:
-        runs: Of one sweep.
+        runs: Runs of one sweep.
         varied: From :func:`varied_options`.
-        measure: What the cells show.
+        measure: The loss in the cells.
 
     Returns:
-        The panels, and the names of options that differ too but without which no two runs would
-        fall into one cell: they go along with network, bits or init, and need no panel.
+        The panels, and the names of differing options that need no panel, because they only change
+        together with network, bits, init or an option that has panels.
     """
     names = labels_of(runs)
     places = [i for i, label in enumerate(names) if label.bits]
@@ -290,25 +291,24 @@ def panels(
 
 
 def _cell(runs: Sequence[Run], members: Sequence[int], measure: Measure) -> Cell:
-    stages: tuple[Stage, ...] = ("calibrated", "trained")
-    values = {stage: [loss(runs[i], stage, measure) for i in members] for stage in stages}
-    return Cell(
-        tuple(members),
-        {stage: tuple(v for v in found if v is not None) for stage, found in values.items()},
-    )
+    values: dict[Stage, tuple[float, ...]] = {}
+    for stage in STAGES:
+        losses = [loss(runs[i], stage, measure) for i in members]
+        values[stage] = tuple(value for value in losses if value is not None)
+    return Cell(tuple(members), values)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Which points no other point beats, where small is good in both coordinates.
+    """Return the points that no other point dominates; lower is better in both coordinates.
 
-    A point is beaten by one that is as small in both and smaller in one; equal points stand
-    together.
+    A point dominates another if it is not larger in either coordinate and smaller in one. Equal
+    points do not dominate each other.
 
     Args:
         points: Pairs of finite numbers.
 
     Returns:
-        Places of the points of the front, by the first coordinate.
+        Indices of the points of the front, sorted by the first coordinate.
 
     Examples:
         >>> pareto_front([(2.0, 1.0), (1.0, 3.0), (3.0, 1.0), (2.0, 2.0)])

@@ -1,4 +1,4 @@
-"""A sweep as a table for programs: sweep.csv, one row per job."""
+"""A sweep as a table: sweep.csv with one row per job, and a text for the terminal."""
 
 from __future__ import annotations
 
@@ -18,46 +18,28 @@ __all__ = ["CSV", "flatten_metrics", "format_sweep", "sweep_table", "write_table
 
 CSV = "sweep.csv"
 FIRST = ("directory", "status", "error", "command")
-SAID_ELSEWHERE = ("command", "status")
+SEPARATE = ("command", "status")
 """Keys of metrics.json that have a column of their own."""
-FIGURES = ("top1", "top5", "agreement", "sqnr_db", "rmse")
+_MEASURES = ("top1", "top5", "agreement", "sqnr_db", "rmse")
+_STAGES = ("load", "finetune", "prepare", "calibrate", "evaluate", "train", "export")
 KNOWN = (
-    "model",
-    "weights",
-    "data.source",
-    "data.root",
-    "data.labelled",
-    "bits.weight",
-    "bits.activation",
-    "granularity",
-    "scheme",
-    "init.weight",
-    "init.activation",
-    "seed",
-    "float.top1",
-    "float.top5",
-    *(f"calibrated.{figure}" for figure in FIGURES),
-    *(f"trained.{figure}" for figure in FIGURES),
+    *("model", "weights", "data.source", "data.root", "data.labelled"),
+    *("bits.weight", "bits.activation", "granularity", "scheme"),
+    *("init.weight", "init.activation", "seed", "float.top1", "float.top5"),
+    *(f"calibrated.{measure}" for measure in _MEASURES),
+    *(f"trained.{measure}" for measure in _MEASURES),
     "accuracy_drop",
-    *(
-        f"seconds.{stage}"
-        for stage in ("load", "finetune", "prepare", "calibrate", "evaluate", "train", "export")
-    ),
-    "training.steps",
-    "training.calibrated_loss",
-    "training.best_loss",
-    "training.best_step",
-    "size_mb.float",
-    "size_mb.quantized",
+    *(f"seconds.{stage}" for stage in _STAGES),
+    *("training.steps", "training.calibrated_loss", "training.best_loss", "training.best_step"),
+    *("size_mb.float", "size_mb.quantized"),
 )
-"""Columns that are always there, so that programs find them whatever the jobs did."""
+"""Columns that are always present, so that programs can rely on them."""
 
 
 def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """The leaves of metrics.json by dotted name, as text.
+    """Flatten metrics.json to texts by dotted name.
 
-    Numbers are written with all their digits, lists as JSON; what says nothing (null, NaN,
-    infinity) is empty.
+    Numbers have all their digits and lists are JSON; null, NaN and infinity are empty.
 
     Examples:
         >>> flatten_metrics({"float": {"top1": 90.0, "top5": None}, "trained": None})
@@ -76,17 +58,17 @@ def _text(value: object) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode("utf-8")  # half a surrogate cannot be stored
+        return value.encode("utf-8", "replace").decode("utf-8")  # UTF-8 has no lone surrogates
     return json.dumps(value, default=str)
 
 
 def sweep_table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
-    """A sweep's header and rows, one per job.
+    """Return the header and the rows of a sweep, one row per job.
 
     Columns: ``directory`` (relative to the sweep), ``status``, ``error`` (one line), ``command``;
-    each option that differs between jobs, as ``option.NAME``; then metrics.json flattened with
-    dotted names in the order of its schema. Columns that every sweep has are there even if empty;
-    what only some runs have, such as a target's export, follows its key.
+    each option that differs between jobs as ``option.NAME``; then metrics.json flattened with
+    dotted names in the order of its schema. Columns that only some runs have, such as those of an
+    exported file, are next to the others of their key.
 
     Args:
         sweep: From :func:`fat.report.records.read_sweep`.
@@ -107,9 +89,9 @@ def sweep_table(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
 
 
 def _results(run: Run) -> dict[str, str]:
-    kept = {key: value for key, value in run.metrics.items() if key not in SAID_ELSEWHERE}
+    kept = {key: value for key, value in run.metrics.items() if key not in SEPARATE}
     flat = flatten_metrics(kept)
-    # "trained": null is no column beside "trained.top1".
+    # "trained": null gets no column beside "trained.top1".
     return {name: text for name, text in flat.items() if text or name in KNOWN}
 
 
@@ -128,18 +110,18 @@ def write_table(file: str | os.PathLike[str], sweep: Sweep) -> Path:
     """Write :func:`sweep_table` as CSV, atomically.
 
     Args:
-        file: Where.
+        file: The CSV file.
         sweep: From :func:`fat.report.records.read_sweep`.
 
     Raises:
-        FatError: If the place cannot be written.
+        FatError: If the file cannot be written.
     """
     header, rows = sweep_table(sweep)
     return write_csv(file, header, rows)
 
 
 def format_sweep(sweep: Sweep) -> str:
-    """A sweep as text for a terminal: a line per job with its options, and what came of it.
+    """Format a sweep for the terminal: a line per job with its options and results.
 
     Args:
         sweep: From :func:`fat.report.records.read_sweep`.
@@ -156,20 +138,20 @@ def format_sweep(sweep: Sweep) -> str:
         row = [str(values[place]) for values in options.values()]
         if run.status == "finished":
             final = run.metrics.get("trained") or run.metrics.get("calibrated") or {}
-            for _, key, digits in measures:
-                value = number({**run.metrics, **final}, key)
-                row.append("" if value is None else f"{value:.{digits}f}")
+            found = [number({**run.metrics, **final}, key) for _, key, _ in measures]
+            row += [
+                "" if value is None else f"{value:.{digits}f}"
+                for value, (*_, digits) in zip(found, measures, strict=True)
+            ]
         else:
-            row.append(run.status)
+            row += [run.status, *[""] * (len(measures) - 1)]
         rows.append(row)
-    columns = range(len(rows[0]))
-    kept = [i for i in columns if any(row[i] for row in rows[1:] if i < len(row))] or list(columns)
-    wide = {i: max(len(row[i]) for row in rows if i < len(row)) for i in kept}
+    columns = list(zip(*rows, strict=True))
+    shown = [i for i, column in enumerate(columns) if any(column[1:])] or range(len(columns))
+    width = {i: max(map(len, columns[i])) for i in shown}
     return "\n".join(
         "  ".join(
-            row[i].rjust(wide[i]) if i >= len(options) else row[i].ljust(wide[i])
-            for i in kept
-            if i < len(row)
+            row[i].rjust(width[i]) if i >= len(options) else row[i].ljust(width[i]) for i in shown
         ).rstrip()
         for row in rows
     )

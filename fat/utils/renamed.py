@@ -129,6 +129,7 @@ NAMES = {
     "report.page.figure_cell": "number_cell",
     "report.page.page": "render_page",
     "report.page.plain": "format_number",
+    "report.run.format_figures": "format_metrics",
 }
 """Earlier path of a public name -> the name it has now."""
 
