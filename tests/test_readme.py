@@ -70,7 +70,7 @@ def test_the_blocks_of_the_library_page_run(
     tried = [block for block in blocks if "DIR" not in block and "litert" not in block]
     assert len(tried) == len(blocks) - 2
     for block in tried:
-        smaller = block.replace("steps=300", "steps=1").replace("budget_mb=2.9", "budget_mb=0.0007")
+        smaller = block.replace("steps=300", "steps=1").replace("budget_mb=2.9", "budget_mb=0.0018")
         exec(smaller, names)
 
 

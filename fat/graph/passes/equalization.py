@@ -91,8 +91,7 @@ def equalize(module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec) 
         module: Folded canonical graph.
         images: Batches [N, 3, H, W] from which the methods take the channels' ranges.
         spec: See :class:`fat.quant.config.EqualizeSpec`; ``balanced`` and ``exact`` also ask for
-        bits,
-            granularity and scheme.
+            bits, granularity and scheme.
     """
     mark_data(module, images[0][:1])
     reports: list[PairReport] = []
