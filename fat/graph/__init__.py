@@ -1,4 +1,4 @@
-"""Work on the graph of a network: tracing, patterns, partition and passes."""
+"""Graph of a network: tracing, pattern matching, partition and passes."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""Where a network can be cut in two, and what it computes there.
+"""Partition of a network into blocks, and access to their outputs.
 
-A cut point is a node that everything on the way from the input to the output passes through: the
-rest of the network can be computed from its result alone. In networks of blocks the blocks' outputs
-are cut points, and nothing inside a residual block is one.
+A cut point is a node that every path from the input to the output passes through: the rest of the
+network can be computed from its result alone. The outputs of a network's blocks are cut points;
+nodes inside a residual block are not.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ ACTIVATIONS = (
     nn.Softplus,
 )
 MERGES: frozenset[Any] = frozenset({operator.add, torch.cat})
-"""Operations that join branches. Multiplications are not among them: they gate (squeeze-excite)."""
+"""Operations that join branches. Multiplications are gates (squeeze-excite) instead."""
 
 
 def cut_points(module: fx.GraphModule) -> list[fx.Node]:
-    """Nodes that every path from the input to the output passes through, in the graph's order.
+    """Return the nodes that every path from the input to the output passes through.
 
-    Works on any graph: on the float one of :func:`fat.graph.tracing.capture.trace`, folded or not,
-    and on a
-    student's. What depends on no input (constants) may be read across a cut; sizes of tensors may
-    not. The input is left out; the node of the logits is the last one.
+    Works on any graph: on a float graph of :func:`fat.graph.tracing.capture.trace`, folded or not,
+    and on a student's. Constants may be read across a cut, sizes of tensors may not.
+
+    Returns:
+        Nodes in graph order, without the input; the last one computes the logits.
 
     Examples:
         >>> class Block(nn.Module):
@@ -58,7 +59,7 @@ def cut_points(module: fx.GraphModule) -> list[fx.Node]:
     place = {node: index for index, node in enumerate(nodes)}
     flow = _flow(module)
     found = []
-    furthest = 0  # where the last reader of anything before the node at hand stands
+    furthest = 0  # position of the last reader of any node so far
     for index, node in enumerate(nodes):
         if node not in flow:
             continue
@@ -69,29 +70,29 @@ def cut_points(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def block_outputs(module: fx.GraphModule) -> list[fx.Node]:
-    """The cut points that end a block, in the graph's order; the logits are not among them.
+    """Return the cut points that end a block, in graph order, without the logits.
 
-    A block ends with one of these, and with the activation that alone reads it, if there is one:
+    A block ends with one of the following, including an activation that alone reads it:
 
-    * an addition or a concatenation of branches (residual blocks);
-    * a convolution without an activation, unless it is depthwise (the linear projection of an
-      inverted residual block, where there is no addition after it);
-    * a convolution that reads an activated depthwise one (a depthwise separable block).
+    * an addition or concatenation of branches (residual blocks);
+    * a convolution without activation that is not depthwise (linear projection of an inverted
+      residual block without addition);
+    * a convolution that reads an activated depthwise convolution (depthwise separable block).
 
     Other layers of a chain (the stem, the last convolution before pooling, the layers of VGG) end
-    none, so the list may be empty.
+    no block, so the list may be empty.
 
     Args:
         module: Folded canonical float graph.
 
     Raises:
-        FatError: For a student's graph, whose places :func:`counterpart` finds by the teacher's.
+        FatError: For a student's graph; use :func:`counterpart` for the teacher's nodes.
     """
     nodes = list(module.graph.nodes)
     if any(isinstance(module_of(module, node), ActivationQuantizer) for node in nodes):
         raise FatError(
-            "Blocks are found in a float graph, and this one holds quantizers. Ask for "
-            "block_outputs(student.teacher), then for counterpart(student.network, node) of each."
+            "block_outputs needs a float graph, and this one holds quantizers. Use "
+            "block_outputs(student.teacher), then counterpart(student.network, node) for each node."
         )
     last = max((i for i, node in enumerate(nodes) if is_compute(module, node)), default=0)
     cuts, flow = set(cut_points(module)), _flow(module)
@@ -109,20 +110,20 @@ def block_outputs(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def counterpart(student: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The student's node that gives what a node of its float teacher gives.
+    """Return the student's node that corresponds to a node of its float teacher.
 
-    The activation quantizer after the operation; for an operation that keeps its input's grid
-    (flatten, max-pool), the operation itself.
+    This is the activation quantizer after the operation, or the operation itself if it keeps its
+    input's grid (flatten, max-pool).
 
     Args:
         student: ``Student.network``, prepared or loaded.
         node: A node of ``Student.teacher``.
 
     Raises:
-        FatError: If the student computes no such tensor, as before a fused activation.
+        FatError: If the student does not compute this tensor, such as before a fused activation.
     """
     twins: dict[str, fx.Node] = {twin.name: twin for twin in student.graph.nodes}
-    fused = node.name not in twins  # insertion erases an activation that its quantizer takes over
+    fused = node.name not in twins  # fused activations are part of their quantizer
     same = source(node) if fused else node
     twin = None if same is None else twins.get(same.name)
     reader = None if twin is None else only_user(twin)
@@ -133,20 +134,20 @@ def counterpart(student: fx.GraphModule, node: fx.Node) -> fx.Node:
     if twin is not None and not fused and not isinstance(quantizer, ActivationQuantizer):
         return twin
     raise FatError(
-        f"The student does not compute '{node.name}' by itself. Ask for a node of its own teacher; "
-        "where an activation is fused into the operation before it, for the activation's node."
+        f"The student does not compute '{node.name}'. Pass a node of its own teacher; if an "
+        "activation is fused into the operation, pass the activation's node."
     )
 
 
 def with_outputs(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphModule:
-    """A graph that returns (what ``module`` returns, [the results of ``nodes``]).
+    """Return a graph with the outputs (output of ``module``, [results of ``nodes``]).
 
-    It shares all submodules and tensors with ``module``: training or moving one is training or
-    moving the other. Replacing a submodule of one does not reach the other.
+    It shares all submodules and tensors with ``module``: training or moving one affects the other.
+    Replacing a submodule of one does not.
 
     Args:
-        module: Any graph; unchanged.
-        nodes: Nodes of its graph.
+        module: Any graph; not changed.
+        nodes: Nodes of the graph.
 
     Examples:
         >>> net = fx.symbolic_trace(nn.Sequential(nn.ReLU(), nn.Flatten()))
@@ -163,7 +164,7 @@ def with_outputs(module: fx.GraphModule, nodes: Sequence[fx.Node]) -> fx.GraphMo
 
 
 def logits_node(module: fx.GraphModule) -> fx.Node:
-    """The node whose result a graph returns."""
+    """Return the node whose result the graph returns."""
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     result = output.args[0]
     assert isinstance(result, fx.Node)
@@ -171,17 +172,17 @@ def logits_node(module: fx.GraphModule) -> fx.Node:
 
 
 def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) -> fx.GraphModule:
-    """The part of a graph from one cut point (its result is the input) to another (the output).
+    """Return the part of a graph between two cut points, from the result of one to the other.
 
     It shares submodules and tensors with ``module``.
 
     Args:
-        module: Any graph with one input; unchanged.
-        start: A cut point; ``None`` is the network's input.
-        end: A later cut point; ``None`` is the network's output.
+        module: Any graph with one input; not changed.
+        start: A cut point; ``None`` for the network's input.
+        end: A later cut point; ``None`` for the network's output.
 
     Raises:
-        FatError: If the part reads what was computed before ``start``: it was no cut point.
+        FatError: If ``start`` is not a cut point: the part reads earlier results.
     """
     end = end or logits_node(module)
     needed: set[fx.Node] = set()
@@ -200,14 +201,14 @@ def segment(module: fx.GraphModule, start: fx.Node | None, end: fx.Node | None) 
         if node not in needed:
             continue
         if node.op == "placeholder" and start is not None:
-            raise FatError(f"'{start.name}' is no cut point: what follows reads more than it.")
+            raise FatError(f"'{start.name}' is not a cut point: later nodes read earlier results.")
         copies[node] = graph.node_copy(node, lambda source: copies[source])
     graph.output(copies[end])
     return fx.GraphModule(module, graph, type(module).__name__)
 
 
 def _flow(module: fx.GraphModule) -> set[fx.Node]:
-    """Nodes between the input and the output: they depend on the one and matter to the other."""
+    """Return the nodes that depend on the input and affect the output."""
     depends: set[fx.Node] = set()
     for node in module.graph.nodes:
         if node.op == "placeholder" or any(n in depends for n in node.all_input_nodes):
@@ -224,13 +225,13 @@ def _is_activation(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _is_dense(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a convolution that mixes channels."""
+    """Return True for a convolution that mixes channels."""
     layer = module_of(module, node)
     return isinstance(layer, nn.Conv2d) and (layer.groups == 1 or layer.groups < layer.in_channels)
 
 
 def _separable(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a convolution reads an activation of a depthwise convolution."""
+    """Return True if a convolution reads an activated depthwise convolution."""
     before = source(node)
     if before is None or not _is_activation(module, before):
         return False

@@ -1,4 +1,4 @@
-"""Predicates on the nodes of a canonical graph."""
+"""Predicates and accessors for the nodes of a canonical graph."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = [
     "FUSED_ACTIVATIONS",
     "activation_cap",
     "constant_of",
-    "feeding",
     "function_name",
+    "input_node",
     "is_compute",
     "is_fused_activation",
     "is_softmax",
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 FUSED_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardtanh, ChannelClip)
-"""Activations that only clip: integer runtimes do them in the convolution's own rescaling."""
+"""Clipping activations, which integer runtimes fuse into the rescaling of the layer before."""
 
 PRESERVING_MODULES = (
     nn.Identity,
@@ -137,7 +137,7 @@ STATISTICS = PRODUCTS | {
     "sub",
     "sum",
 }
-"""What a norm makes of its input, to divide by."""
+"""Operations by which a norm computes its divisor."""
 POSITIVE_MODULES = (
     nn.ReLU,
     nn.ReLU6,
@@ -151,17 +151,17 @@ MEAN_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def module_of(module: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """The module that a node calls, or ``None``."""
+    """Return the module that a node calls, or ``None``."""
     return module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def function_name(node: fx.Node) -> str:
-    """The name of the function or method that a node calls; empty for a function without one."""
+    """Return the name of the function or method that a node calls; empty if it has none."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def source(node: fx.Node) -> fx.Node | None:
-    """The node's first input."""
+    """Return the node's first input."""
     first = node.args[0] if node.args else None
     if isinstance(first, (list, tuple)):
         first = first[0] if first else None
@@ -169,7 +169,7 @@ def source(node: fx.Node) -> fx.Node | None:
 
 
 def constant_of(module: fx.GraphModule, node: Any) -> Tensor | None:
-    """The tensor of the network that a node stands for, or ``None``."""
+    """Return the network's tensor that a node gets, or ``None``."""
     if not (isinstance(node, fx.Node) and node.op == "get_attr"):
         return None
     value = attrgetter(str(node.target))(module)
@@ -177,25 +177,28 @@ def constant_of(module: fx.GraphModule, node: Any) -> Tensor | None:
 
 
 def only_user(node: fx.Node) -> fx.Node | None:
-    """The one node that reads this one, or ``None`` when there are several or none."""
+    """Return the only node that reads this one, or ``None`` if there are several or none."""
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def feeding(module: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
-    """The node whose grid the layer's input lives on."""
+def input_node(module: fx.GraphModule, layer: fx.Node) -> fx.Node | None:
+    """Return the node whose grid the layer's input is on."""
     before = source(layer)
     while before is not None and before.op != "placeholder" and is_value_preserving(module, before):
         before = source(before)
     return before
 
 
+feeding = input_node  # earlier name
+
+
 def is_compute(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a convolution or linear layer."""
+    """Return True for a convolution or linear layer."""
     return isinstance(module_of(module, node), (nn.Conv2d, nn.Linear))
 
 
 def is_fused_activation(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node only clips and follows, as its only reader, a computing operation."""
+    """Return True for a clipping activation that alone reads a computing operation."""
     before = source(node)
     return (
         isinstance(module_of(module, node), FUSED_ACTIVATIONS)
@@ -207,9 +210,9 @@ def is_fused_activation(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether every value of the result is one of the input's values, or zero.
+    """Return True if every value of the result is a value of the input, or zero.
 
-    −∞ around what only goes to max pools counts, too: no maximum is −∞.
+    Padding with −∞ before max pooling counts, too: no maximum is −∞.
     """
     if node.op == "call_module":
         target = module_of(module, node)
@@ -229,7 +232,7 @@ def is_value_preserving(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def padded_with(node: fx.Node) -> float:
-    """The value that a call of ``F.pad`` puts around its input."""
+    """Return the value that a call of ``F.pad`` pads with."""
     value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
     return float(cast(float, value or 0.0))
 
@@ -239,14 +242,14 @@ def _is_max_pool(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def is_softmax(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a softmax, however it is spelled."""
+    """Return True for a softmax module, function or method."""
     return node.target in SOFTMAX or isinstance(module_of(module, node), nn.Softmax)
 
 
 def only_divides(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether all that becomes of the node's result is divided by, as x² is in x / √(mean x² + ε).
+    """Return True if the result is only used in divisors, like x² in x / √(mean x² + ε).
 
-    A reciprocal root that only multiplies, as in x · 1/√(…), counts as a division.
+    Multiplying by a reciprocal root, as in x · 1/√(…), counts as a division.
     """
     if _divides_by_root(node):
         return True
@@ -278,7 +281,7 @@ def _is_divisor(node: fx.Node, reader: fx.Node) -> bool:
 
 
 def activation_cap(activation: nn.Module | None) -> float | None:
-    """Where an activation clips from above: 6 for ReLU6, ``None`` for no bound.
+    """Return the upper bound of a clipping activation: 6 for ReLU6, ``None`` for no bound.
 
     Examples:
         >>> activation_cap(nn.ReLU6()), activation_cap(nn.ReLU())
@@ -288,7 +291,7 @@ def activation_cap(activation: nn.Module | None) -> float | None:
 
 
 def non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether, by the structure of the graph, no value of the node's result is below 0."""
+    """Return True if the structure of the graph guarantees that no value is below 0."""
     target = module_of(module, node)
     if isinstance(target, nn.Hardtanh):
         return float(target.min_val) >= 0.0
@@ -312,7 +315,7 @@ def non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _operands(node: fx.Node) -> Iterator[fx.Node | float]:
-    """The tensors and numbers that decide the sign of a result."""
+    """Yield the tensors and numbers that determine the sign of a result."""
     first = node.args[0]
     if isinstance(first, (list, tuple)):
         yield from cast(list[fx.Node], first)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fat.graph.passes.quantizer_insertion import QUANTIZERS, hold_constants, link_inputs
+from fat.graph.passes.quantizer_insertion import QUANTIZERS, constants_to_buffers, link_inputs
 from fat.graph.patterns import PRESERVING_METHODS, constant_of
 from fat.models.student import Student, freeze
 from fat.quant.config import MOST_PIXELS, Grid, QuantSpec
@@ -350,7 +350,7 @@ def _rebuild(description: Mapping[str, Any], spec: QuantSpec) -> fx.GraphModule:
             raise ValueError(f"unknown kind of node {op!r}")
         nodes[stored["name"]] = graph.create_node(op, target, args, kwargs, stored["name"])
     graph.lint()
-    hold_constants(root)
+    constants_to_buffers(root)
     return fx.GraphModule(root, graph, "Network")
 
 

@@ -1,4 +1,8 @@
-"""Quantization itself: grids, observers, range estimators, thresholds, quantizers and layers."""
+"""Quantization: observers → range estimators → thresholds → quantizers and quantized layers.
+
+Observers collect statistics of a tensor, range estimators turn statistics into an initial range,
+and thresholds turn the range and trained factors into scale and zero point.
+"""
 
 import lazy_loader
 

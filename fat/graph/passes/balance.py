@@ -1,25 +1,25 @@
-"""Scales that make the predicted quantization noise of a whole network smallest.
+"""Scales that minimize the predicted quantization noise of a network.
 
-Rounding a tensor with step d adds noise of variance d²/12 to each of its values. To first order the
-logits' noise power is then, over all layers and all quantized activations that a scale touches,
+Rounding a tensor with step d adds noise of variance d²/12 to each value. To first order, the noise
+power of the logits is, summed over all layers and quantized activations that a scale affects,
 
     P(s) = Σ_layers Σ_k d_k²/12 · Σ_j F_kj · (s_j/s_k)²  +  Σ_tensors d²/12 · Σ_k G_k / s_k²
 
-with s_k the scale of an output channel, s_j of an input channel, F_kj = E ‖∂z/∂W_kj‖² and
+with s_k the scale of an output channel, s_j of an input channel, and F_kj = E ‖∂z/∂W_kj‖² and
 G_k = E Σ_pixels ‖∂z/∂x_k‖² of the network before rescaling
-(:mod:`fat.graph.passes.channel_statistics`). The steps follow the scales too:
+(:mod:`fat.graph.passes.channel_statistics`). The steps depend on the scales, too:
 
-* weights: d_k = max_j |W_kj|·s_k/s_j / q, the maximum also over k for one threshold per tensor;
-* activations: d = (max_k s_k·M_k − min_k s_k·m_k) / q for ranges m_k…M_k, on signed grids the
-  larger side over q.
+* weights: d_k = max_j |W_kj|·s_k/s_j / q, with the maximum also over k for per-tensor thresholds;
+* activations: d = (max_k s_k·M_k − min_k s_k·m_k) / q for channel ranges m_k…M_k; on symmetric
+  grids the larger side over q.
 
-Behind a ReLU6 that stays, s_k moves its bound from 6 to 6/s_k as seen by the channel, and the float
-function with it. What that costs is noise as well: w·Σ_k D_k(s_k) is added to P, with w the option
-``shift_weight`` and D_k = E ‖Σ_pixels ∂z/∂x_k·Δx_k‖², tabled for values of s_k from the images.
+If a ReLU6 stays as it is, s_k moves its effective bound from 6 to 6/s_k, which changes the float
+function. This counts as noise: P includes w·Σ_k D_k(s_k) with the option w = ``shift_weight`` and
+D_k = E ‖Σ_pixels ∂z/∂x_k·Δx_k‖², tabulated over s_k on the images.
 
-So a scale that helps a weight is charged for what it costs the activations, in the same unit. All
-but D is made of sums, products and maxima of powers of s with positive factors: log P is convex in
-log s (a geometric program), and where no clip stays a descent finds the one minimum.
+All terms but D are sums, products and maxima of powers of s with positive coefficients, so log P is
+convex in log s (a geometric program): without remaining clips, gradient descent finds the global
+minimum.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from torch import Tensor, fx
 from fat.graph.passes.channel_statistics import LOG_LIMIT, LOG_SCALES, ChannelStatistics
 from fat.graph.passes.quantizer_insertion import find_quantized
 from fat.graph.passes.scale_groups import ScaleGroup, is_grouped
-from fat.graph.patterns import feeding, is_compute, module_of, non_negative
+from fat.graph.patterns import input_node, is_compute, module_of, non_negative
 from fat.quant.config import Grid, QuantSpec
 from fat.quant.policy import activation_grid, weight_grid
 
 __all__ = ["NoiseModel", "balanced_scales"]
 
 POWERS = (8, 32)
-"""While descending, maxima are p-norms of these p, one after the other: a maximum alone has a
-gradient for one channel at a time."""
+"""Exponents of the p-norms that replace maxima during optimization, one after the other: the
+gradient of a maximum concerns one channel only."""
 STEPS = 100
-"""Adam's steps with each p."""
+"""Optimizer steps for each p."""
 RATE = 0.1
-"""Adam's largest step in log s."""
+"""Adam's learning rate for log s."""
 SMALLEST = 1e-300
-"""Keeps the root of an all-zero filter's norm differentiable."""
+"""Lower bound under the root, so that the norm of an all-zero filter is differentiable."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A layer in the noise model; ``rows`` and ``columns`` are places in the vector log s."""
+    """Layer in the noise model; ``rows`` and ``columns`` are slices of the vector log s."""
 
     ranges: Tensor  # max over the kernel of |W_kj|, [out, in]
     powered: dict[int, Tensor]  # (ranges / their maximum)^p for each p of POWERS
@@ -66,7 +66,7 @@ class _Weight:
 
 @dataclass(frozen=True)
 class _Activation:
-    """A quantized tensor in the noise model."""
+    """Quantized activation in the noise model."""
 
     low: Tensor
     high: Tensor
@@ -79,11 +79,11 @@ class NoiseModel:
     """Predicted noise power of the logits as a function of log s, all groups in one vector.
 
     Args:
-        module: Folded canonical graph on which :func:`fat.graph.tracing.capture.mark_data` was run.
-        groups: The groups whose scales are free.
-        statistics: Of every tensor of the groups and every layer.
-        spec: Bits, granularity and scheme.
-        keeps_clips: Whether clips stay as they are, so that scales move the function.
+        module: Folded canonical graph after :func:`fat.graph.tracing.capture.mark_data`.
+        groups: Groups to be scaled.
+        statistics: Statistics of all tensors of the groups and all layers.
+        spec: Quantization options.
+        keeps_clips: True if clips stay as they are, so that scales change the function.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class NoiseModel:
                     weight_grid(spec, name, first=node is compute[0], last=node is compute[-1]),
                 )
             )
-        feeds_last = feeding(module, compute[-1])
+        feeds_last = input_node(module, compute[-1])
         self._activations = [
             _Activation(
                 statistics.low[node.name].clamp(max=0.0),
@@ -153,15 +153,15 @@ class NoiseModel:
         self._device = self._weights[0].ranges.device if self._weights else torch.device("cpu")
 
     def zeros(self) -> Tensor:
-        """Log s of a network that is left as it is, float64 [size]."""
+        """Return log s of the unscaled network, float64 [size]."""
         return torch.zeros(self.size, dtype=torch.float64, device=self._device)
 
     def __call__(self, log_scales: Tensor, p: int | None = None) -> Tensor:
-        """Predicted noise power P, 0-dim float64.
+        """Return the predicted noise power P, 0-dim float64.
 
         Args:
             log_scales: [size].
-            p: One of ``POWERS`` takes p-norms in place of maxima; ``None`` takes maxima.
+            p: One of ``POWERS`` for p-norms; ``None`` for maxima.
         """
         total = log_scales.new_zeros(())
         for weight in self._weights:
@@ -171,7 +171,7 @@ class NoiseModel:
         return total + self.shift(log_scales)
 
     def shift(self, log_scales: Tensor) -> Tensor:
-        """The part of P from moving the float function, where clips stay, 0-dim float64."""
+        """Return the part of P from changing the float function, 0-dim float64."""
         total = log_scales.new_zeros(())
         for place, table in self._shifts:
             total = total + _interpolated(table, log_scales[place]).sum()
@@ -198,18 +198,18 @@ class NoiseModel:
 
 
 def balanced_scales(model: NoiseModel) -> Tensor:
-    """The log s of least predicted noise, by Adam on log P from s = 1; never worse than that.
+    """Minimize the predicted noise with Adam on log P, starting from s = 1; deterministic.
 
     Args:
-        model: What is made small.
+        model: Noise model to minimize.
 
     Returns:
-        log s, float64 [size]. The same in every run.
+        log s, float64 [size], with at most the noise of s = 1.
     """
     best = model.zeros()
     least = float(model(best))
     if not least > 0.0:
-        return best  # nothing to scale, or nothing that the logits depend on
+        return best  # nothing to scale, or nothing that affects the logits
     position = best.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([position], lr=RATE, betas=(0.9, 0.99))
     total = STEPS * len(POWERS)
@@ -241,17 +241,17 @@ def _activation_noise(activation: _Activation, log_scales: Tensor, p: int | None
 
 
 def _interpolated(table: Tensor, logs: Tensor) -> Tensor:
-    """Values of [C, scales] tables at log s between the entries, [C]."""
+    """Interpolate [C, scales] tables linearly at log s, [C]."""
     spacing = 2 * LOG_LIMIT / (len(LOG_SCALES) - 1)
     place = (logs + LOG_LIMIT) / spacing
     left = place.detach().floor().clamp(0, len(LOG_SCALES) - 2).long()
-    share = place - left
+    fraction = place - left
     ends = table.gather(1, torch.stack([left, left + 1], 1))
-    return ends[:, 0] * (1 - share) + ends[:, 1] * share
+    return ends[:, 0] * (1 - fraction) + ends[:, 1] * fraction
 
 
 def _norm(values: Tensor, p: int | None) -> Tensor:
-    """Largest of values that are not negative, or their p-norm, without overflow."""
+    """Return the maximum of non-negative values, or their p-norm, without overflow."""
     largest = values.max()
     if p is None or not float(largest.detach()) > 0.0:
         return largest
@@ -260,9 +260,9 @@ def _norm(values: Tensor, p: int | None) -> Tensor:
 
 
 def _row_norms(weight: _Weight, logs: Tensor, p: int | None) -> Tensor:
-    """max_j (or p-norm over j) of ranges_kj·exp(logs_j), [out]."""
+    """Return max_j (or p-norm over j) of ranges_kj·exp(logs_j), [out]."""
     if p is None:
         return (weight.ranges * logs.exp()).amax(1)
-    # A product of matrix and vector: nothing of the matrix' size is made in a step.
+    # A matrix-vector product, without an intermediate of the matrix' size.
     sums = weight.powered[p] @ (p * logs).exp()
     return sums.clamp(min=SMALLEST).pow(1 / p) * weight.ranges.max()

@@ -1,11 +1,11 @@
-"""Fold every batch norm, and every factor per channel, into a layer beside it.
+"""Folding of batch norms and per-channel factors into neighboring layers.
 
-In this order, for each batch norm:
+Each batch norm is folded
 
-1. into the convolution or linear layer whose result it alone reads;
-2. else into the one that alone reads its result, if that pads with no zeros;
-3. else it becomes a convolution of its own, 1×1 and depthwise, which integer runtimes have: where a
-   network starts a block with its norm, or normalizes a concatenation or a padded image.
+1. into the convolution or linear layer whose result it alone reads; else
+2. into the layer that alone reads its result, if that does not pad with zeros; else
+3. it becomes a 1×1 depthwise convolution, which integer runtimes support (a norm at the start of a
+   block, after a concatenation, or after padding).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ Layer = nn.Conv2d | nn.Linear
 
 @dataclass(frozen=True)
 class FoldReport:
-    """What happened to the batch norms.
+    """Result of batch-norm folding.
 
     Attributes:
-        pairs: Which went into which layer, by name.
-        convolutions: Those that became a 1×1 depthwise convolution.
-        factors: Layers that took up a factor per channel (LayerScale) that multiplied their result.
+        pairs: Names of folded batch norms and the layers they were folded into.
+        convolutions: Batch norms that became a 1×1 depthwise convolution.
+        factors: Layers into which a factor per channel (LayerScale) was folded.
     """
 
     pairs: tuple[tuple[str, str], ...]
@@ -42,13 +42,13 @@ class FoldReport:
 
 
 def find_foldable(module: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    """Pairs (layer, batch norm) where the batch norm alone reads the layer's result."""
+    """Return pairs (layer, batch norm) where the batch norm alone reads the layer's result."""
     pairs = ((_layer_before(module, node), node) for node in _norms(module))
     return [(layer, norm) for layer, norm in pairs if layer is not None]
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias that do the work of the layer and of the batch norm after it.
+    """Return weight and bias of a layer with the batch norm after it folded in.
 
     W·γ/√(σ²+ε) and (b − μ)·γ/√(σ²+ε) + β, computed in float64.
 
@@ -66,7 +66,7 @@ def folded(weight: Tensor, bias: Tensor | None, norm: _BatchNorm) -> tuple[Tenso
 def folded_into_next(
     weight: Tensor, bias: Tensor | None, norm: _BatchNorm, groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias that do the work of the batch norm and of the layer that reads it.
+    """Return weight and bias of a layer with the batch norm before it folded in.
 
     W·f and b + Σ W·c with f = γ/√(σ²+ε) and c = β − μ·f of the channel that each weight reads.
 
@@ -88,16 +88,16 @@ def folded_into_next(
     return (wide * of_filters(factor)).to(weight.dtype), new_bias.to(weight.dtype)
 
 
-@torch.random.fork_rng(devices=[])  # new layers draw weights before they are given theirs
+@torch.random.fork_rng(devices=[])  # constructing layers draws random weights
 def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
-    """Fold in place and return what was done.
+    """Fold all batch norms and per-channel factors in place.
 
     Args:
-        module: Canonical graph: no layer of it is called twice.
+        module: Canonical graph, in which no layer is called twice.
 
     Raises:
-        FatError: If a batch norm keeps no running statistics, or is of a kind that has no
-            convolution to become; it is named.
+        FatError: If a batch norm has no running statistics, or can neither be folded nor become a
+            convolution; the message names it.
     """
     pairs: list[tuple[str, str]] = []
     convolutions: list[str] = []
@@ -106,7 +106,7 @@ def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
         norm = module.get_submodule(name)
         assert isinstance(norm, _BatchNorm)
         if norm.running_mean is None:
-            raise FatError(f"'{name}' keeps no running statistics and cannot be folded.")
+            raise FatError(f"'{name}' has no running statistics and cannot be folded.")
         before, after = _layer_before(module, node), _layer_after(module, node)
         if before is not None:
             layer = _layer(module, before)
@@ -123,9 +123,9 @@ def fold_batch_norms(module: fx.GraphModule) -> FoldReport:
             continue
         else:
             raise FatError(
-                f"'{name}' is a {type(norm).__name__} with no layer beside it that it could be "
-                "folded into, and a form of its own in integers exists for BatchNorm2d alone. Put "
-                "a linear layer before or after it."
+                f"'{name}' is a {type(norm).__name__} that cannot be folded into a neighboring "
+                "layer; only BatchNorm2d can be quantized by itself. Put a linear layer before or "
+                "after it."
             )
         reads = source(node)
         assert reads is not None
@@ -151,7 +151,7 @@ def _layer(module: fx.GraphModule, node: fx.Node) -> Layer:
 def _layer_before(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
     before = source(norm)
     if before is not None and before.target == "flatten" and before.args[1:] == (0, 1):
-        # [N, L, C] → [N·L, C]: a norm of a linear layer's channels, which come last.
+        # [N, L, C] → [N·L, C]: a norm of a linear layer's channels, the last dimension.
         layer = source(before)
         linear = layer is not None and isinstance(module_of(module, layer), nn.Linear)
         before = layer if linear and only_user(before) is norm else None
@@ -161,7 +161,7 @@ def _layer_before(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
 
 
 def _layer_after(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
-    """The layer that alone reads a norm and sees no zeros beside what it reads."""
+    """Return the layer that alone reads a norm, if it does not pad with zeros."""
     after = only_user(norm)
     layer = None if after is None else module_of(module, after)
     if isinstance(layer, nn.Conv2d):
@@ -172,7 +172,7 @@ def _layer_after(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """What a batch norm multiplies with, and then adds, [C] in float64."""
+    """Return the factor and the shift of a batch norm, float64 [C]."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
@@ -200,7 +200,7 @@ def _set(layer: Layer, weight: Tensor, bias: Tensor) -> None:
 
 
 def _fold_factors(module: fx.GraphModule) -> tuple[str, ...]:
-    """Fold what multiplies a layer's result, channel by channel, into the layer."""
+    """Fold per-channel factors of layers' results into the layers."""
     done = []
     for node in list(module.graph.nodes):
         if node.target is not operator.mul:
@@ -227,7 +227,7 @@ def _fold_factors(module: fx.GraphModule) -> tuple[str, ...]:
 def _factor(
     module: fx.GraphModule, result: object, factor: object
 ) -> tuple[fx.Node, Tensor] | None:
-    """The layer that a product multiplies, and a factor for each of its filters."""
+    """Return the layer whose result is multiplied, and one factor per filter, or ``None``."""
     values = constant_of(module, factor)
     if values is None or not isinstance(result, fx.Node) or only_user(result) is None:
         return None
@@ -243,16 +243,15 @@ def _factor(
     if not isinstance(layer, (nn.Conv2d, nn.Linear)):
         return None
     filters = layer.weight.shape[0]
-    behind = 2 if isinstance(layer, nn.Conv2d) else 0  # dimensions after the channels
-    place = values.dim() - 1 - behind
-    shape = [filters if axis == place else 1 for axis in range(values.dim())]
+    channels = values.dim() - (3 if isinstance(layer, nn.Conv2d) else 1)  # its dimension
+    shape = [filters if axis == channels else 1 for axis in range(values.dim())]
     if values.numel() == 1:
         return node, values.reshape(1).expand(filters)
-    return (node, values.reshape(-1)) if place >= 0 and list(values.shape) == shape else None
+    return (node, values.reshape(-1)) if channels >= 0 and list(values.shape) == shape else None
 
 
 def _permutation(node: fx.Node) -> list[int] | None:
-    """The order of dimensions that a node gives its input, counted from 0."""
+    """Return the non-negative dimensions of a permutation node, or ``None``."""
     if node.target not in ("permute", torch.permute):
         return None
     dims = node.args[1:]

@@ -1,4 +1,4 @@
-"""What the images tell about each channel: its range, and how much the logits depend on it."""
+"""Channel statistics on images: ranges, and sensitivity of the logits."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fat.graph.patterns import is_compute, module_of
 __all__ = ["LOG_LIMIT", "LOG_SCALES", "ChannelStatistics", "clip_shift", "gather_statistics"]
 
 LOG_LIMIT = math.log(1e3)
-"""No scale moves further than this from 1."""
+r"""Bound of |log s| for every scale s."""
 LOG_SCALES = torch.linspace(-LOG_LIMIT, LOG_LIMIT, 139, dtype=torch.float64)
-"""Logarithms of the scales for which the effect of a clip is tabled; 0 is in the middle."""
+"""Logarithms of the scales for which the effect of a clip is tabulated; 0 is in the middle."""
 
 GRADIENT_IMAGES = 64
-"""So many images give the gradients, one backward pass each; ranges are taken over all images."""
+"""Number of images for gradients, one backward pass each; ranges use all images."""
 
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Statistics by name of the node that gives the tensor, per channel, float64.
+    """Float64 statistics per channel, by name of the node that computes the tensor.
 
     Attributes:
         low: Smallest value of each channel, [C].
         high: Largest value of each channel, [C].
         activation: G_k = mean over images of Σ_pixels ‖∂z/∂x_k‖², z the logits, over pixels where
-            x_k is not 0: zero lies on every grid. [C]
+            x_k is not 0, which every grid represents exactly. [C]
         weight: F_kj = mean over images of Σ_kernel ‖∂z/∂W_kj‖², [out, in] by name of the layer.
         shift: D_k = mean over images of ‖Σ_pixels ∂z/∂x_k·Δx_k‖² when channel k alone is scaled by
             s_k before a clip and back after it, for each of ``LOG_SCALES``. [C, scales]
@@ -46,7 +46,7 @@ class ChannelStatistics:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the results that are wanted."""
+    """Interpreter that keeps the results of given nodes."""
 
     def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
         super().__init__(module)
@@ -61,14 +61,14 @@ class _Recorder(fx.Interpreter):
 
 
 def clip_shift(x: Tensor, gradient: Tensor, cap: float) -> Tensor:
-    """(Σ_pixels g·(min(x, c/s) − min(x, c)))² of non-negative x, for s = exp(LOG_SCALES).
+    """Return (Σ_pixels g·(min(x, c/s) − min(x, c)))² for s = exp(LOG_SCALES).
 
-    Multiplying a channel by s before a clip at c and dividing it by s after is a clip at c/s. The
-    pixels are sorted into bins between the values c/s once; running sums give all of them.
+    Multiplying a channel by s before a clip at c and dividing by s after it is a clip at c/s. The
+    pixels are sorted into bins between the values c/s once; running sums give all results.
 
     Args:
-        x: What the clip reads, [1, C, ...]; below 0 it counts as 0.
-        gradient: g, the gradient at the clip's result, of the same shape.
+        x: Input of the clip, [1, C, ...]; negative values count as 0.
+        gradient: g, the gradient of the clip's result, same shape.
         cap: c.
 
     Returns:
@@ -93,18 +93,18 @@ def gather_statistics(
     quantized: set[str],
     clips: Sequence[Clip] = (),
 ) -> ChannelStatistics:
-    """Gather the statistics of tensors and of all layers, image by image, in one pass.
+    """Collect the statistics of tensors and of all layers, image by image, in one pass.
 
-    The squared norms over all logits are estimated by one backward pass per image from Σ v_i·z_i
-    with random v_i of mean 0 and variance 1: E (∂(v·z)/∂x)² = ‖∂z/∂x‖². The v are the same in
-    every run, and the global random state is left alone.
+    The squared norms over all logits are estimated by one backward pass per image of Σ v_i·z_i with
+    random v_i of mean 0 and variance 1: E (∂(v·z)/∂x)² = ‖∂z/∂x‖². The v are the same in every run
+    and do not change the global random state.
 
     Args:
-        module: Float graph, in eval mode.
+        module: Float graph in eval mode.
         images: Batches [N, 3, H, W].
-        tensors: Names of the nodes whose ranges are wanted.
-        quantized: Those among them whose results go onto a grid; they get gradients.
-        clips: Clips between the tensors whose ``shift`` is wanted.
+        tensors: Names of the nodes to get ranges of.
+        quantized: Names of quantized nodes; those in ``tensors`` also get gradients.
+        clips: Clips to get ``shift`` of.
     """
     names = set(tensors)
     clipping = {clip.node: clip for clip in clips}

@@ -1,4 +1,4 @@
-"""Balance the ranges of channels before quantization and keep the network's function."""
+"""Equalization of channel ranges before quantization."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ __all__ = [
     "equalize",
 ]
 
-SANE_SCALE = 1e3
-"""A channel that never fires may take any scale; further than this from 1 it would gain nothing."""
+MAX_SCALE = 1e3
+"""Bound of scales and their inverses, such as for channels that are never active."""
 DEAD = 1e-8
-"""A filter whose largest weight is below this is dead: there is nothing to balance."""
+"""Filters whose largest weight is below this are dead and not balanced."""
 TOLERANCE = 1e-3
-"""Cross-layer equalization has settled when no scale of a sweep is further than this from 1."""
+"""Cross-layer equalization has converged if |log| of all scales of a sweep is below this."""
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """What one method did to one pair, or group of layers whose channels share their scales.
+    """Effect of one method on one pair, or group of layers with common scales.
 
-    A spread is the largest range over the smallest among those that are not dead; of several layers
-    the largest spread counts.
+    A spread is the ratio of the largest to the smallest channel range without dead channels; for
+    several layers it is the largest of theirs.
 
     Attributes:
         method: Name of the method.
         first: Layers whose output channels were multiplied, joined by ``" + "``.
         following: Layers whose input channels were divided.
-        channels: How many channels they share.
-        locked: How many kept their scale because they reach ReLU6's bound.
-        first_before: Spread of the filters' ranges of the first layers before.
-        first_after: The same after.
-        following_before: Spread of the ranges of the following layers' input channels before.
-        following_after: The same after.
+        channels: Number of channels.
+        locked: Number of channels that kept their scale because they reach ReLU6's bound.
+        first_before: Spread of the output channels of the first layers before equalization.
+        first_after: The same after equalization.
+        following_before: Spread of the input channels of the following layers before equalization.
+        following_after: The same after equalization.
     """
 
     method: str
@@ -73,25 +73,25 @@ class PairReport:
 
 @dataclass(frozen=True)
 class EqualizeReport:
-    """What equalization did, pair by pair; ``locked_share`` is over all channels, 0…1."""
+    """Effect of equalization on every pair."""
 
     pairs: tuple[PairReport, ...]
 
     @property
     def locked_share(self) -> float:
-        """Channels that kept their scale because they reach ReLU6's bound, as a share of all."""
+        """Fraction of channels (0…1) that kept their scale because they reach ReLU6's bound."""
         channels = sum(pair.channels for pair in self.pairs)
         return sum(pair.locked for pair in self.pairs) / channels if channels else 0.0
 
 
 def equalize(module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec) -> EqualizeReport:
-    """Apply the methods that ``spec.equalize`` names, in their order, in place.
+    """Apply the methods of ``spec.equalize`` in order, in place.
 
     Args:
         module: Folded canonical graph.
-        images: Batches [N, 3, H, W] from which the methods take the channels' ranges.
-        spec: See :class:`fat.quant.config.EqualizeSpec`; ``balanced`` and ``exact`` also ask for
-            bits, granularity and scheme.
+        images: Batches [N, 3, H, W] for the channels' ranges.
+        spec: Quantization options, see :class:`fat.quant.config.EqualizeSpec`. ``balanced`` and
+            ``exact`` also use bits, granularity and scheme.
     """
     mark_data(module, images[0][:1])
     reports: list[PairReport] = []
@@ -103,32 +103,32 @@ def equalize(module: fx.GraphModule, images: Sequence[Tensor], spec: QuantSpec) 
 def lock_and_cap(
     scales: Tensor, maxima: Tensor, cap: float | None, options: EqualizeSpec
 ) -> tuple[Tensor, Tensor]:
-    """Keep scales where ReLU6 lets them be: s_k = 1 of locked channels, s_k·m_k ≤ cap of others.
+    """Limit scales by ReLU6: s_k = 1 for locked channels, s_k·m_k ≤ cap for the others.
 
     Args:
-        scales: Wanted scales, [C] float64.
+        scales: Requested scales, [C] float64.
         maxima: m_k, the largest value of each channel before the activation on the images, [C].
-        cap: Where the activation clips from above, or ``None``.
-        options: ``locked_from`` and ``cap``, both stated for ReLU6 and scaled for other bounds.
+        cap: Upper bound of the activation, or ``None``.
+        options: ``locked_from`` and ``cap`` are relative to ReLU6 and scaled for other bounds.
 
     Returns:
-        The scales that are allowed, within a sane range, and which channels are locked, [C] bool.
+        The limited scales, and the mask of locked channels, [C] bool.
     """
     locked = _locked(maxima, cap, options)
     if cap is not None:
         room = _room(maxima, cap, options)
         scales = torch.where(maxima > 0, torch.minimum(scales, room), scales)
-    scales = scales.clamp(1 / SANE_SCALE, SANE_SCALE)
+    scales = scales.clamp(1 / MAX_SCALE, MAX_SCALE)
     return torch.where(locked, torch.ones_like(scales), scales), locked
 
 
 def depthwise_scales(
     ranges: Tensor, maxima: Tensor, cap: float | None, options: EqualizeSpec
 ) -> tuple[Tensor, Tensor]:
-    """Scales of the paper's rescaling scheme, and which channels are locked.
+    """Return the scales of the paper's rescaling scheme, and the mask of locked channels.
 
-    The control value is the mean of T_k over the locked filters (over all, when none is locked);
-    s_k = control / T_k for the others, capped so that s_k·m_k does not pass the activation's bound.
+    The control value is the mean of T_k over the locked filters (over all if none is locked);
+    s_k = control / T_k for the others, with s_k·m_k limited to the activation's bound.
 
     Args:
         ranges: T_k = max|W_k| of each depthwise filter, [C].
@@ -153,11 +153,11 @@ def depthwise_scales(
 
 
 def cross_layer_scales(first: Tensor, following: Tensor) -> Tensor:
-    """s_k = √(r2_k / r1_k), which makes both ranges √(r1_k·r2_k); 1 where either is dead.
+    """Return s_k = √(r2_k / r1_k), which makes both ranges √(r1_k·r2_k); 1 if either is dead.
 
     Args:
         first: r1_k, the range of the first layer's filter k, [C].
-        following: r2_k, the range of what reads channel k, [C].
+        following: r2_k, the range of the weights that read channel k, [C].
 
     Source: Nagel et al. 2019 (arXiv 1906.04721), eq. 11.
 
@@ -174,7 +174,7 @@ def cross_layer_scales(first: Tensor, following: Tensor) -> Tensor:
 def channel_maxima(
     module: fx.GraphModule, layers: Sequence[str], images: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    """Largest value of each output channel of the named layers over all images, {layer: [C]}."""
+    """Return the largest value of each output channel over all images, {layer: [C]}."""
     maxima: dict[str, Tensor] = {}
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -275,7 +275,7 @@ def _locked(maxima: Tensor, cap: float | None, options: EqualizeSpec) -> Tensor:
 
 
 def _room(maxima: Tensor, cap: float, options: EqualizeSpec) -> Tensor:
-    """The largest scale under the cap, of channels that fire at all."""
+    """Return the largest scale under the cap; very large for channels that are never active."""
     return options.cap * cap / 6.0 / maxima.clamp(min=torch.finfo(torch.float64).tiny)
 
 

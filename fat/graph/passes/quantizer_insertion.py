@@ -1,15 +1,15 @@
-"""Put quantizers where integer runtimes have theirs.
+"""Insertion of quantizers where integer runtimes quantize.
 
-* on the network's input;
-* on every convolution's and linear layer's weight and bias;
-* on the result of every computing operation. A layer and the clipping activation (ReLU, ReLU6) that
-  alone reads it count as one operation, whose quantizer takes the activation over; others
-  (hard-swish, SiLU, sigmoid) are operations of their own, because no runtime fuses them. What only
-  a softmax reads, and is no layer's result, has none: a softmax computes in real values
-  everywhere, and the mask that is added before it may hold −∞. Nor has what is only divided by,
-  such as a norm's variance: a grid holds zero, which the ε that is added to it is there to avoid.
+* the network's input;
+* weight and bias of every convolution and linear layer;
+* the result of every computing operation. A layer and a clipping activation (ReLU, ReLU6) that
+  alone reads it form one operation, and the quantizer includes the activation; other activations
+  (hard-swish, SiLU, sigmoid) are separate operations, because no runtime fuses them.
 
-Operations that move values without computing keep their input's grid.
+Not quantized are inputs of a softmax other than layers' results, because a softmax computes in
+float everywhere and a mask added before it may hold −∞, and values that are only used in divisors,
+such as a norm's variance, because a grid contains zero. Operations that move values without
+computing keep their input's grid.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fat.graph.patterns import (
-    feeding,
+    input_node,
     is_compute,
     is_fused_activation,
     is_softmax,
@@ -45,26 +45,26 @@ from fat.utils.errors import FatError, unknown_name
 __all__ = [
     "QUANTIZERS",
     "InsertReport",
+    "constants_to_buffers",
     "find_quantized",
-    "hold_constants",
     "insert_quantizers",
     "link_inputs",
 ]
 
 QUANTIZERS = "activation_quantizers"
-"""The submodule that holds all activation quantizers."""
+"""Name of the submodule that holds all activation quantizers."""
 
 
 @dataclass(frozen=True)
 class InsertReport:
-    """Names of what got a quantizer, and of what computes in float because none exists for it."""
+    """Keys of the inserted activation quantizers and names of the quantized layers."""
 
     activations: tuple[str, ...]
     layers: tuple[str, ...]
 
 
 def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
-    """Nodes whose result goes onto a grid, in the order of the graph (see the module's text)."""
+    """Return the nodes whose result is quantized, in graph order (see the module's docstring)."""
     found = []
     for node in module.graph.nodes:
         if node.op == "output" or not node.meta.get("data", False):
@@ -74,8 +74,10 @@ def find_quantized(module: fx.GraphModule) -> list[fx.Node]:
         reader = only_user(node)
         if reader is not None and is_fused_activation(module, reader):
             continue
-        real = (reader is not None and is_softmax(module, reader)) or only_divides(module, node)
-        if real and not (is_compute(module, node) or is_fused_activation(module, node)):
+        unquantized = (reader is not None and is_softmax(module, reader)) or only_divides(
+            module, node
+        )
+        if unquantized and not (is_compute(module, node) or is_fused_activation(module, node)):
             continue
         found.append(node)
     return found
@@ -86,21 +88,21 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
 
     Args:
         module: Folded canonical graph.
-        spec: What is asked of the network.
-        example: One batch, to tell tensors of data from sizes.
+        spec: Quantization options.
+        example: One batch of images, to distinguish data from sizes.
 
     Raises:
-        FatError: If the graph holds no convolution or linear layer, or one of a kind without an
-            integer form, or ``spec.layer_bits`` names a layer that is not there.
+        FatError: If the graph has no convolution or linear layer, uses one more than once, or does
+            not have a layer that ``spec.layer_bits`` names.
     """
     mark_data(module, example)
     compute = [node for node in module.graph.nodes if is_compute(module, node)]
     if not compute:
-        raise FatError("The network holds no convolution or linear layer: nothing to quantize.")
+        raise FatError("The network has no convolution or linear layer: nothing to quantize.")
     first, last = compute[0], compute[-1]
     quantized = find_quantized(module)
-    feeds_first, feeds_last = feeding(module, first), feeding(module, last)
-    # Asked before any quantizer stands between an operation and what it reads.
+    feeds_first, feeds_last = input_node(module, first), input_node(module, last)
+    # Before quantizers are inserted, because the check follows the graph.
     non_negatives = {node for node in quantized if _float_non_negative(module, node)}
 
     layers = []
@@ -109,7 +111,7 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
             continue
         name = str(node.target)
         if isinstance(module.get_submodule(name), QuantLayer):
-            raise FatError(f"'{name}' is used more than once: give each use a layer of its own.")
+            raise FatError(f"'{name}' is used more than once: give each use its own layer.")
         grid = weight_grid(spec, name, first=node is first, last=node is last)
         module.set_submodule(name, quant_layer(name, module.get_submodule(name), spec, grid))
         layers.append(name)
@@ -141,16 +143,16 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
-    hold_constants(module)
+    constants_to_buffers(module)
     link_inputs(module)
     return InsertReport(tuple(names), tuple(layers))
 
 
 def link_inputs(module: fx.GraphModule) -> None:
-    """Tell every quantized layer which quantizer its input passed: the bias' grid needs it.
+    """Set the input quantizer of every quantized layer, which determines the grid of its bias.
 
-    And tell every quantizer whether it may overwrite what it reads: the results of layers and of
-    additions are needed by nothing else, neither forward nor backward.
+    Also set whether a quantizer may overwrite its input: nothing else needs the results of layers
+    and additions, neither forward nor backward.
     """
     for node in module.graph.nodes:
         layer = module_of(module, node)
@@ -170,27 +172,27 @@ def link_inputs(module: fx.GraphModule) -> None:
         while before is not None and not isinstance(module_of(module, before), ActivationQuantizer):
             before = source(before)
         if before is None:
-            raise FatError(f"The input of '{node.target}' passes no quantizer.")
+            raise FatError(f"The input of '{node.target}' is not quantized.")
         quantizer = module_of(module, before)
         assert isinstance(quantizer, ActivationQuantizer)
         layer.set_input_quantizer(quantizer)
 
 
-def hold_constants(module: nn.Module) -> None:
-    """Turn what stays in float, and is not trained, into buffers, in place."""
+def constants_to_buffers(module: nn.Module) -> None:
+    """Convert tensors outside quantized layers to buffers, which are not trained, in place."""
     quantized = [m for m in module.modules() if isinstance(m, (QuantLayer, ActivationQuantizer))]
     trained = {part for owner in quantized for part in owner.modules()}
     for owner in module.modules():
         if owner in trained:
             continue
         parts = [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]
-        for name, tensor in parts:  # buffers too: a student's file holds them whatever they were
+        for name, tensor in parts:  # including non-persistent buffers, for the student's file
             delattr(owner, name)
             owner.register_buffer(name, tensor.detach())
 
 
 def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> QuantLayer:
-    """The quantized form of a convolution or linear layer."""
+    """Return the quantized form of a convolution or linear layer."""
     if isinstance(layer, nn.Linear):
         return QuantLinear(name, layer.weight, layer.bias, spec, grid)
     assert isinstance(layer, nn.Conv2d)
@@ -213,9 +215,9 @@ def _pair(value: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _keeps_grid(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's result lies on its input's grid.
+    """Return True if the node's result is on its input's grid.
 
-    Constants have none: what first moves one, such as to as many as there are images, gets it.
+    Constants have no grid; it is set where a constant is first moved, such as expanded to a batch.
     """
     before: fx.Node | None = node
     while before is not None and before.op != "placeholder":
@@ -231,7 +233,7 @@ def _float_non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _key(name: str, taken: list[str]) -> str:
-    """A submodule name for a layer name, which may hold dots, free among those taken."""
+    """Return an unused submodule name for a layer name, which may contain dots."""
     wanted = key = name.replace(".", "_")
     count = 1
     while key in taken:
@@ -240,5 +242,5 @@ def _key(name: str, taken: list[str]) -> str:
 
 
 def quantizer_table(module: fx.GraphModule) -> Mapping[str, ActivationQuantizer]:
-    """Activation quantizers by key, in the order of the graph."""
+    """Return the activation quantizers by key, in graph order."""
     return dict(module.get_submodule(QUANTIZERS).named_children())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Which channels of a network may be rescaled without changing what it computes, and doing it."""
+"""Groups of channels that can be rescaled together without changing the network's function."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ __all__ = [
 ]
 
 KEEPING = (torch.flatten, "flatten", torch.mean, "mean")
-"""Functions and methods that keep channels apart as long as there are as many after as before."""
+"""Functions and methods that keep channels separate if their number does not change."""
 POOLS = (nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """An activation of a group that clips from above.
+    """Activation of a group with an upper bound.
 
     Attributes:
-        node: Name of its node in the graph.
+        node: Name of its node.
         before: Name of the node that it reads.
-        cap: Where it clips.
+        cap: Upper bound.
     """
 
     node: str
@@ -47,19 +47,19 @@ class Clip:
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """Tensors that must share one scale s_k per channel: y_k → s_k·y_k.
+    """Tensors that must have the same scale s_k per channel: y_k → s_k·y_k.
 
-    A convolution, a ReLU after it and the convolution that reads it make the simplest group, a
-    pair. Additions join what they add, so that a residual stream is one group of all the layers
-    that write to it and read from it; pools pass a scale on.
+    The simplest group is a pair: a convolution, a ReLU after it, and the convolution that reads it.
+    Additions join their inputs, so that a residual stream is one group of all layers that write to
+    it and read from it; pooling keeps the scale.
 
     Attributes:
         first: Layers whose output channels are multiplied by s_k.
         following: Layers whose input channels are divided by s_k.
-        activations: Modules of the ReLUs and ReLU6s between.
-        clips: Those that clip from above: past the bound the function would move.
+        activations: Modules of the ReLUs and ReLU6s in between.
+        clips: Activations with an upper bound, beyond which scaling changes the function.
         tensors: Names of all nodes of the group.
-        channels: How many there are.
+        channels: Number of channels.
     """
 
     first: tuple[str, ...]
@@ -71,14 +71,14 @@ class ScaleGroup:
 
 
 def find_groups(module: fx.GraphModule) -> list[ScaleGroup]:
-    """All groups of tensors whose channels may be rescaled together, in the order of the graph.
+    """Return all groups of tensors whose channels can be rescaled together, in graph order.
 
-    A group holds tensors joined by ReLU, ReLU6 (any clip from 0), additions and pools. It is left
+    A group holds tensors joined by ReLU, ReLU6 (any clip from 0), additions and pooling. It is left
     out if anything else reads or writes one of them: the network's input and output, other
     activations, multiplications, concatenations, grouped convolutions, layers used twice.
 
     Args:
-        module: Folded canonical graph on which :func:`fat.graph.tracing.capture.mark_data` was run.
+        module: Folded canonical graph after :func:`fat.graph.tracing.capture.mark_data`.
     """
     nodes = list(module.graph.nodes)
     uses = Counter(str(node.target) for node in nodes if node.op == "call_module")
@@ -117,7 +117,7 @@ def find_groups(module: fx.GraphModule) -> list[ScaleGroup]:
 
 
 def find_pairs(module: fx.GraphModule) -> list[ScaleGroup]:
-    """Groups of one layer, at most one activation, and the layer that reads it (Nagel et al.)."""
+    """Return groups of one layer, at most one activation, and one reading layer (Nagel et al.)."""
     return [
         group
         for group in find_groups(module)
@@ -126,7 +126,7 @@ def find_pairs(module: fx.GraphModule) -> list[ScaleGroup]:
 
 
 def find_depthwise_pairs(module: fx.GraphModule) -> list[ScaleGroup]:
-    """Depthwise convolution → ReLU, ReLU6 or nothing → convolution, each the only reader."""
+    """Return pairs depthwise convolution → ReLU, ReLU6 or nothing → convolution."""
     return [
         pair
         for pair in find_pairs(module)
@@ -138,7 +138,7 @@ def find_depthwise_pairs(module: fx.GraphModule) -> list[ScaleGroup]:
 
 @torch.no_grad()
 def rescale(module: fx.GraphModule, group: ScaleGroup, scales: Tensor) -> None:
-    """Multiply the group's channel k by s_k and divide what reads it, weights in place.
+    """Multiply the group's channel k by s_k and divide it in the reading layers, in place.
 
     Args:
         module: Folded canonical graph.
@@ -162,12 +162,12 @@ def rescale(module: fx.GraphModule, group: ScaleGroup, scales: Tensor) -> None:
 
 
 def channel_clips(module: fx.GraphModule, group: ScaleGroup, scales: Tensor) -> None:
-    """Replace the group's clips at c by clips at c·s_k of each channel: the function stays.
+    """Replace the group's clips at c by clips at c·s_k per channel, which keeps the function.
 
     Args:
         module: Folded canonical graph.
         group: From :func:`find_groups`.
-        scales: What :func:`rescale` was given.
+        scales: Scales passed to :func:`rescale`.
     """
     nodes = {node.name: node for node in module.graph.nodes}
     for clip in group.clips:
@@ -181,12 +181,12 @@ def channel_clips(module: fx.GraphModule, group: ScaleGroup, scales: Tensor) -> 
 
 
 def filter_ranges(layer: nn.Module) -> Tensor:
-    """max|W| of each output filter, [out]."""
+    """Return max|W| of each output filter, [out]."""
     return _weight(layer).abs().flatten(1).amax(1)
 
 
 def column_ranges(layer: nn.Module) -> Tensor:
-    """max|W| over all that reads an input channel, [in]."""
+    """Return max|W| over the weights that read each input channel, [in]."""
     weight = _weight(layer).abs()
     if is_grouped(layer):
         assert isinstance(layer, nn.Conv2d)
@@ -195,12 +195,12 @@ def column_ranges(layer: nn.Module) -> Tensor:
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:
-    """Whether filter k of a convolution reads channel k alone."""
+    """Return True for a convolution whose filter k reads channel k alone."""
     return is_grouped(layer) and isinstance(layer, nn.Conv2d) and layer.out_channels == layer.groups
 
 
 def is_grouped(layer: nn.Module | None) -> bool:
-    """Whether every filter of a convolution reads one channel alone."""
+    """Return True for a convolution whose filters each read a single channel."""
     return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels > 1
 
 
@@ -225,22 +225,22 @@ def _group(module: fx.GraphModule, tensors: list[fx.Node], readers: list[fx.Node
 
 
 def _passes_scale(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether scaling channel k of all inputs by s_k > 0 scales channel k of the result by it."""
+    """Return True if scaling channel k of all inputs by s_k > 0 scales channel k of the result."""
     shapes = [source.meta.get("shape") for source in node.all_input_nodes]
     if node.target is operator.add:
         return len(shapes) == 2 and None not in shapes and shapes[0] == shapes[1]
     target = module_of(module, node)
     if isinstance(target, nn.Hardtanh):
-        return target.min_val == 0  # clips from below elsewhere: no scale passes through it
+        return target.min_val == 0  # other lower bounds do not commute with scaling
     if isinstance(target, nn.Flatten) or node.target in KEEPING:
-        # Of one pixel only, or a mean over pixels alone: else channels mix.
+        # Only for one pixel, or a mean over pixels: otherwise channels are mixed.
         before, after = shapes[0], node.meta.get("shape")
         return before is not None and after is not None and before[:2] == after[:2]
     return isinstance(target, (nn.ReLU, *POOLS))
 
 
 def _reads_channels(layer: nn.Module | None) -> bool:
-    """Whether each weight of a layer reads one input channel that it names by its place."""
+    """Return True if each weight of a layer reads one input channel given by its position."""
     return isinstance(layer, nn.Linear) or (
         isinstance(layer, nn.Conv2d) and layer.groups in (1, layer.in_channels)
     )

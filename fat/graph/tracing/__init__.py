@@ -1,4 +1,4 @@
-"""From a network to a graph of known operations."""
+"""Tracing of a network into a canonical graph."""
 
 import lazy_loader
 

@@ -1,8 +1,8 @@
-"""Layers as what they amount to at inference: plain convolutions, linear layers, batch norms.
+"""Replacement of special layers by the plain torch layers that the passes support.
 
-Networks come with layers that standardize their weights before each use, concatenate their biases
-from parts, pad as TensorFlow does, train in several branches or hold their statistics frozen. At
-inference each is one of a few plain layers, the ones that the passes know.
+Networks contain layers that standardize their weights, concatenate their biases, pad as TensorFlow
+does, have several training branches or frozen statistics. At inference each is equivalent to a
+plain convolution, linear layer or batch norm.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fat.utils.errors import FatError
 __all__ = [
     "MATRIX_PRODUCTS",
     "conv2d_of",
-    "forward_of",
+    "conv2d_of_transposed",
     "plain_activation",
     "plain_call",
     "plain_layer",
@@ -49,27 +49,27 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[], nn.Module]] = {
     timm.layers.activations.Swish: nn.SiLU,
     timm.layers.activations.Tanh: nn.Tanh,
 }
-"""timm's own modules, which take ``inplace``, and torch's that compute the same."""
+"""timm's activation modules and their equivalents in torch."""
 PARAMETERS = ("weight", "bias")
 MATRIX_PRODUCTS = frozenset({operator.matmul, torch.matmul, torch.mm, "matmul", "mm"})
 GEOMETRY = ("stride", "padding", "dilation", "groups")
 TOLERANCE = 1e-4
-"""How far, relative to its largest value, a plain layer's result may be from the original's."""
+"""Largest deviation of a plain layer's result, relative to the original's largest value."""
 
 
 def plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
-    """The same layer as one of the classes that the passes know.
+    """Return an equivalent layer of a class that the passes support.
 
-    A layer of another class is asked: it is run on noise, and what it hands to torch's convolution
-    or linear function, weight, bias and geometry, makes the plain layer. That one is then compared
-    with the original.
+    A layer of another class is run on noise; the weight, bias and geometry that it passes to
+    torch's convolution or linear function make the plain layer, which is then compared with the
+    original.
 
     Args:
-        name: What the layer is called in its network.
-        layer: In eval mode.
+        name: Name of the layer in its network.
+        layer: Layer in eval mode.
 
     Raises:
-        FatError: If that is not all that the layer does.
+        FatError: If the layer computes anything else.
     """
     hooked = layer._forward_pre_hooks or layer._forward_hooks
     if type(layer) in (nn.Conv2d, nn.Linear, SameConv2d) and not hooked:
@@ -77,19 +77,18 @@ def plain_layer(name: str, layer: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linea
     if type(layer) is _timm.Conv2dSame:
         return SameConv2d(layer)  # type: ignore[arg-type]
     noise = _noise(layer, 0)
-    asked = _ask(layer, noise)
-    plain = None if asked is None else _built(layer, noise, asked)
-    if plain is not None and all(_alike(layer, plain, _noise(layer, more)) for more in (0, 1)):
+    arguments = _recorded_call(layer, noise)
+    plain = None if arguments is None else _built(layer, noise, arguments)
+    if plain is not None and all(_equivalent(layer, plain, _noise(layer, more)) for more in (0, 1)):
         return plain
     raise FatError(
-        f"'{name}' is a {type(layer).__name__}, whose arithmetic FAT does not know. Replace it by "
-        f"the {'linear layer' if isinstance(layer, nn.Linear) else 'convolution'} it amounts to at "
-        "inference."
+        f"'{name}' is a {type(layer).__name__}, which FAT does not support. Replace it by an "
+        f"equivalent {'linear layer' if isinstance(layer, nn.Linear) else 'convolution'}."
     )
 
 
 def plain_norm(norm: nn.Module) -> _BatchNorm:
-    """Torch's batch norm of the same statistics, without the activation that may be part of it."""
+    """Return torch's batch norm with the same statistics, without a built-in activation."""
     kinds = (nn.BatchNorm1d, nn.BatchNorm3d)
     kind = next((kind for kind in kinds if isinstance(norm, kind)), nn.BatchNorm2d)
     frozen: Any = norm
@@ -103,23 +102,23 @@ def plain_norm(norm: nn.Module) -> _BatchNorm:
 
 
 def plain_activation(activation: nn.Module) -> nn.Module:
-    """An activation as torch's own module, not in place; one that torch has not stays as it is."""
+    """Return torch's equivalent of an activation, or the activation itself, not in place."""
     if type(activation) in _ACTIVATIONS:
         return _ACTIVATIONS[type(activation)]().eval()
     if hasattr(activation, "inplace"):
-        activation.inplace = False  # type: ignore[assignment]  # the passes re-order, share
+        activation.inplace = False  # type: ignore[assignment]  # the passes reorder operations
     return activation
 
 
 def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear | None:
-    """The layer that a call of torch's convolution, linear or matrix product amounts to.
+    """Return the layer equivalent to a call of torch's convolution, linear or matrix product.
 
     Args:
-        module: The graph's module.
-        node: A call of ``conv2d``, ``linear``, or of one of ``MATRIX_PRODUCTS``.
+        module: Module of the graph.
+        node: Call of ``conv2d``, ``linear``, or one of ``MATRIX_PRODUCTS``.
 
     Returns:
-        The layer; ``None`` if the weight is computed from images.
+        The layer; ``None`` if the weight depends on the images.
     """
     if node.target in MATRIX_PRODUCTS:
         matrix = constant_of(module, node.args[1] if len(node.args) > 1 else None)
@@ -138,7 +137,7 @@ def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear |
 
 
 def conv2d_of(layer: nn.Conv1d) -> nn.Conv2d:
-    """The convolution of [N, C, 1, L] that a convolution of [N, C, L] amounts to."""
+    """Return the convolution of [N, C, 1, L] equivalent to one of [N, C, L]."""
     return _convolution(
         layer.weight.unsqueeze(2),
         layer.bias,
@@ -150,32 +149,32 @@ def conv2d_of(layer: nn.Conv1d) -> nn.Conv2d:
     )
 
 
-def forward_of(layer: nn.ConvTranspose2d) -> nn.Conv2d:
-    """The convolution that a transposed one is of its input's pixels, spread ``stride`` apart.
+def conv2d_of_transposed(layer: nn.ConvTranspose2d) -> nn.Conv2d:
+    """Return the convolution, without padding, equivalent to a transposed one.
 
-    Without its padding. The kernel is turned by 180°, inputs and outputs of each group change
-    places.
+    It applies to the input with its pixels spread ``stride`` apart. The kernel is rotated by 180°;
+    inputs and outputs of each group swap places.
     """
     weight = layer.weight.detach()
     grouped = weight.reshape(layer.groups, -1, *weight.shape[1:]).transpose(1, 2)
-    turned = grouped.reshape(layer.out_channels, -1, *weight.shape[2:]).flip(2, 3)
-    return _convolution(turned, layer.bias, dilation=layer.dilation, groups=layer.groups)
+    rotated = grouped.reshape(layer.out_channels, -1, *weight.shape[2:]).flip(2, 3)
+    return _convolution(rotated, layer.bias, dilation=layer.dilation, groups=layer.groups)
 
 
 def unpadded(layer: nn.Conv2d) -> nn.Conv2d:
-    """The same convolution without its padding."""
+    """Return the same convolution without padding."""
     geometry = {key: getattr(layer, key) for key in GEOMETRY if key != "padding"}
     return _convolution(layer.weight, layer.bias, **geometry)
 
 
 @torch.no_grad()
 def reparameterized(network: nn.Module) -> nn.Module:
-    """The network with its blocks of several branches (RepVGG, MobileOne, …) as one, in place."""
+    """Merge the branches of reparameterizable blocks (RepVGG, MobileOne, …), in place."""
     return _utils.reparameterize_model(network, inplace=True).eval()  # type: ignore[no-any-return]
 
 
-class _Asking(TorchFunctionMode):
-    """Notes what a layer hands to torch's convolution and linear functions."""
+class _CallRecorder(TorchFunctionMode):
+    """Records calls of torch's convolution and linear functions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,18 +190,18 @@ class _Asking(TorchFunctionMode):
 
 
 @torch.no_grad()
-def _ask(layer: nn.Module, x: Tensor) -> dict[str, Any] | None:
-    """What a layer hands over in the one call that gives its result, by name."""
-    with _Asking() as asking:
+def _recorded_call(layer: nn.Module, x: Tensor) -> dict[str, Any] | None:
+    """Return the arguments of the only recorded call, if the layer returns its result."""
+    with _CallRecorder() as recorder:
         result = layer(x)
-    if len(asking.calls) != 1 or asking.calls[0][2] is not result:
+    if len(recorder.calls) != 1 or recorder.calls[0][2] is not result:
         return None
-    args, options, _ = asking.calls[0]
+    args, options, _ = recorder.calls[0]
     return _by_name(args, options)
 
 
 def _by_name(args: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of torch's convolution or linear function."""
+    """Return the arguments of torch's convolution or linear function by name."""
     return {**dict(zip(("input", *PARAMETERS, *GEOMETRY), args, strict=False)), **options}
 
 
@@ -243,7 +242,7 @@ def _fill(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
 
 
 @torch.no_grad()
-def _alike(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
+def _equivalent(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
     expected, found = layer(x), plain(x)
     if expected.shape != found.shape:
         return False
@@ -251,7 +250,7 @@ def _alike(layer: nn.Module, plain: nn.Module, x: Tensor) -> bool:
 
 
 def _noise(layer: nn.Conv2d | nn.Linear, more: int) -> Tensor:
-    """What fits into a layer; padding shows at images of an odd and an even side."""
+    """Return input for a layer; odd and even sides (``more``) reveal its padding."""
     generator = torch.Generator().manual_seed(more)
     if isinstance(layer, nn.Linear):
         shape: tuple[int, ...] = (2, layer.in_features)

@@ -1,8 +1,8 @@
-"""Any eval-mode network → a graph of readable names in one canonical spelling.
+"""Tracing of a network into a graph in canonical form with readable names.
 
-After :func:`trace` every activation is a module, however the network spelled it; additions are
-``operator.add``; batch norms with a built-in activation are two modules; what does nothing at
-inference (dropout, identity) is gone. The passes then match one spelling only.
+After :func:`trace` every activation is a module, additions are ``operator.add``, batch norms with a
+built-in activation are two modules, and operations without effect at inference (dropout, identity)
+are removed, so that the passes need to match one form only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fat.graph.patterns import constant_of, function_name
 from fat.graph.tracing.canonicalize import (
     MATRIX_PRODUCTS,
     conv2d_of,
-    forward_of,
+    conv2d_of_transposed,
     plain_activation,
     plain_call,
     plain_layer,
@@ -32,8 +32,8 @@ from fat.graph.tracing.canonicalize import (
     unpadded,
 )
 from fat.graph.tracing.constant_folding import drop_unused, fold_constants, free_name
-from fat.graph.tracing.functionalize import read_what_was_written
-from fat.graph.tracing.tracer import FROZEN_NORMS, SizeTracer, WritesIntoPart
+from fat.graph.tracing.functionalize import functionalize
+from fat.graph.tracing.tracer import FROZEN_NORMS, PartialWrite, SizeTracer
 from fat.utils.errors import FatError
 
 __all__ = ["layer_name", "mark_data", "trace"]
@@ -61,7 +61,7 @@ ACTIVATIONS: dict[Callable[..., Any] | str, Callable[..., nn.Module]] = {
     "tanh": nn.Tanh,
     "tanh_": nn.Tanh,
 }
-"""Functions and tensor methods → the module that does the same to their first argument."""
+"""Functions and tensor methods → the equivalent module."""
 
 ASSERTIONS = (torch._assert,)
 
@@ -79,21 +79,20 @@ ARITHMETIC: dict[Callable[..., Any] | str, Callable[..., Any]] = {
 }
 
 
-@torch.random.fork_rng(devices=[])  # new layers draw weights before they are given theirs
+@torch.random.fork_rng(devices=[])  # constructing layers draws random weights
 def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
-    """Return a canonical graph of a copy of the network.
+    """Trace a copy of the network into a canonical graph.
 
     Args:
-        network: Module in eval mode whose forward takes one image batch.
-        example: Images [N, 3, H, W]. Where the network's forward asks for sizes (windows of
-            attention, grids of positions) these give the answers, and the graph is for images of
-            that height and width; other networks' graphs take any.
+        network: Module in eval mode whose forward takes one batch of images.
+        example: Images [N, 3, H, W]. If the network's forward method depends on sizes (attention
+            windows, position grids), the graph is valid for this height and width only.
 
     Returns:
-        A graph that computes the same; its modules keep the network's own names.
+        Equivalent graph whose modules keep the network's names.
 
     Raises:
-        FatError: If the network is in training mode, or cannot be traced; the module is named.
+        FatError: If the network is in training mode or cannot be traced; the module is named.
     """
     if any(module.training for module in network.modules()):
         raise FatError("The network is in training mode; call network.eval() first.")
@@ -107,39 +106,39 @@ def trace(network: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
         where = next((path for path in reversed(tracer.path) if path), "the network's own forward")
         kind = type(root.get_submodule(where)).__name__ if tracer.path and where else ""
         named = f"'{where}' {f'({kind}) ' if kind else ''}cannot be traced: {error} "
-        if isinstance(error, WritesIntoPart):
-            raise FatError(named + "Join the parts with torch.cat, or use torch.where.") from error
+        if isinstance(error, PartialWrite):
+            raise FatError(named + "Use torch.cat or torch.where instead.") from error
         raise FatError(
             named
-            + "Its forward decides on the values or sizes of its input. "
+            + "Its forward method depends on values or sizes of its input. "
             + (
-                "Rewrite that line so that sizes alone decide."
+                "Rewrite that line to depend on sizes only."
                 if size
-                else "Rewrite that line, give example images, or keep the module whole with "
-                "timm.layers.register_notrace_module(its class)."
+                else "Rewrite that line, pass example images, or keep the module as one operation "
+                "with timm.layers.register_notrace_module(its class)."
             )
         ) from error
     module = fx.GraphModule(tracer.root, graph, type(network).__name__)
-    read_what_was_written(module, layer_name, tracer.shares)
+    functionalize(module, layer_name, tracer.share_memory)
     _canonicalize(module, counts)
     return module
 
 
 def layer_name(node: fx.Node) -> str:
-    """The readable name of an operation: its module's, or its owner's with the function's name."""
+    """Return a readable name: that of the module, or of the owner of a function with its name."""
     if node.op == "call_module":
         return str(node.target)
     if node.op == "placeholder":
         return "input"
     stack = node.meta.get("nn_module_stack") or {}
     owner = next(reversed([path for path in stack if path]), "") if stack else ""
-    owner = re.sub(r"@\d+", "", owner)  # torch.fx counts the calls of a module that is used again
+    owner = re.sub(r"@\d+", "", owner)  # torch.fx numbers repeated calls of a module
     function = function_name(node) or "op"
     return f"{owner}.{function}" if owner else function
 
 
 def mark_data(module: fx.GraphModule, example: Tensor) -> None:
-    """Run the graph once; note in ``node.meta["data"]`` which results are real-valued tensors."""
+    """Run the graph once and set ``node.meta``: ``data`` for real-valued tensors, and ``shape``."""
 
     class Marker(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -154,11 +153,11 @@ def mark_data(module: fx.GraphModule, example: Tensor) -> None:
 
 def _canonicalize(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]]) -> None:
     for node in reversed(list(module.graph.nodes)):
-        if node.target in ASSERTIONS:  # of sizes, which are known by now
+        if node.target in ASSERTIONS:  # of sizes, which are known now
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     fold_constants(module, counts)
-    _give_each_use_its_own(module)
+    _duplicate_shared_layers(module)
     for node in list(module.graph.nodes):
         if node.op == "call_module":
             _canonical_module(module, node)
@@ -170,8 +169,8 @@ def _canonicalize(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]
     module.recompile()
 
 
-def _give_each_use_its_own(module: fx.GraphModule) -> None:
-    """A layer used twice becomes two: each use has ranges, and so thresholds, of its own."""
+def _duplicate_shared_layers(module: fx.GraphModule) -> None:
+    """Duplicate layers that are used more than once: each use has its own thresholds."""
     seen: set[str] = set()
     for node in module.graph.nodes:
         if node.op != "call_module":
@@ -193,14 +192,14 @@ def _canonical_module(module: fx.GraphModule, node: fx.Node) -> None:
     elif isinstance(target, (_BatchNorm, *FROZEN_NORMS)):
         _split_norm_and_activation(module, node, target)
     elif type(target) is nn.Conv1d:
-        _widen(module, node, target)
+        _replace_conv1d(module, node, target)
     elif type(target) is nn.ConvTranspose2d:
-        _spread(module, node, target)
+        _replace_conv_transpose(module, node, target)
     elif hasattr(target, "inplace"):
         module.set_submodule(name, plain_activation(target))
     layer = module.get_submodule(name)
     if isinstance(layer, nn.Conv2d) and layer.padding_mode != "zeros":
-        _pad_first(module, node, layer)
+        _separate_padding(module, node, layer)
 
 
 def _split_norm_and_activation(module: fx.GraphModule, node: fx.Node, target: Any) -> None:
@@ -222,7 +221,7 @@ def _split_norm_and_activation(module: fx.GraphModule, node: fx.Node, target: An
 
 
 def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
-    if not node.args:  # the passes look for what an operation reads among the positional arguments
+    if not node.args:  # the passes expect the input among the positional arguments
         for name in ("input", "tensors"):
             if name in node.kwargs:
                 rest = {key: value for key, value in node.kwargs.items() if key != name}
@@ -254,13 +253,13 @@ def _canonical_function(module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _number(module: fx.GraphModule, bound: Any) -> Any:
-    """A bound that the network keeps as a tensor of one number, as that number."""
+    """Return a bound as a number, also if the network stores it as a tensor."""
     kept = constant_of(module, bound)
     return bound if kept is None or kept.numel() != 1 else kept.item()
 
 
-def _widen(module: fx.GraphModule, node: fx.Node, layer: nn.Conv1d) -> None:
-    """A convolution of one dimension as one of two, of which the first has size 1."""
+def _replace_conv1d(module: fx.GraphModule, node: fx.Node, layer: nn.Conv1d) -> None:
+    """Replace a 1d convolution by a 2d convolution of height 1."""
     name, graph = str(node.target), module.graph
     module.set_submodule(name, conv2d_of(layer))
     with graph.inserting_before(node):
@@ -271,10 +270,12 @@ def _widen(module: fx.GraphModule, node: fx.Node, layer: nn.Conv1d) -> None:
     narrow.args = (node, 2)
 
 
-def _spread(module: fx.GraphModule, node: fx.Node, layer: nn.ConvTranspose2d) -> None:
-    """A transposed convolution as a plain one of pixels spread apart with zeros.
+def _replace_conv_transpose(
+    module: fx.GraphModule, node: fx.Node, layer: nn.ConvTranspose2d
+) -> None:
+    """Replace a transposed convolution by a plain one whose input is spread apart with zeros.
 
-    Spreading moves integers; runtimes have no integer kernel for the transposed form.
+    Runtimes have no integer kernel for the transposed form, while spreading only moves integers.
     """
     graph = module.graph
     down, across = (stride - 1 for stride in layer.stride)
@@ -290,11 +291,11 @@ def _spread(module: fx.GraphModule, node: fx.Node, layer: nn.ConvTranspose2d) ->
         for place in (4, 2):
             x = graph.call_function(torch.flatten, (x, place, place + 1))
         node.args = (graph.call_function(F.pad, (x, sides)),)
-    module.set_submodule(str(node.target), forward_of(layer))
+    module.set_submodule(str(node.target), conv2d_of_transposed(layer))
 
 
-def _pad_first(module: fx.GraphModule, node: fx.Node, layer: nn.Conv2d) -> None:
-    """Padding with other than zeros as an operation of its own, which moves values."""
+def _separate_padding(module: fx.GraphModule, node: fx.Node, layer: nn.Conv2d) -> None:
+    """Make padding with other values than zero a separate operation."""
     sides = list(layer._reversed_padding_repeated_twice)
     with module.graph.inserting_before(node):
         node.args = (module.graph.call_function(F.pad, (*node.args, sides, layer.padding_mode)),)

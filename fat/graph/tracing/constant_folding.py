@@ -1,4 +1,4 @@
-"""What no image changes is computed once: biases of attention, grids of positions."""
+"""Constant folding: results that do not depend on the images become buffers or numbers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["drop_unused", "fold_constants", "free_name", "run_node", "write"]
 
 
 def run_node(root: nn.Module, node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    """What a node of a graph gives.
+    """Compute the result of one node.
 
     Args:
-        root: Holds the modules and tensors that the graph names.
-        node: Neither input nor output.
-        known: What the nodes give that it reads.
+        root: Module with the submodules and tensors that the graph uses.
+        node: Any node but input and output.
+        known: Results of the nodes that it reads.
     """
     target: Any = node.target
     if node.op == "get_attr":
@@ -33,12 +33,12 @@ def run_node(root: nn.Module, node: fx.Node, known: Mapping[fx.Node, Any]) -> An
 
 @torch.no_grad()
 def fold_constants(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any]] = ()) -> None:
-    """Replace every result that depends on no input of the graph by a buffer or a number, in place.
+    """Replace every result that does not depend on the input by a buffer or number, in place.
 
     Args:
         module: Graph of a network in eval mode.
-        counts: Results that count images, for two numbers of images: what depends on them alone
-            and is the same for every image is a constant too, which is repeated for each.
+        counts: Results that depend on the number of images, for two such numbers. What depends on
+            these alone and is equal for every image is folded, too, and expanded to the batch.
     """
     runs = [_constants(module, count) for count in counts or ({},)]
     for node in [node for node in module.graph.nodes if all(node in known for known in runs)]:
@@ -60,7 +60,7 @@ def fold_constants(module: fx.GraphModule, counts: Sequence[Mapping[fx.Node, Any
 
 
 def _constants(module: fx.GraphModule, counts: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
-    """What each node gives that depends on no image."""
+    """Return the results of all nodes that do not depend on the images."""
     known = dict(counts)
     for node in module.graph.nodes:
         if node in known or not (node.op == "get_attr" or node.op.startswith("call")):
@@ -77,7 +77,7 @@ def _equal(first: Tensor, second: Tensor) -> bool:
 
 
 def _repeats(value: Tensor) -> bool:
-    """Whether a tensor is the same for every image."""
+    """Return True if a tensor is equal for every image."""
     return value.dim() > 0 and torch.equal(value, value[:1].expand_as(value))
 
 
@@ -95,7 +95,7 @@ def _store(module: fx.GraphModule, node: fx.Node, value: Tensor, *, repeated: bo
 
 
 def drop_unused(module: fx.GraphModule) -> None:
-    """Delete the modules and the tensors that the graph does not name, in place."""
+    """Delete modules and tensors that the graph does not use, in place."""
     module.delete_all_unused_submodules()
     called = [
         module.get_submodule(str(n.target)) for n in module.graph.nodes if n.op == "call_module"
@@ -112,7 +112,7 @@ def drop_unused(module: fx.GraphModule) -> None:
 
 
 def free_name(module: nn.Module, wanted: str) -> str:
-    """The wanted name, with a number if a submodule or a tensor has it already."""
+    """Return the wanted name, with a number appended if it is taken."""
     taken = {name for name, _ in module.named_modules()}
     name, count = wanted, 1
     while name in taken or hasattr(module, name):
@@ -121,7 +121,7 @@ def free_name(module: nn.Module, wanted: str) -> str:
 
 
 def write(node: fx.Node, value: Any) -> None:
-    """Write a number wherever the node that gave it was read."""
+    """Replace all uses of a node by a number."""
     for user in list(node.users):
         user.args, user.kwargs = fx.map_arg(
             (user.args, user.kwargs), lambda read: value if read is node else read

@@ -1,8 +1,8 @@
-"""What is written in place, read: after ``x.add_(y)`` whoever reads x reads the sum.
+"""Replacement of in-place operations: after ``x.add_(y)`` all readers of x read the sum.
 
-A graph says who reads what, and in-place operations are seen by readers that it does not connect:
-of the tensor under its old name, and of views of it. The first are connected here; the second are
-refused, unless the tensor is not read any more.
+In-place operations also affect readers that the graph does not connect to them: readers of the
+tensor under its old name, and of views of it. The former are connected here; a later read of a view
+is an error.
 """
 
 from __future__ import annotations
@@ -15,44 +15,25 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fat.graph.patterns import PRESERVING_ATTRIBUTES, function_name, module_of, source
+from fat.graph.patterns import (
+    PRESERVING_ATTRIBUTES,
+    PRESERVING_METHODS,
+    function_name,
+    module_of,
+    source,
+)
 from fat.utils.errors import FatError
 
-__all__ = ["are_slices", "read_what_was_written"]
+__all__ = ["are_slices", "functionalize"]
 
-VIEWS = frozenset(
-    {
-        "chunk",
-        "contiguous",
-        "detach",
-        "expand",
-        "expand_as",
-        "flatten",
-        "float",
-        "getitem",
-        "movedim",
-        "narrow",
-        "permute",
-        "reshape",
-        "reshape_as",
-        "select",
-        "split",
-        "squeeze",
-        "swapaxes",
-        "to",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unsqueeze",
-        "view",
-    }
-)
+COPIES = {"clone", "flip", "repeat", "repeat_interleave", "roll", "tile", "unfold"}
+VIEWS = (PRESERVING_METHODS - COPIES) | {"detach", "getitem"}
 """Functions and methods whose result may share its input's memory."""
 Index = slice | EllipsisType
 
 
 def are_slices(index: object) -> bool:
-    """Whether an index is of slices with literal bounds and no step: ``x[:, 1:, ..., -2:]``."""
+    """Return True for slices with literal bounds and no step: ``x[:, 1:, ..., -2:]``."""
     parts = index if isinstance(index, tuple) else (index,)
     return all(
         part is Ellipsis
@@ -65,19 +46,19 @@ def are_slices(index: object) -> bool:
     )
 
 
-def read_what_was_written(
+def functionalize(
     module: fx.GraphModule,
     name: Callable[[fx.Node], str],
-    shares: Callable[[fx.Node, fx.Node], bool],
+    share_memory: Callable[[fx.Node, fx.Node], bool],
 ) -> None:
-    """Connect whoever reads a tensor that was written into with what was written.
+    """Let later readers of a tensor that is modified in place read the modified value.
 
     ``x[:, 1:] = y`` becomes a concatenation.
 
     Args:
-        module: A graph as it was traced; changed in place.
-        name: How an operation is called in a message.
-        shares: Whether two results, one a view of the other by :data:`VIEWS`, share memory.
+        module: Traced graph; changed in place.
+        name: Returns the name of an operation for error messages.
+        share_memory: Returns True if two results, one a view of the other, share memory.
 
     Raises:
         FatError: If another view of the tensor's memory is read later.
@@ -89,15 +70,15 @@ def read_what_was_written(
             continue
 
         def is_later(user: fx.Node, place: int = place) -> bool:
-            return order.get(user, -1) > place  # nodes that are new here compute what was written
+            return order.get(user, -1) > place  # new nodes compute the modified value
 
-        for other, readers in _others(module, written, is_later):
+        for other, readers in _other_views(module, written, is_later):
             if any(map(is_later, readers)) and (
-                not {written, other} <= order.keys() or shares(written, other)
+                not {written, other} <= order.keys() or share_memory(written, other)
             ):
                 raise FatError(
-                    f"'{name(node)}' writes into a tensor of which another view ('{name(other)}') "
-                    "is read later. Write it without the in-place operation, as in x = x + y or "
+                    f"'{name(node)}' modifies a tensor in place, and its view '{name(other)}' is "
+                    "read later. Use an operation that is not in place, such as x = x + y or "
                     "x = torch.cat([…])."
                 )
         result = node
@@ -110,7 +91,7 @@ def read_what_was_written(
 
 
 def _writes(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether an operation leaves its result in its first input."""
+    """Return True if an operation writes its result into its first input."""
     if node.op == "call_module":
         return bool(getattr(module_of(module, node), "inplace", False))
     if node.op not in ("call_function", "call_method"):
@@ -123,14 +104,14 @@ def _writes(module: fx.GraphModule, node: fx.Node) -> bool:
     )
 
 
-def _others(
+def _other_views(
     module: fx.GraphModule, written: fx.Node, is_later: Callable[[fx.Node], bool]
 ) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """Views that may share a tensor's memory, and who reads of each what the tensor may share.
+    """Yield the views that may share a tensor's memory, with the readers of the shared part.
 
-    They are what it is a view of, and the views of that and of itself until then.
+    These are the tensors it is a view of, and their and its own earlier views.
     """
-    below: dict[fx.Node, fx.Node] = {}  # the way from the whole down to the tensor
+    below: dict[fx.Node, fx.Node] = {}  # path from the base tensor down to the written one
     whole = written
     while _is_view(module, whole) and (above := source(whole)) is not None:
         below[above] = whole
@@ -157,7 +138,7 @@ def _is_view(module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _are_apart(one: fx.Node, other: fx.Node | None) -> bool:
-    """Whether two nodes are different items of the same tensor or list."""
+    """Return True for different items of the same tensor or list."""
     if other is None or not one.target == other.target == operator.getitem:
         return False
     items = one.args[1], other.args[1]
@@ -165,7 +146,7 @@ def _are_apart(one: fx.Node, other: fx.Node | None) -> bool:
 
 
 def _joined(graph: fx.Graph, whole: Any, index: Any, value: Any) -> fx.Node:
-    """The whole with a part of it replaced."""
+    """Return the node of ``whole`` with a part replaced by ``value``."""
     parts: tuple[Index, ...] = index if isinstance(index, tuple) else (index,)
     dots = parts.index(Ellipsis) if Ellipsis in parts else len(parts)
     real = [
@@ -185,7 +166,7 @@ def _replaced(
 
     def of(start: int | None, stop: int | None) -> fx.Node:
         before = (slice(None),) * dim if dim >= 0 else (Ellipsis,)
-        after = (slice(None),) * (-1 - dim)  # none, if counted from the first dimension
+        after = (slice(None),) * (-1 - dim)  # empty if dim counts from the front
         index = (*before, slice(start, stop), *after)
         return graph.call_function(operator.getitem, (whole, index))
 

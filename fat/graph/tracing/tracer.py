@@ -1,11 +1,10 @@
-"""A symbolic tracer that knows the sizes of tensors.
+"""Symbolic tracer that knows the sizes of tensors.
 
-torch.fx follows a forward method with stand-ins for tensors, and stops where Python asks one for a
-value: ``if height % window``, ``range(len(levels))``, ``math.ceil(width / 2)``. Those are questions
-about sizes, which follow from the images' size alone. This tracer answers them from a second,
-weightless copy of the network on torch's meta device, where tensors have sizes and no values, so
-that a question about values still fails. The graph is then for images of that size; networks that
-ask nothing keep graphs for any size.
+torch.fx runs a forward method with proxies for tensors and fails where Python needs a value:
+``if height % window``, ``range(len(levels))``, ``math.ceil(width / 2)``. Such values follow from
+the image size alone. This tracer evaluates them on a copy of the network on torch's meta device,
+where tensors have sizes but no values, so that control flow on values still fails. The graph is
+then valid for that image size only; networks that need no sizes keep graphs for any size.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from fat.graph.tracing.constant_folding import run_node, write
 from fat.graph.tracing.functionalize import are_slices
 from fat.utils.errors import first_line
 
-__all__ = ["FROZEN_NORMS", "SizeTracer", "WritesIntoPart"]
+__all__ = ["FROZEN_NORMS", "PartialWrite", "SizeTracer"]
 
 _timm: Any = timm.layers  # only partly typed
 
@@ -38,23 +37,23 @@ FROZEN_NORMS: tuple[type[nn.Module], ...] = (
     _timm.FrozenBatchNormAct2d,
     torchvision.ops.FrozenBatchNorm2d,
 )
-"""Batch norms of frozen statistics that are no subclasses of torch's."""
+"""Batch norms with frozen statistics that are not subclasses of torch's."""
 BATCHES = (2, 3)
-"""An answer must be the same for both: graphs are for any number of images."""
+"""Batch sizes that must give the same values: graphs work for any number of images."""
 FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
-"""Functions of torch that make tensors from sizes alone, which may be stand-ins."""
+"""Functions of torch that create tensors from sizes, which may be proxies."""
 
 
-class AskedForValue(Exception):
-    """The network's forward decides on something that sizes do not tell."""
+class UnknownValue(Exception):
+    """The forward method needs a value that does not follow from sizes."""
 
 
-class WritesIntoPart(Exception):
-    """The network's forward writes into a part of a tensor."""
+class PartialWrite(Exception):
+    """The forward method writes into part of a tensor."""
 
 
-class _Answers:
-    """What a stand-in answers to questions about sizes."""
+class _SizeMixin:
+    """Conversions of a proxy to Python numbers, evaluated from sizes."""
 
     node: fx.Node
     tracer: Any  # a SizeTracer
@@ -63,7 +62,7 @@ class _Answers:
         return _Attribute(cast(fx.Proxy, self), name)
 
     def __setitem__(self, index: object, value: object) -> None:
-        """Kept for a part that is told by slices, if the value has its shape."""
+        """Record the assignment to a part given by slices, if the value has its shape."""
         shape_of = self.tracer.shape_of
         if not (
             isinstance(value, fx.Proxy)
@@ -71,7 +70,7 @@ class _Answers:
             and shape_of(value)
             and shape_of(value) == shape_of(cast(Any, self)[index])
         ):
-            raise WritesIntoPart("it writes into a part of a tensor, x[…] = …")
+            raise PartialWrite("it writes into part of a tensor, x[…] = …")
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
@@ -96,32 +95,32 @@ class _Answers:
         return round(self._value(), digits)
 
     def _value(self) -> Any:
-        return self.tracer.ask(self.node)
+        return self.tracer.evaluate(self.node)
 
 
-class _Proxy(_Answers, fx.Proxy):
+class _Proxy(_SizeMixin, fx.Proxy):
     pass
 
 
-class _Attribute(_Answers, fx.proxy.Attribute):
+class _Attribute(_SizeMixin, fx.proxy.Attribute):
     pass
 
 
 class SizeTracer(fx.Tracer):
-    """Keeps whole what the passes match and what cannot be traced, and knows where it is.
+    """Tracer that keeps modules whole that the passes match or that cannot be traced.
 
     Args:
-        size: Height and width of the images; ``None`` answers no question about sizes.
+        size: Height and width of the images; with ``None`` no sizes are known.
 
     Attributes:
-        path: Names of the modules around the place that is being traced.
-        asked: Whether the graph is for images of that size alone.
+        path: Names of the modules around the current position.
+        uses_size: True if the graph is valid for this image size only.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(self, size: tuple[int, int] | None = None) -> None:
-        # timm's lists of what asks for sizes, and cannot be traced without them.
+        # timm's lists of functions and modules that cannot be traced without sizes.
         functions = () if size else tuple(_timm.get_notrace_functions())
         modules: Any = () if size else (math,)
         super().__init__(modules, functions)
@@ -130,19 +129,19 @@ class SizeTracer(fx.Tracer):
         self._size = size
         self._known: list[dict[fx.Node, Any]] = [{} for _ in BATCHES]
         self._sizes: nn.Module | None = None
-        self._answering = False
+        self._evaluating = False
         self.path: list[str] = []
-        self.asked = False
+        self.uses_size = False
 
     def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:  # type: ignore[override]
-        """The graph of a module's forward."""
+        """Return the graph of a module's forward method."""
         with _factories():
             return super().trace(root, concrete_args)
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """Of the images a stand-in; what else a forward takes, such as masks, keeps its default."""
+        """Create a proxy for the images; other arguments, such as masks, keep their defaults."""
         parameters = list(inspect.signature(root_fn).parameters.values())
         given = int(is_module) + 1
         if len(parameters) <= given or parameters[given].default is inspect.Parameter.empty:
@@ -154,18 +153,18 @@ class SizeTracer(fx.Tracer):
         return super().create_args_for_root(images_alone, is_module, concrete_args)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module stays one node."""
+        """Return True if the module becomes one node."""
         return isinstance(m, self._whole) or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Trace into a module, or make it one node."""
-        if self._answering:
+        """Trace a module, or make it one node."""
+        if self._evaluating:
             return forward(*args, **kwargs)
         self.path.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
-        self.path.pop()  # not reached on failure: the path then names the culprit
+        self.path.pop()  # not reached on failure, so that the path names the failing module
         return result
 
     def create_proxy(
@@ -177,9 +176,10 @@ class SizeTracer(fx.Tracer):
         *more: Any,
         **options: Any,
     ) -> Any:
-        """A node of the graph; of attention [N, heads, tokens, channels] where it is another.
+        """Create a node; attention is brought into the form [N, heads, tokens, channels].
 
-        torch's exporter to ONNX knows no other. Blocks become images; without heads there is one.
+        torch's ONNX exporter supports no other form. Leading dimensions (blocks) become images, and
+        attention without heads gets one.
         """
         create = partial(super().create_proxy, kind, target)
         if target is not F.scaled_dot_product_attention:
@@ -192,88 +192,90 @@ class SizeTracer(fx.Tracer):
                 kwargs = {**kwargs, "attn_mask": mask.unsqueeze(1)}
             return create(args, kwargs, *more, **options).squeeze(1)
         if len(shape) > 4 and mask is None:
-            self.asked = True  # how many blocks there are
+            self.uses_size = True  # for the number of blocks
             args = (*(x.flatten(0, len(shape) - 4) for x in args[:3]), *args[3:])
             return create(args, kwargs, *more, **options).unflatten(0, (-1, *shape[1:-3]))
         return create(args, kwargs, *more, **options)
 
     def shape_of(self, tensor: Any) -> tuple[int, ...]:
-        """Of what a stand-in stands for; empty where sizes do not tell."""
+        """Return the shape of a proxy's tensor; empty if unknown."""
         try:
-            return tuple(self.value(tensor.node).shape) if isinstance(tensor, fx.Proxy) else ()
-        except AskedForValue:
+            return tuple(self.peek(tensor.node).shape) if isinstance(tensor, fx.Proxy) else ()
+        except UnknownValue:
             return ()
 
-    def shares(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether two results share memory, or may, where sizes do not tell."""
+    def share_memory(self, one: fx.Node, other: fx.Node) -> bool:
+        """Return True if two results share memory, or may share it."""
         try:
-            found = [self.value(node) for node in (one, other)]
-        except AskedForValue:
+            found = [self.peek(node) for node in (one, other)]
+        except UnknownValue:
             return True
         return not all(isinstance(value, Tensor) for value in found) or (
             found[0].untyped_storage()._cdata == found[1].untyped_storage()._cdata
         )
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A stand-in for a node's result."""
+        """Return a proxy for a node's result."""
         return _Proxy(node, self)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        """Answer ``if``."""
-        return bool(self.ask(obj.node))
+        """Evaluate a proxy as a condition."""
+        return bool(self.evaluate(obj.node))
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Answer ``for``: as many stand-ins as there are items."""
+        """Iterate over proxies for the items."""
         items: Any = obj
-        return (items[index] for index in range(len(self.ask(obj.node))))
+        return (items[index] for index in range(len(self.evaluate(obj.node))))
 
-    def ask(self, node: fx.Node) -> Any:
-        """What a node gives, for the network's forward, which goes another way without it."""
-        value = self.value(node)
-        self.asked = True
+    def evaluate(self, node: fx.Node) -> Any:
+        """Return the value of a node that the forward method depends on."""
+        value = self.peek(node)
+        self.uses_size = True
         return value
 
-    def value(self, node: fx.Node) -> Any:
-        """What a node gives, if sizes tell.
+    def peek(self, node: fx.Node) -> Any:
+        """Return the value of a node from sizes.
 
         Raises:
-            AskedForValue: If they do not, or if it depends on the number of images.
+            UnknownValue: If it does not follow from sizes, or depends on the number of images.
         """
         if self._size is None:
-            raise AskedForValue("it asks for sizes, and no size of images is known.")
-        found = self._evaluate(node)
+            raise UnknownValue("it depends on sizes, and the image size is unknown.")
+        found = self._meta_values(node)
         for value in found:
             if isinstance(value, Exception):
-                raise AskedForValue(f"sizes do not tell: {first_line(value)}") from value
+                raise UnknownValue(
+                    f"a value does not follow from sizes ({first_line(value)})."
+                ) from value
         if any(isinstance(value, Tensor) and not value.dim() for value in found):
-            raise AskedForValue("it decides on values, not on sizes.")
+            raise UnknownValue("it depends on values, not only on sizes.")
         if isinstance(found[0], (bool, int, float)) and found[0] != found[1]:
-            raise AskedForValue("it decides on the number of images.")
+            raise UnknownValue("it depends on the number of images.")
         return found[0]
 
     def literal(self, argument: Any) -> Any:
-        """The value of a stand-in, where sizes tell, else the argument as it is.
+        """Return the value of a proxy if it follows from sizes, else the argument unchanged.
 
-        What is made of literals alone is a constant of the network.
+        Results of literals alone are constants of the network.
         """
         if not isinstance(argument, fx.Proxy):
             return argument
         try:
-            value = self.ask(argument.node)
-        except AskedForValue:
+            value = self.evaluate(argument.node)
+        except UnknownValue:
             return argument
-        if isinstance(value, torch.device):  # the sizes' own
+        if isinstance(value, torch.device):  # the meta device
             return next(self.root.parameters()).device
         return value if isinstance(value, (int, float, torch.dtype)) else argument
 
     def write_numbers(self, graph: fx.Graph) -> list[dict[fx.Node, Any]]:
-        """Write the numbers that sizes tell where they are read, in place of what computes them.
+        """Replace nodes whose results are numbers that follow from sizes by those numbers.
 
-        All of them, if the graph is for one size of images; else only the geometry of convolutions,
-        such as a group per channel.
+        In graphs for any image size this only concerns the geometry of convolutions, such as one
+        group per channel.
 
         Returns:
-            For each of two numbers of images, what is left: the results that count images.
+            For each batch size of ``BATCHES``, the results that are numbers.
         """
         if self._size is None:
             return []
@@ -284,9 +286,9 @@ class SizeTracer(fx.Tracer):
         }
         counts: list[dict[fx.Node, Any]] = [{} for _ in BATCHES]
         for node in list(graph.nodes):
-            if not node.op.startswith("call") or not (self.asked or node in geometry):
+            if not node.op.startswith("call") or not (self.uses_size or node in geometry):
                 continue
-            found = self._evaluate(node)
+            found = self._meta_values(node)
             numbers = (bool, int, float, torch.Size, torch.dtype)
             if not all(isinstance(value, numbers) for value in found):
                 continue
@@ -296,22 +298,22 @@ class SizeTracer(fx.Tracer):
                 count[node] = value
         return counts
 
-    def _evaluate(self, node: fx.Node) -> list[Any]:
-        """What a node gives on torch's meta device for each number of images, or what it raises."""
+    def _meta_values(self, node: fx.Node) -> list[Any]:
+        """Return a node's result, or the exception it raises, for each batch size."""
         if self._sizes is None:
             self._sizes = copy.deepcopy(self.root).to("meta")
-        self._answering = True
+        self._evaluating = True
         try:
             for batch, known in zip(BATCHES, self._known, strict=True):
-                while node not in known:  # in the graph's order, on from the last that is known
+                while node not in known:  # continue in graph order after the last known node
                     last = next(reversed(known), None)
                     following = last.next if last else next(iter(node.graph.nodes))
-                    known[following] = self._tried(following, batch, known)
+                    known[following] = self._try_run(following, batch, known)
         finally:
-            self._answering = False
+            self._evaluating = False
         return [known[node] for known in self._known]
 
-    def _tried(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
+    def _try_run(self, node: fx.Node, batch: int, known: dict[fx.Node, Any]) -> Any:
         for source in node.all_input_nodes:
             if isinstance(known[source], Exception):
                 return known[source]
@@ -329,21 +331,21 @@ class SizeTracer(fx.Tracer):
 
 @contextlib.contextmanager
 def _factories() -> Iterator[None]:
-    """Let functions that make tensors be recorded when a size is a stand-in."""
+    """Record calls of functions that create tensors if one of their arguments is a proxy."""
     originals = {name: getattr(torch, name) for name in FACTORIES}
 
     def recording(original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            found: list[fx.Proxy] = []
+            proxies: list[fx.Proxy] = []
             fx.node.map_aggregate(
-                (args, kwargs), lambda a: found.append(a) if isinstance(a, fx.Proxy) else None
+                (args, kwargs), lambda a: proxies.append(a) if isinstance(a, fx.Proxy) else None
             )
-            if not found:
+            if not proxies:
                 return original(*args, **kwargs)
-            tracer = found[0].tracer
+            tracer = proxies[0].tracer
             assert isinstance(tracer, SizeTracer)
-            told: Any = fx.node.map_aggregate((args, kwargs), tracer.literal)
-            return tracer.create_proxy("call_function", original, told[0], dict(told[1]))
+            values: Any = fx.node.map_aggregate((args, kwargs), tracer.literal)
+            return tracer.create_proxy("call_function", original, values[0], dict(values[1]))
 
         return call
 

@@ -7,7 +7,7 @@
 #include <math.h>
 #include <stdint.h>
 
-/* Half a step of rounding error is coded as +-126; +-127 marks values outside the grid, -128 NaN. */
+/* A rounding error of 1/2 step is coded as +-126; +-127 marks values outside the grid, -128 NaN. */
 #define FINE 252.0f
 #define OUTSIDE 127
 #define UNKNOWN (-128)

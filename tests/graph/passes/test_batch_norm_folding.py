@@ -227,5 +227,5 @@ def test_one_norm_after_two_convolutions_goes_into_both() -> None:
 
 def test_a_norm_without_running_statistics_is_named() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False))
-    with pytest.raises(FatError, match="'1' keeps no running statistics"):
+    with pytest.raises(FatError, match="'1' has no running statistics"):
         fold_batch_norms(trace(network.eval()))

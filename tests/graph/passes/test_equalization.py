@@ -20,7 +20,7 @@ from fat.graph.passes.batch_norm_folding import fold_batch_norms
 from fat.graph.passes.channel_statistics import LOG_SCALES, clip_shift, gather_statistics
 from fat.graph.passes.equalization import (
     DEAD,
-    SANE_SCALE,
+    MAX_SCALE,
     EqualizeReport,
     channel_maxima,
     cross_layer_scales,
@@ -236,7 +236,7 @@ def test_dead_filters_and_channels_that_never_fire() -> None:
     torch.testing.assert_close(scales, torch.tensor([1.0, 2.0, 2 / 3], dtype=torch.float64))
     # One that never fires and is tiny may take any scale, within reason.
     scales, _ = depthwise_scales(torch.tensor([1e-7, 1.0]), torch.tensor([-1.0, 1.0]), 6.0, OPTIONS)
-    assert scales[0] == SANE_SCALE
+    assert scales[0] == MAX_SCALE
     # All dead: nothing to do.
     scales, _ = depthwise_scales(torch.zeros(3), torch.zeros(3), 6.0, OPTIONS)
     assert scales.tolist() == [1.0, 1.0, 1.0]

@@ -231,13 +231,19 @@ def set_and_spread(net: Net, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (added_to_a_part, r"'add_' writes into a tensor of which another view.*as in x = x \+ y"),
-        (added_below_a_view, r"'add_' writes into .* another view \('flatten'\) is read later"),
-        (activated_view, r"'act' writes into .* another view \('conv'\) is read later"),
+        (
+            added_to_a_part,
+            r"'add_' modifies a tensor in place, and its view .* is read later.*such as x = x \+ y",
+        ),
+        (
+            added_below_a_view,
+            r"'add_' modifies a tensor in place, and its view 'flatten' is read later",
+        ),
+        (activated_view, r"'act' modifies a tensor in place, and its view 'conv' is read later"),
         (set_below_a_view, r"'setitem' writes into .* \('flatten'\) .* torch\.cat"),
-        (set_to_a_number, r"cannot be traced: it writes into a part.*torch\.cat"),
-        (set_at_an_index, r"cannot be traced: it writes into a part.*torch\.cat"),
-        (set_and_spread, r"cannot be traced: it writes into a part.*torch\.cat"),
+        (set_to_a_number, r"cannot be traced: it writes into part of.*torch\.cat"),
+        (set_at_an_index, r"cannot be traced: it writes into part of.*torch\.cat"),
+        (set_and_spread, r"cannot be traced: it writes into part of.*torch\.cat"),
     ],
 )
 def test_writing_into_a_part_is_refused(
@@ -287,8 +293,8 @@ def test_constants_are_one_tensor(function: Callable[[Net, Tensor], Tensor]) -> 
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        (lambda net, x: net.conv(x) if x.max() > 0 else x, "decides on values"),
-        (lambda net, x: net.conv(x)[: int(x.mean())], "decides on values"),
+        (lambda net, x: net.conv(x) if x.max() > 0 else x, "depends on values"),
+        (lambda net, x: net.conv(x)[: int(x.mean())], "depends on values"),
         (lambda net, x: net.conv(x) if x.shape[0] > 2 else x, "number of images"),
         (lambda net, x: net.conv(x).reshape(x.shape[1], math.ceil(x.shape[0] / 2)), "number of im"),
     ],
@@ -299,7 +305,7 @@ def test_other_questions_are_refused(function: Callable[[Net, Tensor], Tensor], 
 
 
 def test_without_a_size_the_question_is_named() -> None:
-    with pytest.raises(FatError, match="asks for sizes, and no size of images is known"):
+    with pytest.raises(FatError, match="depends on sizes, and the image size is unknown"):
         trace(Net(branch).eval())
 
 
