@@ -16,7 +16,7 @@ from fat.graph.patterns import is_compute, module_of
 __all__ = ["LOG_LIMIT", "LOG_SCALES", "ChannelStatistics", "clip_shift", "gather_statistics"]
 
 LOG_LIMIT = math.log(1e3)
-r"""Bound of |log s| for every scale s."""
+"""Bound of |log s| for every scale s."""
 LOG_SCALES = torch.linspace(-LOG_LIMIT, LOG_LIMIT, 139, dtype=torch.float64)
 """Logarithms of the scales for which the effect of a clip is tabulated; 0 is in the middle."""
 

@@ -240,7 +240,7 @@ def set_and_spread(net: Net, x: Tensor) -> Tensor:
             r"'add_' modifies a tensor in place, and its view 'flatten' is read later",
         ),
         (activated_view, r"'act' modifies a tensor in place, and its view 'conv' is read later"),
-        (set_below_a_view, r"'setitem' writes into .* \('flatten'\) .* torch\.cat"),
+        (set_below_a_view, r"'setitem' modifies .* view 'flatten' is .* torch\.cat"),
         (set_to_a_number, r"cannot be traced: it writes into part of.*torch\.cat"),
         (set_at_an_index, r"cannot be traced: it writes into part of.*torch\.cat"),
         (set_and_spread, r"cannot be traced: it writes into part of.*torch\.cat"),
