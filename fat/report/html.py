@@ -1,4 +1,4 @@
-"""HTML of the report pages: Jinja2 templates and the number formats they use.
+"""Jinja2 templates of the report pages and the model card, and the number formats they use.
 
 ``templates/macros.html.j2`` holds the parts of a page (tables, plots, tiles, ...). Each macro is
 also an attribute of this module, so that Python code can call ``html.table(...)``; macros return
@@ -24,7 +24,17 @@ from markupsafe import Markup
 
 from fat.report.records import dig, finite, word
 
-__all__ = ["Column", "Sorted", "embed", "escape", "format_number", "render_page", "short", "slug"]
+__all__ = [
+    "Column",
+    "Sorted",
+    "embed",
+    "escape",
+    "format_number",
+    "render",
+    "render_page",
+    "short",
+    "slug",
+]
 
 MACROS = (
     "cell",
@@ -135,6 +145,11 @@ def _shown(nested: object, path: str, digits: int = 2, unit: str = "") -> str:
     return format_number(dig(nested, path), digits, unit)
 
 
+def _code(text: str) -> str:
+    """Markdown code that can leave neither its backticks nor the cell of a table."""
+    return "`" + " ".join(str(text).split()).replace("`", "'").replace("|", "/") + "`"
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a table.
@@ -168,22 +183,29 @@ def render_page(template: str | jinja2.Template, title: str, **context: Any) -> 
         **context: Variables of the template. ``data`` is what page.js shows of a run when a point
             of a plot is selected.
     """
-    return _environment().get_template(template).render(title=title, **context)
+    return render(template, title=title, **context)
+
+
+def render(template: str | jinja2.Template, **context: Any) -> str:
+    """Render a template of this package; those of HTML pages escape their variables."""
+    return _environment().get_template(template).render(**context)
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("fat.report"),
-        autoescape=True,
+        autoescape=lambda name: name is None or name.endswith(".html.j2"),
         undefined=jinja2.StrictUndefined,
         finalize=_clean,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {
+        "code": _code,
         "embed": embed,
         "finite": finite,
+        "measure": lambda value, unit: "–" if value is None else f"{value:.2f} {unit}",
         "number": format_number,
         "shown": _shown,
         "slug": slug,

@@ -367,7 +367,7 @@ def facts(**changes: Any) -> CardFacts:
         ("file w.pth", "mobilenetv2_100", "cc-by-nc-4.0", (None, "cc-by-nc-4.0", None)),
     ],
 )
-def test_origin_and_licence(
+def test_origin_and_license(
     weights: str, model: str, given: str | None, expected: tuple[str | None, ...]
 ) -> None:
     about = facts(weights=weights, model=model, license=given)
@@ -376,7 +376,7 @@ def test_origin_and_licence(
     card = ModelCard(str(model_card(about)))
     assert card.data.license == expected[1]
     assert card.data.get("base_model_relation") == ("quantized" if expected[0] else None)
-    said = card.text.partition("## Licence")[2]
+    said = card.text.partition("## License")[2]
     if expected[1] is None:
         assert "None is stated" in said
     else:
@@ -384,8 +384,8 @@ def test_origin_and_licence(
     assert ("random: this network has learned nothing" in card.text) is (weights == "random")
 
 
-def test_a_licence_is_an_identifier() -> None:
-    with pytest.raises(FatError, match=r"The licence is 'Apache License'.*'apache-2.0'"):
+def test_a_license_is_an_identifier() -> None:
+    with pytest.raises(FatError, match=r"The license is 'Apache License'.*'apache-2.0'"):
         model_card(facts(license="Apache License"))
 
 
