@@ -1,4 +1,4 @@
-"""``python -m fat.report DIR…``: write the pages of runs and sweeps again, from their files."""
+"""``python -m fat.report DIR…``: write the pages of runs and sweeps from their files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["main"]
 
 COMPARISON = "comparison.html"
 ABOUT = """\
-Write report.html of runs and sweeps again, from the files they left.
+Write report.html for runs and sweeps from the files in their directories.
 
-A run's page goes into its own directory. A sweep gets report.html and sweep.csv, and each of its
-runs gets its page. With two or more directories there is also a page that compares all of their
-runs, and its table as CSV beside it.
+The page of a run is written into its directory. A sweep gets report.html and sweep.csv, and each of
+its runs gets a page. With two or more directories there is also a page that compares all runs, and
+a table of them as CSV beside it.
 """
 EXAMPLES = """\
 examples:
@@ -32,13 +32,13 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the pages that the arguments ask for and print where they are.
+    """Write the requested pages and print their paths.
 
     Args:
-        arguments: Words of the command line; those of this process when ``None``.
+        arguments: Arguments of the command; those of this process when ``None``.
 
     Returns:
-        Exit status: 0, or 2 after an error that the user can mend, which is printed.
+        Exit status: 0, or 2 after an error that the user can fix, which is printed.
     """
     parser = argparse.ArgumentParser(
         prog=command_line("report"),
@@ -46,13 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EXAMPLES.format(report=command_line("report")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directories", nargs="+", metavar="DIR", type=Path, help="a run or a sweep")
+    parser.add_argument(
+        "directories", nargs="+", metavar="DIR", type=Path, help="directory of a run or a sweep"
+    )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help=f"where the comparison of several directories goes (default: {COMPARISON} in the "
-        "current directory); its table lies beside it, with the ending .csv",
+        help=f"page that compares several directories (default: {COMPARISON} in the current "
+        "directory); its table is written beside it with the suffix .csv",
     )
     asked = parser.parse_args(arguments)
     try:
@@ -68,26 +70,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def report(directories: Sequence[Path], out: Path | None = None) -> list[Path]:
-    """Write the pages of runs and sweeps, and of several one that compares them.
+    """Write the pages of runs and sweeps, and a page that compares several of them.
 
     Args:
-        directories: Of runs and sweeps.
-        out: Where the comparison goes; ``comparison.html`` in the current directory when ``None``.
+        directories: Directories of runs and sweeps.
+        out: Page of the comparison; ``comparison.html`` in the current directory when ``None``.
 
     Returns:
         The files that were written.
 
     Raises:
-        FatError: If a directory is neither a run's nor a sweep's, or a file cannot be written.
+        FatError: If a directory is neither a run nor a sweep, or a file cannot be written.
     """
     places = list({place.resolve(): place for place in directories}.values())
     if out is not None and len(places) < 2:
         raise FatError(
-            f"--out={out} is where a comparison goes, and one directory is nothing to compare. "
-            "Leave it out: the page goes into the directory; or give more directories."
+            f"--out={out} is the page of a comparison, but only one directory was given. Give "
+            "more directories, or omit --out: then the page is written into the directory."
         )
     if out is not None and out.suffix != ".html":
-        raise FatError(f"--out={out} is a page: give it the ending .html, as in {COMPARISON}.")
+        raise FatError(f"--out={out} must have the suffix .html, as in {COMPARISON}.")
     for place in places:
         _check(place)  # all of them before anything is written
     written: list[Path] = []
@@ -111,24 +113,23 @@ def _check(place: Path) -> None:
         return
     if not place.is_dir():
         raise FatError(
-            f"There is no directory {place}. Runs lie under outputs/, sweeps under multirun/, "
-            "unless another place was asked for."
+            f"There is no directory {place}. By default, runs are under outputs/ and sweeps under "
+            "multirun/."
         )
     below = find_runs(place)
     if not below:
         raise FatError(
-            f"{place} is no run and no sweep, and holds none: a run has a config.yaml or a "
-            "metrics.json, a sweep a multirun.yaml. train.py prints its directory at the end."
+            f"{place} is neither a run nor a sweep and contains none: a run has a config.yaml or a "
+            "metrics.json, a sweep a multirun.yaml. A run prints its directory when it ends."
         )
-    # Runs of a sweep are named by their sweep.
-    names = dict.fromkeys(
-        next((up for up in found.parents if up != place and is_sweep(up)), found) for found in below
+    sweeps = (  # which stand for their runs
+        next((up for up in run.parents if up != place and is_sweep(up)), run) for run in below
     )
-    shown = command_line("report", *map(str, list(names)[:3]))
+    names = [str(name) for name in dict.fromkeys(sweeps)]
     more = " …" if len(names) > 3 else ""
     raise FatError(
-        f"{place} is no run and no sweep, but holds {len(names)} of them. Name those you mean: "
-        f"{shown}{more}. Two or more are compared on one page."
+        f"{place} is neither a run nor a sweep but contains {len(names)} of them. Give those to "
+        f"show: {command_line('report', *names[:3])}{more}. Two or more are compared on one page."
     )
 
 

@@ -69,13 +69,13 @@ def test_several_are_compared(place: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [
-        (["runs"], ["holds 2 of them", "python -m fat.report runs/4 runs/8"]),
-        (["sweeps"], ["holds 1 of them", "python -m fat.report sweeps/s."]),
+        (["runs"], ["contains 2 of them", "python -m fat.report runs/4 runs/8"]),
+        (["sweeps"], ["contains 1 of them", "python -m fat.report sweeps/s."]),
         (["runs/8", "nowhere"], ["no directory nowhere", "outputs/"]),
-        (["empty"], ["no run and no sweep", "metrics.json"]),
-        (["runs/8", "--out", "x.html"], ["--out=x.html", "Leave it out"]),
-        (["runs/8", "./runs/8", "--out", "x.html"], ["one directory is nothing to compare"]),
-        (["runs/8", "runs/4", "--out", "x.csv"], ["--out=x.csv", "ending .html"]),
+        (["empty"], ["neither a run nor a sweep", "metrics.json"]),
+        (["runs/8", "--out", "x.html"], ["--out=x.html", "omit --out"]),
+        (["runs/8", "./runs/8", "--out", "x.html"], ["only one directory was given"]),
+        (["runs/8", "runs/4", "--out", "x.csv"], ["--out=x.csv", "suffix .html"]),
     ],
 )
 def test_mistakes(

@@ -77,8 +77,8 @@ def test_what_is_shown() -> None:
     content = spec(build("team", "fat"))
     sections = content["spec"]["section"]["panelBankConfig"]["sections"]
     assert [section["name"] for section in sections] == [
-        "Accuracy lost",
-        "First thresholds",
+        "Accuracy drop",
+        "Init strategies",
         "Agreement and SQNR",
         "Training",
         "Thresholds",
@@ -178,7 +178,7 @@ def test_every_figure_that_is_asked_for_is_logged(
     assert sum(map(len, matched)) == len(set().union(*matched))  # no curve is in two panels
     plain = {name for config in curves for name in config["metrics"]}
     assert plain == {"train/loss", "val/loss", "train/lr"}
-    module = (ROOT / "fat/module.py").read_text(encoding="utf-8")
+    module = (ROOT / "fat/training/module.py").read_text(encoding="utf-8")
     assert [name for name in plain if f'"{name}"' not in module] == []
 
 
@@ -200,7 +200,9 @@ def test_a_sweep_alone() -> None:
 
 @pytest.mark.parametrize("name", ["", "a'b", 'a"b', "a\\", "x' or 'y", "a\nb", "ä"])
 def test_names_that_a_filter_cannot_hold(name: str) -> None:
-    with pytest.raises(FatError, match=r"holds a character that a filter cannot.*--sweep"):
+    with pytest.raises(
+        FatError, match=r"contains a character that filters do not support.*--sweep"
+    ):
         build("team", "fat", name)
 
 
@@ -235,12 +237,12 @@ def test_form_of_the_argument(place: str, capsys: pytest.CaptureFixture[str]) ->
     assert main([place, "--dry-run"]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert f"Error: {place!r} is no project of W&B. Type ENTITY/PROJECT" in said.err
+    assert f"Error: {place!r} is not a W&B project. Type ENTITY/PROJECT" in said.err
 
 
 def test_not_logged_in(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["team/fat"]) == 2
-    assert "Nobody is logged in to W&B. Type wandb login" in capsys.readouterr().err
+    assert "You are not logged in to W&B. Type wandb login" in capsys.readouterr().err
 
 
 def test_the_package_is_missing(
@@ -248,7 +250,10 @@ def test_the_package_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     assert main(["team/fat", "--dry-run"]) == 2
-    assert "pip install 'wandb-workspaces" in capsys.readouterr().err
+    assert (
+        "wandb-workspaces is not installed: type pip install -e '.[dashboard]'."
+        in capsys.readouterr().err
+    )
 
 
 def test_saving(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +283,7 @@ def test_a_key_in_netrc_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     with pytest.raises(FatError, match=r"could not be saved in team/fat: W&B was asked"):
         save(build("team", "fat"))
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")  # that key is not for it
-    with pytest.raises(FatError, match="Nobody is logged in"):
+    with pytest.raises(FatError, match="You are not logged in"):
         save(build("team", "fat"))
 
 

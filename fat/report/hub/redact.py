@@ -1,4 +1,4 @@
-"""What of a run may be shown to everybody: without paths, folders' names and accounts."""
+"""Removing paths, folder names and accounts from the files of a run before it is published."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = [
 ]
 
 PRIVATE_SECTIONS = frozenset({"logger", "hub", "hydra", "sweep", "resume"})
-"""Parts of a config that say nothing of the network, but of accounts and places."""
+"""Sections of a config about accounts and places, not about the network."""
 PRIVATE_KEYS = frozenset(
     {"root", "test_root", "index", "cache_dir", "mixed", "entity", "first_skipped", "sweep"}
 )
-"""Keys whose values are places, or names of files, wherever they stand."""
+"""Keys whose values are places or names of files."""
 TUNED = re.compile(r", fine-tuned on \d+ classes$")
 SEPARATOR = re.compile(r"[\\/]")
 WEIGHTS_FILE = re.compile(r"[^\\/]+\.(safetensors|pth|pt)", re.IGNORECASE)
 
 
 def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration without what is private.
+    """Return a run's configuration without private values.
 
-    The sections on loggers and the hub are left out, the run's name, folders and files are null; of
-    a file of weights its own name stays. Any other text with a folder in it is null too, so that an
-    option that is new here hides rather than tells.
+    The sections on loggers and the hub are left out; the run's name, folders and files become null,
+    except that a weights file keeps its own name. Any other text that contains a folder becomes
+    null as well, so that an option unknown here is hidden.
 
     Args:
-        config: What config.yaml holds.
+        config: Content of config.yaml.
 
     Examples:
         >>> public_config({"model": {"weights": "/home/me/w.pth"}, "data": {"root": "/home/me"}})
@@ -49,10 +49,10 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's metrics without what is private: folders, and names of images.
+    """Return a run's metrics without private values: folders, and names of images.
 
     Args:
-        metrics: What metrics.json holds.
+        metrics: Content of metrics.json.
 
     Examples:
         >>> public_metrics({"weights": "file /home/me/w.pth", "data": {"root": "/home/me/photos"}})
@@ -69,7 +69,7 @@ def public_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def public_weights(weights: str) -> str:
-    """Where weights came from, without the folders of a file.
+    """Return the origin of weights without the folders of a file.
 
     Examples:
         >>> public_weights("file /home/me/my weights.pth, fine-tuned on 3 classes")
@@ -86,10 +86,10 @@ def public_weights(weights: str) -> str:
 
 
 def public_overrides(overrides: Iterable[str]) -> list[str]:
-    """What was typed after ``train.py``, with DIR or FILE in place of what is private.
+    """Return overrides of ``train.py`` with DIR or FILE in place of private values.
 
     Args:
-        overrides: Words such as ``"quant.bits=4"``.
+        overrides: Overrides such as ``"quant.bits=4"``.
 
     Examples:
         >>> public_overrides(["quant.bits=4", "data.root=/home/me", "logger.entity=me"])
@@ -109,13 +109,13 @@ def public_overrides(overrides: Iterable[str]) -> list[str]:
 
 
 def public_command(command: str) -> str | None:
-    """A command line of train.py, made public as in :func:`public_overrides`.
+    """Return a command line of train.py redacted by :func:`public_overrides`.
 
     Args:
-        command: As for a shell.
+        command: A shell command.
 
     Returns:
-        The same on one line; ``None`` where it cannot be read.
+        The command on one line; ``None`` if it cannot be parsed.
 
     Examples:
         >>> public_command("python train.py -m quant.bits=8,4 data.root='/home/me/my photos'")

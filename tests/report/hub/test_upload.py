@@ -614,7 +614,7 @@ def test_private(run: Path, tmp_path: Path) -> None:
     fat.push_to_hub(run, "bob/closed", private=True, api=api)
     assert api.private == {"bob/closed": True}
     fat.push_to_hub(run, "bob/open", api=api)
-    with pytest.raises(FatError, match=r"private is asked for, but bob/open exists and is public"):
+    with pytest.raises(FatError, match=r"private=True, but bob/open exists and is public"):
         fat.push_to_hub(run, "bob/open", private=True, api=api)
     assert len(api.commits) == 3
 
@@ -634,8 +634,8 @@ def refused(status: int) -> Exception:
 @pytest.mark.parametrize(
     ("error", "says"),
     [
-        (lambda: refused(401), r"401 from the hub. The token is not valid: type hf auth login"),
-        (lambda: refused(403), r"may not write to bob/net: give OWNER/NAME"),
+        (lambda: refused(401), r"401 from the hub. The token is invalid: type hf auth login"),
+        (lambda: refused(403), r"no write access to bob/net: give an OWNER/NAME"),
         (lambda: refused(500), r"The hub refused; nothing was committed"),
         (lambda: ConnectionError("no route"), r"no route. The hub cannot be reached. fat.save_for"),
     ],
@@ -664,15 +664,15 @@ def test_what_goes_wrong_on_the_way(
     ],
 )
 def test_names_are_checked_before_anything_else(tmp_path: Path, repo_id: str) -> None:
-    with pytest.raises(FatError, match=r"is no name of a repository.*OWNER/NAME"):
+    with pytest.raises(FatError, match=r"is not a valid repository name.*OWNER/NAME"):
         fat.push_to_hub(tmp_path / "nowhere", repo_id)
-    with pytest.raises(FatError, match="is no name of a repository"):
+    with pytest.raises(FatError, match="is not a valid repository name"):
         fat.save_for_hub(tmp_path / "nowhere", tmp_path, repo_id=repo_id)
 
 
 def test_not_logged_in(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    with pytest.raises(FatError, match=r"Nobody is logged in.*hf auth login"):
+    with pytest.raises(FatError, match=r"You are not logged in.*hf auth login"):
         fat.push_to_hub(run, "bob/net")
 
 
@@ -681,7 +681,7 @@ def test_unfinished_and_damaged_runs(run: Path, tmp_path: Path) -> None:
     original = (run / "metrics.json").read_text()
     metrics = json.loads(original)
     write_metrics(run / "metrics.json", {**metrics, "trained": None})
-    with pytest.raises(FatError, match=r"was not finished.*Run train.py to its end"):
+    with pytest.raises(FatError, match=r"did not finish.*Resume it with train.py resume=DIR"):
         fat.push_to_hub(run, "net", api=api)
     # Where nothing was to be trained, that is a finished run.
     config = {**CONFIG, "optim": {"epochs": 0, "reconstruction": {"steps": 0}}}
@@ -700,7 +700,7 @@ def test_unfinished_and_damaged_runs(run: Path, tmp_path: Path) -> None:
             fat.push_to_hub(run, "net", api=api)
         (run / name).write_bytes(whole)
     (run / "thresholds.csv").unlink()
-    with pytest.raises(FatError, match=r"holds no thresholds.csv: it is not the directory of a"):
+    with pytest.raises(FatError, match=r"has no thresholds.csv: it is not the directory of a"):
         fat.save_for_hub(run, tmp_path / "other")
     with pytest.raises(FatError, match=r"no config.yaml, no metrics.json"):
         fat.save_for_hub(tmp_path / "nowhere", tmp_path / "other")
@@ -709,7 +709,7 @@ def test_unfinished_and_damaged_runs(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_run_itself_is_no_place(run: Path) -> None:
-    with pytest.raises(FatError, match="own directory"):
+    with pytest.raises(FatError, match="run directory itself"):
         fat.save_for_hub(run, run / ".." / run.name)
     assert OWNER in (run / "config.yaml").read_text()
 
