@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def build(entity: str, project: str, sweep: str | None = None) -> Workspace:
-    """Build the workspace: accuracy drop, init strategies, agreement and SQNR, training, thresholds.
+    """Build the workspace: charts of accuracy drop, init strategies, SQNR, training, thresholds.
 
     Nothing is sent. Only the ids of the panels are random.
 
