@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, and per command it starts
@@ -35,6 +36,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def often(examples: int) -> settings:
+    """Hypothesis draws the same examples each time, and FAT_EXAMPLES times as many if it is set."""
+    return settings(
+        max_examples=int(os.environ.get("FAT_EXAMPLES", "1")) * examples,
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 class MobileBlock(nn.Module):

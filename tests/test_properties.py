@@ -1,8 +1,10 @@
-"""Whatever small network one draws: passes keep its function, its file computes the same."""
+"""Properties of small random networks: passes keep the function, files compute the same.
+
+``FAT_EXAMPLES=20 pytest tests/test_properties.py`` draws twenty times as many networks.
+"""
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from fat.graph.passes.batch_norm_folding import fold_batch_norms
 from fat.graph.passes.equalization import equalize
 from fat.graph.tracing.capture import trace
 from fat.quant.metrics import logits_sqnr_db
-from tests.conftest import realistic
+from tests.conftest import often, realistic
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "none": nn.Identity,
@@ -32,8 +34,6 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 GRANULARITIES = ("per_tensor", "per_channel")
 SIDE = 12
-MORE = int(os.environ.get("FAT_EXAMPLES", "1"))
-"""So many times as many networks are drawn: FAT_EXAMPLES=20 pytest tests/test_properties.py."""
 
 
 class Block(nn.Module):
@@ -115,16 +115,6 @@ def draw(description: tuple[int, int, list[Any], str]) -> tuple[nn.Module, Tenso
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 5)]
     images = torch.randn(8, 3, SIDE, SIDE)
     return realistic(nn.Sequential(*layers), images), images
-
-
-def often(examples: int) -> settings:
-    """The same examples each time: a test that fails now and then tells nothing."""
-    return settings(
-        max_examples=MORE * examples,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 def calibrated(network: nn.Module, images: Tensor, **options: Any) -> fat.Student:

@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,103 +27,6 @@ from fat.quant.layers import SameConv2d
 from tests.export.students import structured, tiny_student
 
 FOLDER = Path(__file__).parents[1]
-ARGUMENTS = (
-    "--size",
-    "32",
-    "--batch",
-    "2",
-    "--repeats",
-    "1",
-    "--threads",
-    "1",
-    "--model",
-    "mobilenet_v2",
-    "--weights",
-    "frozen",
-    "adaround",
-)
-
-
-def benchmark(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    folders = [str(path)] if path else []
-    folders += [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, FOLDER / "step.py", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The table where one peer is missing and the other breaks."""
-    folder = tmp_path_factory.mktemp("peers")
-    for name, error in (("brevitas", "ImportError"), ("torchao", "ZeroDivisionError")):
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text(f"raise {error}('none here\\nsecond line')\n")
-    result = benchmark(*ARGUMENTS, "--peers", path=folder)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.splitlines()
-
-
-@pytest.mark.slow
-def test_the_first_line_names_the_machine(lines: list[str]) -> None:
-    assert f"1 threads, torch {torch.__version__}, kernels " in lines[0]
-    assert lines[0].endswith("batch 2, 32 px")
-
-
-@pytest.mark.slow
-def test_each_step_is_a_row_of_figures(lines: list[str]) -> None:
-    assert lines[1].split() == [
-        "network",
-        "step",
-        "median",
-        "s",
-        "min",
-        "max",
-        "ratio",
-        "peak",
-        "MB",
-        "ratio",
-    ]
-    steps = [line[20:41].strip() for line in lines[2:]]
-    assert steps == [
-        "float fine-tuning",
-        "student, frozen",
-        "student, rounding",
-        "teacher alone",
-        "Brevitas",
-        "torchao",
-    ]
-    for line in lines[2:6]:
-        assert line.startswith("mobilenet_v2 ")
-        median, low, high, ratio, peak, share = line[41:].split()
-        assert 0.0 < float(low) <= float(median) <= float(high)
-        assert float(ratio.removesuffix("x")) > 0.0
-        if sys.platform.startswith("linux"):
-            assert float(peak) > 0.0
-            assert float(share.removesuffix("x")) > 0.0
-    assert lines[2].count("1.00x") == 2
-    if sys.platform.startswith("linux"):
-        # Adam's two moments and the gradient of 3.5 million factors.
-        frozen, rounding = (float(line[41:].split()[4]) for line in lines[3:5])
-        assert rounding - frozen > 30.0
-
-
-@pytest.mark.slow
-def test_a_peer_that_fails_is_a_line_of_the_table(lines: list[str]) -> None:
-    assert lines[6][41:] == "not installed (none here); type: pip install -e '.[peers]'"
-    assert lines[7][41:] == "failed with ZeroDivisionError: none here"
-
-
-def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    result = benchmark("--device", "cuda")
-    assert result.returncode == 2
-    assert "--device cuda: torch finds no GPU here" in result.stderr
 
 
 def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
@@ -132,6 +34,18 @@ def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module(name)
     sys.modules.pop(name)
+
+
+def test_a_missing_gpu_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (step,) = imported("step", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["step.py", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        step.main()
+    assert end.value.code == 2
+    assert "--device cuda: torch finds no GPU here" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -198,22 +112,6 @@ def test_a_cell_trains_as_its_preset_does_but_shorter(presets: ModuleType) -> No
     assert given("best_w4a4") == ["init=mse", "seed=3", "optim.reconstruction.steps=7"]
     assert given("paper_vector") == ["init=mse", "seed=3", "optim.epochs=2"]
     assert given("calibration_only") == ["init=mse", "seed=3"]
-
-
-@pytest.mark.slow
-def test_a_cell_that_failed_is_shown_and_tried_again(presets: ModuleType, tmp_path: Path) -> None:
-    directory = tmp_path / "best_w4a4-mse"
-    presets.run_cell(["quant.bits=9"], directory, 1)
-    assert (
-        presets.table(["best_w4a4"], ["mse"], tmp_path)
-        .splitlines()[2]
-        .startswith("| best_w4a4 | failed: Error: bits is 9; allowed are whole numbers")
-    )
-    assert not (directory / "command.txt").exists()
-    figures = {"agreement": 75.04, "sqnr_db": 5.25}
-    (directory / "metrics.json").write_text(json.dumps({"trained": figures, "calibrated": {}}))
-    presets.run_cell(["quant.bits=9"], directory, 1)  # left by a run that never finished
-    assert not (directory / "metrics.json").exists()
 
 
 def test_a_finished_cell_is_not_run_again(
@@ -385,44 +283,6 @@ def test_onnxruntimes_own_tool_quantizes_the_same_network(
     times = export.medians(files, images[:1], repeats=1)
     assert set(times) == set(files)
     assert all(value > 0.0 for value in times.values())
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
-    result = subprocess.run(
-        [
-            sys.executable,
-            FOLDER / "gpu.py",
-            "--device",
-            "cpu",
-            "--batch",
-            "2",
-            "--size",
-            "32",
-            "--repeats",
-            "1",
-            "--model",
-            "mobilenet_v2",
-            "--threads",
-            "1",
-            "--dollars",
-            "6",
-        ],
-        env={**os.environ, "PYTHONPATH": str(FOLDER.parent)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=True,
-    )
-    lines = result.stdout.splitlines()
-    milliseconds = {line[20:42].strip(): float(line[42:52]) for line in lines[3:6]}
-    both = milliseconds["student, rounding"] + milliseconds["teacher alone"]
-    judged = 2 * 50_000 * milliseconds["teacher alone"]
-    minutes = 1e-3 * (250_000 * both + judged) / 60
-    told = re.search(r"computed: ([\d.]+) min, \$([\d.]+)", lines[6])
-    assert told is not None
-    assert float(told[1]) == pytest.approx(minutes, rel=0.02)
-    assert float(told[2]) == pytest.approx(float(told[1]) / 10, rel=0.01)
 
 
 @pytest.fixture

@@ -238,11 +238,15 @@ class Listing:
 
         Raises:
             IndexError: If there is none of that index.
+            FatError: If the listing is damaged.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"image {index} of {len(self)}")
-        (row,) = self._rows(f"{_SELECT} WHERE images.id = ?", (index + 1,))
-        return _entry(row)
+        try:
+            (row,) = self._rows(f"{_SELECT} WHERE images.id = ?", (index + 1,))
+            return _entry(row)
+        except (TypeError, ValueError) as error:
+            raise self._damaged(error) from error
 
     def entries(self) -> Iterator[Entry]:
         """Yield all of them in order."""
@@ -277,7 +281,13 @@ class Listing:
         return ""
 
     def _rows(self, query: str, values: Sequence[Any] = ()) -> Iterator[Any]:
-        yield from self._open().execute(query, values)
+        try:
+            yield from self._open().execute(query, values)
+        except sqlite3.Error as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> FatError:
+        return FatError(f"The listing {self.path} is damaged: {error}. Delete it and start again.")
 
     def _open(self) -> sqlite3.Connection:
         """A connection of this process: SQLite's do not outlive a fork."""
@@ -470,7 +480,7 @@ def _try(path: Path, root: str) -> tuple[Listing | None, str]:
     try:
         listing = Listing(path)
         reason = listing.stale(root)
-    except (sqlite3.Error, FatError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file may hold anything
         return None, f"{path} is damaged ({error})"
     if reason:
         return None, reason

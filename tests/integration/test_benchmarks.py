@@ -1,0 +1,168 @@
+"""The benchmarks' commands, small: tables of step.py and gpu.py, networks of coverage.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+STEP = "--size 32 --batch 2 --repeats 1 --threads 1 --model mobilenet_v2 --weights frozen adaround"
+
+
+def run(script: str, *arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    folders = [str(path)] if path else []
+    folders += [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.run(
+        [sys.executable, FOLDER / script, *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The table where one peer is missing and the other breaks."""
+    folder = tmp_path_factory.mktemp("peers")
+    for name, error in (("brevitas", "ImportError"), ("torchao", "ZeroDivisionError")):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text(f"raise {error}('none here\\nsecond line')\n")
+    result = run("step.py", *STEP.split(), "--peers", path=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_the_first_line_names_the_machine(lines: list[str]) -> None:
+    assert f"1 threads, torch {torch.__version__}, kernels " in lines[0]
+    assert lines[0].endswith("batch 2, 32 px")
+
+
+def test_each_step_is_a_row_of_figures(lines: list[str]) -> None:
+    assert lines[1].split() == [
+        "network",
+        "step",
+        "median",
+        "s",
+        "min",
+        "max",
+        "ratio",
+        "peak",
+        "MB",
+        "ratio",
+    ]
+    steps = [line[20:41].strip() for line in lines[2:]]
+    assert steps == [
+        "float fine-tuning",
+        "student, frozen",
+        "student, rounding",
+        "teacher alone",
+        "Brevitas",
+        "torchao",
+    ]
+    for line in lines[2:6]:
+        assert line.startswith("mobilenet_v2 ")
+        median, low, high, ratio, peak, share = line[41:].split()
+        assert 0.0 < float(low) <= float(median) <= float(high)
+        assert float(ratio.removesuffix("x")) > 0.0
+        if sys.platform.startswith("linux"):
+            assert float(peak) > 0.0
+            assert float(share.removesuffix("x")) > 0.0
+    assert lines[2].count("1.00x") == 2
+    if sys.platform.startswith("linux"):
+        # Adam's two moments and the gradient of 3.5 million factors.
+        frozen, rounding = (float(line[41:].split()[4]) for line in lines[3:5])
+        assert rounding - frozen > 30.0
+
+
+def test_a_peer_that_fails_is_a_line_of_the_table(lines: list[str]) -> None:
+    assert lines[6][41:] == "not installed (none here); type: pip install -e '.[peers]'"
+    assert lines[7][41:] == "failed with ZeroDivisionError: none here"
+
+
+@pytest.fixture
+def presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("presets")
+    sys.modules.pop("presets")
+
+
+def test_a_cell_that_failed_is_shown_and_tried_again(presets: ModuleType, tmp_path: Path) -> None:
+    directory = tmp_path / "best_w4a4-mse"
+    presets.run_cell(["quant.bits=9"], directory, 1)
+    assert (
+        presets.table(["best_w4a4"], ["mse"], tmp_path)
+        .splitlines()[2]
+        .startswith("| best_w4a4 | failed: Error: bits is 9; allowed are whole numbers")
+    )
+    assert not (directory / "command.txt").exists()
+    figures = {"agreement": 75.04, "sqnr_db": 5.25}
+    (directory / "metrics.json").write_text(json.dumps({"trained": figures, "calibrated": {}}))
+    presets.run_cell(["quant.bits=9"], directory, 1)  # left by a run that never finished
+    assert not (directory / "metrics.json").exists()
+
+
+def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
+    words = "--device cpu --batch 2 --size 32 --repeats 1 --threads 1 --dollars 6"
+    result = run("gpu.py", *words.split(), "--model", "mobilenet_v2")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    milliseconds = {line[20:42].strip(): float(line[42:52]) for line in lines[3:6]}
+    both = milliseconds["student, rounding"] + milliseconds["teacher alone"]
+    judged = 2 * 50_000 * milliseconds["teacher alone"]
+    minutes = 1e-3 * (250_000 * both + judged) / 60
+    told = re.search(r"computed: ([\d.]+) min, \$([\d.]+)", lines[6])
+    assert told is not None
+    assert float(told[1]) == pytest.approx(minutes, rel=0.02)
+    assert float(told[2]) == pytest.approx(float(told[1]) / 10, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def coverage() -> ModuleType:
+    """benchmarks/coverage.py under a name of its own: the measuring tool is called coverage too."""
+    spec = importlib.util.spec_from_file_location("fat_coverage", FOLDER / "coverage.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["fat_coverage"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def options(**changed: Any) -> argparse.Namespace:
+    return argparse.Namespace(**{"size": 64, "memory": 6.0, "limit": 600, **changed})
+
+
+@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit"])
+def test_a_network_goes_through_everything(coverage: ModuleType, name: str) -> None:
+    found = coverage.run(name, options())
+    assert found["error"] is None
+    assert found["passed"] == list(coverage.STAGES)
+    assert found["integer_layers"] == found["layers"]
+    assert found["moved"] <= found["trained"]
+
+
+def test_a_network_that_takes_too_long_is_stopped_and_named(coverage: ModuleType) -> None:
+    found = coverage.run("test_vit", options(limit=0))
+    assert (found["network"], found["error_kind"]) == ("test_vit", "stopped")
+    assert found["error"] == "took more than 0 s (--limit)"
+
+
+def test_a_process_that_dies_is_a_row(coverage: ModuleType) -> None:
+    found = coverage.run("no_such_network", options())
+    assert found["error_kind"] == "crashed"
+    assert "no_such_network" in found["error"]
