@@ -37,7 +37,7 @@ from torch import Tensor
 
 import fat
 from fat.evaluation import read_sensitivity
-from fat.experiment import judge_artefact
+from fat.experiment import evaluate_artifact
 from fat.experiment.cli import explain
 from fat.experiment.config import EvaluateConfig, RunConfig, parse
 from fat.experiment.recipe_search import main as search_main
@@ -377,7 +377,7 @@ def evaluated(content: bytes, images: Path, name: str = "student.onnx") -> None:
     words += ("data.batch_size=8", "data.test_images=8", "trainer.progress=false")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = parse(EvaluateConfig, compose("evaluate", overrides=list(words)))
-    assert judge_artefact(config)["images"] == 8
+    assert evaluate_artifact(config)["images"] == 8
 
 
 def test_damaged_exported_files(finished: Path, photographs: Path) -> None:
