@@ -15,7 +15,7 @@ import huggingface_hub
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from fat.models.float_model import Preprocessing
 from fat.models.serialization import load, save
