@@ -31,6 +31,7 @@ __all__ = [
     "heat_map",
     "histogram",
     "layer_bars",
+    "layer_figures",
     "run_figures",
     "scale_top",
     "sensitivity_bars",
@@ -92,6 +93,18 @@ _LEGEND_ABOVE = {"legend_y": 1.0, "legend_yanchor": "bottom", "showlegend": True
 
 def _figure(traces: Sequence[Any], **layout: Any) -> go.Figure:
     return go.Figure(traces, {"template": _TEMPLATE, **layout})
+
+
+def _path(x: Sequence[float | None], y: Sequence[float | None], **look: Any) -> go.Scatter:
+    return go.Scatter(mode="lines", x=x, y=y, hoverinfo="skip", **look)
+
+
+def _marks(
+    name: str, x: Sequence[Any], y: Sequence[Any], runs: Sequence[int], look: Mapping[str, Any]
+) -> go.Scatter:
+    """Marks that stand for runs."""
+    marks = {"customdata": [str(run) for run in runs], "marker": {"size": 11, **look}}
+    return go.Scatter(mode="markers", name=name, x=x, y=y, hoverinfo="none", **marks)
 
 
 def _log_axis(values: Sequence[float | None]) -> dict[str, Any]:
@@ -208,32 +221,16 @@ def before_after(rows: Sequence[tuple[str, float | None, float | None]], title: 
         rows: Name, loss after calibration and loss after training, in the order of the sweep.
         title: Title of the x axis, with its unit.
     """
-    lines = go.Scatter(
-        mode="lines",
-        x=[x for _, before, after in rows for x in (before, after, None)],
-        y=[y for place in range(len(rows)) for y in (place, place, None)],
-        line={"color": LINE, "width": 2},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    traces = [lines]
+    x = [loss for _, *losses in rows for loss in (*losses, None)]
+    y = [y for place in range(len(rows)) for y in (place, place, None)]
+    traces = [_path(x, y, showlegend=False, line={"color": LINE, "width": 2})]
     for place, name, color, symbol in (
         (1, "calibrated only", BEFORE, "circle-open"),
         (2, "trained", AFTER, "circle"),
     ):
-        members = [i for i, row in enumerate(rows) if row[place] is not None]
-        traces.append(
-            go.Scatter(
-                mode="markers",
-                name=name,
-                x=[rows[i][place] for i in members],
-                y=members,
-                customdata=[str(i) for i in members],
-                hoverinfo="none",
-                marker={"size": 11, "color": color, "symbol": symbol},
-                marker_line={"width": 2, "color": color},
-            )
-        )
+        known = [i for i, row in enumerate(rows) if row[place] is not None]
+        look = {"color": color, "symbol": symbol, "line": {"width": 2, "color": color}}
+        traces.append(_marks(name, [rows[i][place] for i in known], known, known, look))
     return _figure(
         traces,
         xaxis={"title_text": title, "zeroline": True, "rangemode": "tozero"},
@@ -270,36 +267,20 @@ def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> go.Figure:
         y_title: Title of the y axis, with its unit.
     """
     front = [dots[i] for i in pareto_front([(dot.x, dot.y) for dot in dots])]
-    traces = [
-        go.Scatter(
-            mode="lines",
-            name="Pareto front",
-            hoverinfo="skip",
-            x=[dot.x for dot in front],
-            y=[dot.y for dot in front],
-            line={"shape": "hv", "color": INK, "width": 1.5, "dash": "dot"},
-        )
-    ]
+    line = {"shape": "hv", "color": INK, "width": 1.5, "dash": "dot"}
+    path = [dot.x for dot in front], [dot.y for dot in front]
+    traces = [_path(*path, name="Pareto front", line=line)]
     groups = [*dict.fromkeys(dot.group for dot in dots)]
     for place, name in enumerate(_names(groups, 30)["ticktext"]):
         members = [dot for dot in dots if dot.group == groups[place]]
-        traces.append(
-            go.Scatter(
-                mode="markers",
-                name=name,
-                x=[dot.x for dot in members],
-                y=[dot.y for dot in members],
-                customdata=[str(dot.run) for dot in members],
-                hoverinfo="none",
-                marker={
-                    "size": 11,
-                    "opacity": 0.9,
-                    "color": NETWORKS[place % len(NETWORKS)],
-                    "symbol": SYMBOLS[place // len(NETWORKS) % len(SYMBOLS)],
-                    "line": {"color": "#ffffff", "width": 1},
-                },
-            )
-        )
+        look = {
+            "opacity": 0.9,
+            "color": NETWORKS[place % len(NETWORKS)],
+            "symbol": SYMBOLS[place // len(NETWORKS) % len(SYMBOLS)],
+            "line": {"color": "#ffffff", "width": 1},
+        }
+        x, y, runs = zip(*((dot.x, dot.y, dot.run) for dot in members), strict=True)
+        traces.append(_marks(name, x, y, runs, look))
     return _figure(
         traces,
         xaxis={"title_text": x_title, "rangemode": "tozero"},
@@ -499,8 +480,26 @@ def sensitivity_bars(rows: Sequence[tuple[str, str, int, float]]) -> go.Figure:
     )
 
 
-BARS = (("sqnr_db", "dB", 1.0), ("saturated", "%", 100.0), ("alpha_at_edge", "%", 100.0))
-"""Columns of layers.csv that are drawn, the unit, and the factor that gives it."""
+BARS = {"sqnr_db": ("dB", 1.0), "saturated": ("%", 100.0), "alpha_at_edge": ("%", 100.0)}
+"""Columns of layers.csv that are drawn: the unit, and the factor that gives it."""
+
+
+def layer_figures(layers: Sequence[Mapping[str, str]]) -> dict[str, go.Figure]:
+    """Draw the columns of layers.csv that have values; see :data:`BARS`.
+
+    Args:
+        layers: Rows of layers.csv.
+    """
+    figures = {}
+    for column, (unit, factor) in BARS.items():
+        values = [finite(row.get(column)) for row in layers]
+        if any(value is not None for value in values):
+            bars = [
+                (row.get("layer", ""), row.get("kind", ""), value and factor * value)
+                for row, value in zip(layers, values, strict=True)
+            ]
+            figures[column] = layer_bars(bars, unit)
+    return figures
 
 
 def run_figures(directory: Path) -> dict[str, go.Figure]:
@@ -510,14 +509,8 @@ def run_figures(directory: Path) -> dict[str, go.Figure]:
         directory: A run with layers.csv and details.json.
     """
     problems: list[str] = []
-    layers = read_csv(directory / "layers.csv", problems) or []
     details = read_json(directory / "details.json", problems) or {}
-    figures: dict[str, go.Figure] = {}
-    for column, unit, factor in BARS:
-        values = [(row["layer"], row["kind"], finite(row[column])) for row in layers]
-        if any(value is not None for *_, value in values):
-            scaled = [(a, b, None if value is None else factor * value) for a, b, value in values]
-            figures[column] = layer_bars(scaled, unit)
+    figures = layer_figures(read_csv(directory / "layers.csv", problems) or [])
     for entry in details.get("histograms", []):
         figures[f"thresholds/{entry['layer']}.{entry['kind']}"] = histogram(
             entry["edges"], entry["counts"], entry["before"], entry["after"]

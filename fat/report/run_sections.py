@@ -11,7 +11,7 @@ from fat.evaluation.sensitivity_file import JSON as SENSITIVITY
 from fat.evaluation.sensitivity_file import read_sensitivity
 from fat.report import html
 from fat.report.html import Column, format_number, short
-from fat.report.plots import BARS, curves, filter_ranges, histogram, layer_bars, sensitivity_bars
+from fat.report.plots import BARS, curves, filter_ranges, histogram, layer_figures, sensitivity_bars
 from fat.report.records import Run, dig, finite, number, word
 from fat.utils.errors import FatError, first_line
 
@@ -208,14 +208,10 @@ def layer_section(
             "table": _csv_table(thresholds) if thresholds else None,
         }
     plots = []
-    for key, unit, _ in BARS:
-        title, explanation = BAR_TITLES[key]
-        values = [(row.get("layer", ""), row.get("kind", ""), _scaled(row, key)) for row in layers]
-        if any(value is not None for *_, value in values):
-            heading = f"{title}, {unit}"
-            bars = layer_bars(values, unit)
-            label = f"{heading}, for each tensor"
-            plots.append(html.plot(bars, label, height=260, title=heading, below=explanation))
+    for key, figure in layer_figures(layers).items():
+        title = f"{BAR_TITLES[key][0]}, {BARS[key][0]}"
+        label = f"{title}, for each tensor"
+        plots.append(html.plot(figure, label, height=260, title=title, below=BAR_TITLES[key][1]))
     columns = [Column("layer"), Column("kind"), *(column for column, _ in LAYER_COLUMNS.values())]
     rows = [
         [

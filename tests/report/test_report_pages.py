@@ -268,7 +268,7 @@ def test_a_page_of_files_that_hold_anything(tmp_path: Path) -> None:
     (directory / "equalization.csv").write_text("")
     page = check(run_page(directory))
     assert "sensitivity" not in page.sections
-    assert "is not what a sensitivity measurement wrote" in page.text
+    assert "is not a valid sensitivity report" in page.text
     assert "NaN" not in page.text.replace("(NaN)", "")
     assert [
         figure["data"][0]["y"] for figure in page.figures if figure["data"][0]["type"] == "bar"
