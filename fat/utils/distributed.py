@@ -1,10 +1,11 @@
-"""Several processes that train one student: who is who, sums over all, and starting them.
+"""Processes that train one student together: ranks, reductions, and starting them.
 
-Nothing here is needed by a single process, where all calls give back what they were given.
+In a single process every call returns its argument.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import tempfile
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,8 +46,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=12)
-"""So long the others wait while one of them works alone, for example fine-tunes."""
+TIMEOUT = timedelta(hours=12)
+"""Time limit of a collective operation: others wait while one process works alone."""
 
 _alone: ContextVar[bool] = ContextVar("fat_alone", default=False)
 
@@ -55,17 +57,17 @@ def _together() -> bool:
 
 
 def rank() -> int:
-    """Which of the processes this is, from 0; 0 is the one that writes."""
+    """Return the rank of this process; 0 is the main process."""
     return distributed.get_rank() if _together() else 0
 
 
 def size() -> int:
-    """How many processes there are."""
+    """Return the number of processes."""
     return distributed.get_world_size() if _together() else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes files, also while it works :func:`local_only`."""
+    """Return whether this process writes files, also inside :func:`local_only`."""
     return not (distributed.is_available() and distributed.is_initialized()) or (
         distributed.get_rank() == 0
     )
@@ -73,7 +75,7 @@ def is_main_process() -> bool:
 
 @contextmanager
 def local_only() -> Iterator[None]:
-    """Inside, this process behaves as if there were no others: it sees all images itself."""
+    """Make this process behave as if there were no others: it sees all images itself."""
     token = _alone.set(True)
     try:
         yield
@@ -83,9 +85,9 @@ def local_only() -> Iterator[None]:
 
 @contextmanager
 def main_process_first() -> Iterator[None]:
-    """Let process 0 through, and the others when it has left; each is :func:`local_only` inside.
+    """Run the block in the main process first, then in the others, each :func:`local_only`.
 
-    For work whose result process 0 leaves on disk, where the others find it.
+    For work whose result the main process writes to disk, where the others read it.
     """
     if not _together():
         yield
@@ -99,7 +101,7 @@ def main_process_first() -> Iterator[None]:
 
 
 def all_sum(x: Tensor) -> Tensor:
-    """Sum of a tensor of one shape over all processes; ``x`` itself stays as it is."""
+    """Return the sum over all processes of a tensor of one shape; ``x`` is not changed."""
     if size() == 1:
         return x
     total = _movable(x)
@@ -108,7 +110,7 @@ def all_sum(x: Tensor) -> Tensor:
 
 
 def all_max(x: Tensor) -> Tensor:
-    """Element-wise maximum of a tensor of one shape over all processes."""
+    """Return the element-wise maximum over all processes of a tensor of one shape."""
     if size() == 1:
         return x
     largest = _movable(x)
@@ -117,7 +119,7 @@ def all_max(x: Tensor) -> Tensor:
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """The tensors [...] of all processes, stacked to [processes, ...] in the order of ranks."""
+    """Return the tensors [...] of all processes, stacked to [processes, ...] by rank."""
     if size() == 1:
         return x.unsqueeze(0)
     mine = _movable(x)
@@ -127,11 +129,11 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """The rows [n, ...] of all processes, of which each may have another n, as one batch [N, ...].
+    """Return the rows [n, ...] of all processes as one batch [N, ...]; n may differ by process.
 
-    Gradients pass to this process's own rows alone. A loss L of the whole batch, times
-    :func:`size`, thus gives after DDP's mean over processes the gradient of L: exact also where L
-    is no mean over images, as RMSE.
+    Gradients flow only to the rows of this process. A loss L of the whole batch, multiplied by
+    :func:`size`, therefore has the exact gradient of L after DDP averages over processes, even if
+    L is not a mean over images, such as RMSE.
     """
     if size() == 1:
         return x
@@ -144,7 +146,7 @@ def gather_batch(x: Tensor) -> Tensor:
 
 
 def broadcast_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Process 0's tensors; all must come with the same names and shapes."""
+    """Return the main process's tensors; all processes must give the same names and shapes."""
     if size() == 1:
         return state
     result = {}
@@ -156,7 +158,7 @@ def broadcast_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def broadcast_object(value: T) -> T:
-    """Process 0's value, any that can be pickled."""
+    """Return the main process's value, which must be picklable."""
     if size() == 1:
         return value
     box = [value]
@@ -165,7 +167,7 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """The values of all processes in the order of ranks, any that can be pickled."""
+    """Return the picklable values of all processes, by rank."""
     if size() == 1:
         return [value]
     values: list[Any] = [None] * size()
@@ -174,18 +176,18 @@ def gather_objects(value: T) -> list[T]:
 
 
 def _movable(x: Tensor) -> Tensor:
-    """A copy where the backend can send it from: NCCL knows GPUs only."""
+    """Return a copy on the device that the backend sends from: NCCL only supports GPUs."""
     device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
     return x.detach().to(device, copy=True).contiguous()
 
 
 def started_outside() -> bool:
-    """Whether torchrun, or whatever sets its variables, started this process as one of several."""
+    """Return whether torchrun, or anything that sets its variables, started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def check_devices(devices: int) -> None:
-    """Raise a FatError if torchrun started another number of processes here than is asked for."""
+    """Raise a FatError if torchrun started another number of processes than ``devices``."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", devices))
     if here != devices:
         raise FatError(
@@ -195,59 +197,53 @@ def check_devices(devices: int) -> None:
 
 
 def join(accelerator: str) -> None:
-    """Meet the other processes that torchrun started, by the variables it sets."""
+    """Join the process group of torchrun, from the variables that it sets."""
     if not distributed.is_initialized():
         backend = "nccl" if accelerator == "gpu" else "gloo"
         if backend == "nccl":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group(backend, timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=TIMEOUT)
 
 
 def launch(work: Callable[..., Any], arguments: Sequence[Any], count: int, accelerator: str) -> Any:
-    """Call ``work(*arguments)`` in ``count`` new processes of this machine that know each other.
+    """Call ``work(*arguments)`` in ``count`` new processes of this machine that form a group.
+
+    torch's ``elastic_launch`` is not used: after Ctrl-C, which a terminal sends to all processes,
+    it interrupts each a second time, while the best student is being saved; and it reports the
+    first process whose connection broke, often not the one that failed.
 
     Args:
-        work: A function that can be pickled, and so can what it returns.
-        arguments: For it.
-        count: How many processes.
-        accelerator: ``"cpu"`` (gloo) or ``"gpu"`` (NCCL; each process takes one GPU).
+        work: A picklable function with a picklable result.
+        arguments: Its arguments.
+        count: Number of processes.
+        accelerator: ``"cpu"`` (gloo) or ``"gpu"`` (NCCL; each process uses one GPU).
 
     Returns:
-        What process 0 returned.
+        The result of process 0.
 
     Raises:
-        FatError: What one of them raised, or how it ended. The others are ended then.
-        KeyboardInterrupt: When all ended after Ctrl-C.
+        FatError: If a process fails, with its message; the others are terminated.
+        KeyboardInterrupt: When all processes have ended after Ctrl-C.
     """
     context = get_context("spawn")
     threads = max(torch.get_num_threads() // count, 1)
-    with tempfile.TemporaryDirectory(prefix="fat-meet-") as folder:
-        meeting = Path(folder, "place").as_uri()
-        receiver, sender = context.Pipe(duplex=False)
-        workers = [
-            context.Process(
-                target=_worker,
-                args=(
-                    sender,
-                    work,
-                    tuple(arguments),
-                    index,
-                    count,
-                    accelerator,
-                    meeting,
-                    threads,
-                    multiprocessing.get_start_method(),
-                ),
-                name=f"fat-{index}",
-            )
-            for index in range(count)
-        ]
-        for worker in workers:
-            worker.start()
-        sender.close()
+    method = multiprocessing.get_start_method()
+    workers, receivers = [], []
+    with tempfile.TemporaryDirectory(prefix="fat-") as folder:
+        store = Path(folder, "store").as_uri()
         try:
-            return _wait(workers, receiver)
-        except KeyboardInterrupt:  # which all of them got: the first saves what it has
+            for index in range(count):
+                receiver, sender = context.Pipe(duplex=False)
+                options = (index, count, accelerator, store, threads, method)
+                worker = context.Process(
+                    target=_worker, args=(sender, work, arguments, *options), name=f"fat-{index}"
+                )
+                worker.start()
+                sender.close()
+                workers.append(worker)
+                receivers.append(receiver)
+            return _wait(workers, receivers)
+        except KeyboardInterrupt:  # all processes got it, and the first saves the best student
             for worker in workers:
                 worker.join(60)
             raise
@@ -261,91 +257,64 @@ def launch(work: Callable[..., Any], arguments: Sequence[Any], count: int, accel
                     worker.kill()
 
 
-def _wait(workers: list[Any], receiver: Any) -> Any:
-    """The message of process 0, or the first failure."""
-    answer: tuple[str, Any] | None = None
-    left = list(workers)
-    while left:
-        if receiver.poll(0.2):
-            try:
-                kind, value = receiver.recv()
-            except EOFError:
-                kind = "closed"
-            if kind == "interrupted":
-                for worker in left:
-                    worker.join(30)
-                raise KeyboardInterrupt
-            if kind == "error":
-                raise FatError(value)
-            if kind == "broken":
-                raise FatError(_cause(workers, receiver, *value))
-            if kind == "result":
-                answer = (kind, value)
-            if kind == "closed":
-                for worker in left:
-                    worker.join()
-        ended = [worker for worker in left if not worker.is_alive()]
-        left = [worker for worker in left if worker.is_alive()]
-        for worker in ended:
-            if worker.exitcode and not receiver.poll():
-                raise FatError(_silent(worker, len(workers)))
-    while receiver.poll():
-        try:
-            kind, value = receiver.recv()
-        except EOFError:
-            break
+def _wait(workers: Sequence[Any], receivers: Sequence[Any]) -> Any:
+    """Return the result of process 0, or raise the cause of the first failure."""
+    messages: dict[int, tuple[str, Any]] = {}
+    deadline = math.inf
+    while len(messages) < len(workers) and time.monotonic() < deadline:
+        waiting = {receivers[index]: index for index in set(range(len(workers))) - messages.keys()}
+        for receiver in connection.wait(list(waiting), timeout=0.2):
+            messages[waiting.pop(receiver)] = _message(receiver)
+        for receiver, index in waiting.items():  # its children may keep the connection open
+            if not workers[index].is_alive() and not receiver.poll():
+                messages[index] = ("silent", None)
+        found = dict(messages.values())
+        if "interrupted" in found:
+            for worker in workers:
+                worker.join(30)
+            raise KeyboardInterrupt
+        if "error" in found:
+            raise FatError(found["error"])
+        if found.keys() - {"result"}:
+            # The end of one process breaks the connections of others, and may be noticed later.
+            deadline = min(deadline, time.monotonic() + 2.0)
+    for index, worker in enumerate(workers):
+        kind, value = messages.get(index, ("late", None))
         if kind == "result":
-            answer = (kind, value)
-        elif kind == "error":
-            raise FatError(value)
-        elif kind == "broken":
-            raise FatError(value[1])
-    if answer is None:
-        raise FatError("The processes ended without a result.")
-    return answer[1]
-
-
-def _cause(workers: list[Any], receiver: Any, index: int, text: str) -> str:
-    """What to say of a process that broke: another one's end may have broken its connection."""
-    spoke = {index}
-    deadline = time.monotonic() + 2.0
-    for worker in workers:
-        worker.join(max(deadline - time.monotonic(), 0.0))
-    while receiver.poll():
-        try:
-            kind, value = receiver.recv()
-        except EOFError:
-            break
-        if kind == "error":  # it knew what to say
-            return str(value)
+            worker.join()
+        if kind == "silent" or (kind == "result" and worker.exitcode):
+            worker.join(1)
+            raise FatError(
+                f"Process {worker.name} of {len(workers)} ended with status {worker.exitcode} and "
+                "no message: the system may have run out of memory. Type fewer trainer.devices, or "
+                "a smaller data.batch_size."
+            )
+    for kind, value in messages.values():
         if kind == "broken":
-            spoke.add(value[0])
-    for number, worker in enumerate(workers):
-        if worker.exitcode and number not in spoke:
-            return _silent(worker, len(workers))
-    return text
+            raise FatError(value)
+    return messages[0][1]
 
 
-def _silent(worker: Any, count: int) -> str:
-    return (
-        f"Process {worker.name} of {count} ended with status {worker.exitcode} and without a word: "
-        "the system may have run out of memory. Type fewer trainer.devices, or a smaller "
-        "data.batch_size."
-    )
+def _message(receiver: Any) -> tuple[str, Any]:
+    try:
+        message: tuple[str, Any] = receiver.recv()
+    except (EOFError, OSError):
+        return "silent", None
+    return message
 
 
 def _worker(
     sender: Any,
     work: Callable[..., Any],
-    arguments: tuple[Any, ...],
+    arguments: Sequence[Any],
     index: int,
     count: int,
     accelerator: str,
-    meeting: str,
+    store: str,
     threads: int,
     start_method: str,
 ) -> None:
-    # A spawned process would spawn its loaders' workers too, each of which imports torch anew.
+    # A spawned process would spawn the workers of its data loaders too, which each import torch.
     multiprocessing.set_start_method(start_method, force=True)
     os.environ.update(
         RANK=str(index),
@@ -359,21 +328,19 @@ def _worker(
     if backend == "nccl":
         torch.cuda.set_device(index)
     distributed.init_process_group(
-        backend, init_method=meeting, rank=index, world_size=count, timeout=PATIENCE
+        backend, init_method=store, rank=index, world_size=count, timeout=TIMEOUT
     )
     try:
         result = work(*arguments)
-    except KeyboardInterrupt:
-        sender.send(("interrupted", None))
-        os._exit(1)  # the others may wait for this one in vain
-    except FatError as error:
-        sender.send(("error", str(error)))
-        os._exit(1)
-    except BaseException:
-        text = f"Process {index} of {count} failed:\n{traceback.format_exc()}"
-        sender.send(("broken", (index, text)))
-        os._exit(1)
-    if index == 0:
-        sender.send(("result", result))
+        sender.send(("result", result if index == 0 else None))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            sender.send(("interrupted", None))
+        elif isinstance(error, FatError):
+            sender.send(("error", str(error)))
+        else:
+            text = f"Process {index} of {count} failed:\n{traceback.format_exc()}"
+            sender.send(("broken", text))
+        os._exit(1)  # without waiting for the others
     sender.close()
     distributed.destroy_process_group()

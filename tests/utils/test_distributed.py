@@ -154,7 +154,7 @@ def test_no_process_has_an_image(both: Found) -> None:
     [
         ("told", 2, FatError, "^Type something else.$"),
         ("broken", 2, FatError, "(?s)Process 1 of 2 failed.*ValueError: a mistake of the program"),
-        ("killed", 2, FatError, "fat-1 of 2 ended with status 9 and without a word.*devices"),
+        ("killed", 2, FatError, "fat-1 of 2 ended with status 9 and no message.*devices"),
         ("Ctrl-C", 1, KeyboardInterrupt, ""),
     ],
 )
