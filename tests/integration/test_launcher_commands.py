@@ -146,7 +146,7 @@ def test_a_search_ends_with_a_command_that_gives_the_best_again(tmp_path: Path) 
     assert shlex.split(line)[:2] == ["python", "train.py"]
     # The only figures on test images are those of the best, at the end.
     assert result.stdout.count("agreement") == 1
-    assert result.stdout.index("test images choose nothing") < result.stdout.index("Lowest")
+    assert result.stdout.index("test images take no part") < result.stdout.index("Lowest")
     assert len(rows(place)) == 2
 
     more = subprocess.run(
