@@ -99,10 +99,7 @@ def composed(command: str, *extra: str) -> RunConfig | EvaluateConfig:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_composes(command: str) -> None:
-    config = composed(command)
-    if isinstance(config, RunConfig):
-        config.quant_spec()
-        config.train_spec()
+    composed(command)
 
 
 def test_the_configuration_file_of_the_page_extends_conf(tmp_path: Path) -> None:
@@ -114,7 +111,7 @@ def test_the_configuration_file_of_the_page_extends_conf(tmp_path: Path) -> None
     config = composed(command.replace(OWN_CONF, ""), f"hydra.searchpath=[file://{tmp_path}]")
     assert isinstance(config, RunConfig)
     assert config.model.name == "mobilenetv2_100"
-    assert (config.quant_spec().bits, config.train_spec().epochs) == (6, 5)
+    assert (config.quant.bits, config.optim.epochs) == (6, 5)
 
 
 def test_every_linked_file_exists() -> None:

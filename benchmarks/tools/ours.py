@@ -9,7 +9,7 @@ computes the student's integers with the file, on the 50.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from common import Job, run
@@ -33,11 +33,10 @@ def main(job: Job) -> None:
     with initialize_config_dir(str(conf), version_base="1.3"):
         composed = compose("train", overrides=job.fields["overrides"])
     config = parse_run(OmegaConf.to_container(composed))
-    config.trainer.threads = job.threads
-    set_up(config.trainer, config.seed)
+    set_up(replace(config.trainer, threads=job.threads), config.seed)
     source = load_float_network(**asdict(config.model))
     data = make_data(config.data, InputSpec.of(source), config.seed)
-    spec, recipe = config.quant_spec(), config.train_spec()
+    spec, recipe = config.quant, config.optim
     path = job.out / "student.onnx"
     with job.timed():
         with job.stage("prepare"):

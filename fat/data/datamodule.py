@@ -6,14 +6,16 @@ import hashlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 
 from fat.data.cache import build_cache
+from fat.data.config import DataOptions
 from fat.data.dataset import (
     Batch,
     EpochSampler,
@@ -30,14 +32,10 @@ from fat.data.sources.manifest import PHOTO_TESTS, ImageIndex, some
 from fat.data.splits import (
     CALIBRATION_DRAW,
     SPLIT_DRAW,
-    Cut,
-    Feeding,
-    Sampling,
-    check_counts,
-    check_sampling,
+    DatasetFactory,
+    check_seed,
     find_folders,
-    loading,
-    share,
+    image_count,
 )
 from fat.data.transforms import DeviceCropTransform
 from fat.utils import distributed
@@ -75,7 +73,8 @@ TEST_PHOTOS = ("chelsea.png", "rocket.jpg", "moon.png")
 # Evaluation crops of photographs do not follow the run's seed: all runs are judged on the same.
 _EVAL_SEED = 0
 
-_TEST_CROPS = 300  # to judge by, unless told otherwise
+# Numbers of crops that photographs give, unless options say otherwise.
+_TRAIN_CROPS, _VALIDATION_CROPS, _TEST_CROPS = 1000, 100, 300
 
 
 class FatDataModule(pl.LightningDataModule):
@@ -109,17 +108,13 @@ class FatDataModule(pl.LightningDataModule):
         validation: ImageDataset,
         test: ImageDataset,
         *,
-        batch_size: int = 16,
+        batch_size: int = DataOptions.batch_size,
         workers: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise FatError(f"data.batch_size is {batch_size}; it must be at least 1.")
-        if workers is not None and workers < 0:
-            raise FatError(f"data.workers is {workers}; it must be 0 or more, or null to choose.")
-        if seed < 0:
-            raise FatError(f"The seed is {seed}; it must not be negative.")
+        DataOptions(batch_size=batch_size, workers=workers)  # checks them
+        check_seed(seed)
         self.calibration = calibration
         self.train = train
         self.validation = validation
@@ -133,13 +128,11 @@ class FatDataModule(pl.LightningDataModule):
     def photos(
         cls,
         preprocessing: Preprocessing,
+        spec: DataOptions | None = None,
         *,
-        train_images: int = 1000,
-        calibration_images: int = 100,
-        validation_images: int = 100,
-        test_images: int = _TEST_CROPS,
         test: ImageSource | None = None,
-        **feeding: Unpack[Feeding],
+        seed: int = 0,
+        **options: Any,
     ) -> FatDataModule:
         """Random crops of the photographs inside scikit-image; each split has its own photographs.
 
@@ -147,35 +140,34 @@ class FatDataModule(pl.LightningDataModule):
         validation and test crops are the same for every seed.
 
         Args:
-            preprocessing: How the network wants its images.
-            train_images: Training crops per epoch.
-            calibration_images: Crops of training photographs for calibration.
-            validation_images: Validation crops.
-            test_images: Test crops, or at most so many of ``test``.
-            test: Images to judge by in place of photographs.
-            **feeding: See :class:`Feeding`.
+            preprocessing: Input requirements of the network.
+            spec: Options; by default 1000 training crops per epoch, 100 validation crops and 300
+                test crops.
+            test: Test images in place of the photographs, at most ``test_images`` of them.
+            seed: Seed of samples, training order and crops.
+            **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
 
         Raises:
-            FatError: If a photograph is not installed or a number is out of range.
+            FatError: If a photograph is not installed or an option is not allowed.
         """
-        check_counts(
-            train_images=train_images,
-            calibration_images=calibration_images,
-            validation_images=validation_images,
-            test_images=test_images,
-        )
-        cut = Cut(preprocessing, feeding)
+        spec = replace(spec or DataOptions(), **options)
+        factory = _factory(preprocessing, spec, seed)
 
         def split(name: str, photos: Sequence[str], count: int, seed: int) -> ImageDataset:
-            crops = cut.train() if name == "training" else cut.crop()
+            crops = factory.training_crops() if name == "training" else factory.random_crops()
             return ImageDataset(PhotoSource(photos, count), crops, split=name, seed=seed)
 
+        train_crops = spec.train_images or _TRAIN_CROPS
+        validation_crops = spec.validation_images or _VALIDATION_CROPS
+        test_images = spec.test_images or _TEST_CROPS
         return cls(
-            split("calibration", TRAIN_PHOTOS, calibration_images, cut.seed),
-            split("training", TRAIN_PHOTOS, train_images, cut.seed),
-            split("validation", VALIDATION_PHOTOS, validation_images, _EVAL_SEED),
-            _photo_tests(cut, test_images) if test is None else cut.held_out(test, test_images),
-            **loading(feeding),
+            split("calibration", TRAIN_PHOTOS, spec.calibration_images, seed),
+            split("training", TRAIN_PHOTOS, train_crops, seed),
+            split("validation", VALIDATION_PHOTOS, validation_crops, _EVAL_SEED),
+            _photo_tests(factory, test_images)
+            if test is None
+            else factory.sampled_test(test, test_images),
+            **_loading(spec, seed),
         )
 
     @classmethod
@@ -183,12 +175,14 @@ class FatDataModule(pl.LightningDataModule):
         cls,
         root: str | os.PathLike[str],
         preprocessing: Preprocessing,
+        spec: DataOptions | None = None,
         *,
         test_root: str | os.PathLike[str] | None = None,
         classes: Mapping[str, int] | Sequence[str] | None = None,
         num_classes: int | None = None,
         progress: bool = False,
-        **options: Unpack[Sampling],
+        seed: int = 0,
+        **options: Any,
     ) -> FatDataModule:
         """Any folder of images, searched recursively.
 
@@ -205,19 +199,23 @@ class FatDataModule(pl.LightningDataModule):
             classes: Names of the class folders in the order of the logits, or name to index.
             num_classes: Number of logits.
             progress: Whether to show bars while images are listed and hashed, if that takes long.
-            **options: See :class:`Sampling` and :class:`Feeding`.
+            spec: Options.
+            seed: Seed of samples, training order and crops.
+            **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
 
         Raises:
             FatError: If a folder is missing, empty or overlaps the other, there are fewer than
                 three images (two with a test folder), or a number is out of range.
         """
         pool_root, held_out = find_folders(Path(root).expanduser(), test_root)
-        check_sampling(options)
+        spec = replace(spec or DataOptions(), **options)
         pool = FolderSource(pool_root, classes, num_classes, progress=progress)
         test = None
         if held_out is not None:
             test = FolderSource(held_out, classes, num_classes, progress=progress)
-        data = cls.of_sources(pool, test, preprocessing, what=f"The folder {pool_root}", **options)
+        data = cls.of_sources(
+            pool, test, preprocessing, spec, what=f"The folder {pool_root}", seed=seed
+        )
         data._write_down(pool_root, held_out, progress)
         return data
 
@@ -227,9 +225,11 @@ class FatDataModule(pl.LightningDataModule):
         pool: ImageSource,
         test: ImageSource | None,
         preprocessing: Preprocessing,
+        spec: DataOptions | None = None,
         *,
         what: str = "The source",
-        **options: Unpack[Sampling],
+        seed: int = 0,
+        **options: Any,
     ) -> FatDataModule:
         """Uniform samples of a source; they follow the seed.
 
@@ -238,63 +238,77 @@ class FatDataModule(pl.LightningDataModule):
             test: Where test images come from; None takes ``test_fraction`` of the pool.
             preprocessing: How the network wants its images.
             what: What to call the pool in an error.
-            **options: See :class:`Sampling` and :class:`Feeding`.
+            spec: Options.
+            seed: Seed of samples, training order and crops.
+            **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
 
         Raises:
             FatError: If there are fewer than three images (two with a test source), or a number
                 is out of range.
         """
-        chosen = check_sampling(options)
-        cut = Cut(preprocessing, options)
-        order = generator(cut.seed, SPLIT_DRAW).permutation(len(pool))
+        spec = replace(spec or DataOptions(), **options)
+        factory = _factory(preprocessing, spec, seed)
+        order = generator(seed, SPLIT_DRAW).permutation(len(pool))
         if test is None:
-            test_source, taken = pool, share(len(pool), chosen.get("test_fraction", 0.2))
+            test_source, taken = pool, image_count(len(pool), spec.test_fraction)
             tests, order = order[:taken], order[taken:]
         else:
             test_source = test
-            tests = generator(cut.seed, SPLIT_DRAW).permutation(len(test))
-        held = share(len(pool), chosen.get("validation_fraction", 0.1))
+            tests = generator(seed, SPLIT_DRAW).permutation(len(test))
+        held = image_count(len(pool), spec.validation_fraction)
         if len(order) - held < 1:
             raise FatError(
                 f"{what} holds {len(pool)} image(s); training, validation and test need at least "
                 f"{3 if test is None else 2}. Type data.root=DIR with more, or data=photos."
             )
-        held_images, trains = order[:held], order[held:][: chosen.get("train_images")]
-        calibrating = chosen.get("calibration_images", 100)
-        picks = generator(cut.seed, CALIBRATION_DRAW).permutation(trains)[:calibrating]
-        kept = np.sort(held_images[: chosen.get("validation_images")])
+        validation, train = (
+            order[:held][: spec.validation_images],
+            order[held:][: spec.train_images],
+        )
+        calibration = generator(seed, CALIBRATION_DRAW).permutation(train)
+        crops = factory.training_crops()
         return cls(
-            cut.still(pool, picks, "calibration"),
-            ImageDataset(
-                pool, cut.train(), indices=np.sort(trains), split="training", seed=cut.seed
-            ),
-            cut.still(pool, kept, "validation"),
-            cut.still(test_source, np.sort(tests[: chosen.get("test_images")]), "test"),
-            **loading(options),
+            factory.evaluation(pool, calibration[: spec.calibration_images], "calibration"),
+            ImageDataset(pool, crops, indices=np.sort(train), split="training", seed=seed),
+            factory.evaluation(pool, np.sort(validation), "validation"),
+            factory.evaluation(test_source, np.sort(tests[: spec.test_images]), "test"),
+            **_loading(spec, seed),
         )
 
     @classmethod
     def of_index(
-        cls, index: ImageIndex, preprocessing: Preprocessing, **feeding: Unpack[Feeding]
+        cls,
+        index: ImageIndex,
+        preprocessing: Preprocessing,
+        spec: DataOptions | None = None,
+        *,
+        seed: int = 0,
+        **options: Any,
     ) -> FatDataModule:
-        """The very images of an index.
+        """Exactly the images of an index.
 
         Args:
-            index: Which images each split has.
-            preprocessing: How the network wants its images.
-            **feeding: See :class:`Feeding`.
+            index: The images of each split.
+            preprocessing: Input requirements of the network.
+            spec: Options; numbers and fractions of images have no effect.
+            seed: Seed of training order and crops.
+            **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
         """
-        cut = Cut(preprocessing, feeding)
+        spec = replace(spec or DataOptions(), **options)
+        factory = _factory(preprocessing, spec, seed)
 
-        def still(split: str) -> ImageDataset:
+        def evaluation(split: str) -> ImageDataset:
             source = index.source(split)
-            return cut.still(source, np.arange(len(source)), split)
+            return factory.evaluation(source, np.arange(len(source)), split)
 
         index.check_disjoint()
-        train = ImageDataset(index.source("train"), cut.train(), split="training", seed=cut.seed)
-        crops = index.options.get(PHOTO_TESTS)
-        test = still("test") if crops is None else _photo_tests(cut, crops)
-        data = cls(still("calibration"), train, still("validation"), test, **loading(feeding))
+        crops = factory.training_crops()
+        train = ImageDataset(index.source("train"), crops, split="training", seed=seed)
+        count = index.options.get(PHOTO_TESTS)
+        test = evaluation("test") if count is None else _photo_tests(factory, count)
+        data = cls(
+            evaluation("calibration"), train, evaluation("validation"), test, **_loading(spec, seed)
+        )
         data.index = index
         return data
 
@@ -303,9 +317,11 @@ class FatDataModule(pl.LightningDataModule):
         cls,
         images: str | os.PathLike[str],
         preprocessing: Preprocessing,
+        spec: DataOptions | None = None,
         *,
         test: ImageSource | None = None,
-        **options: Unpack[Sampling],
+        seed: int = 0,
+        **options: Any,
     ) -> FatDataModule:
         """Synthesised images to calibrate, train and validate on, real ones to judge by.
 
@@ -313,20 +329,22 @@ class FatDataModule(pl.LightningDataModule):
             images: The folder of synthesised images.
             preprocessing: How the network wants its images.
             test: The real images; None takes crops of photographs.
-            **options: See :class:`Sampling` and :class:`Feeding`; of the photographs
-                ``test_images`` crops are made, 300 by default.
+            spec: Options; ``test_images`` is the number of crops of photographs, 300 by default.
+            seed: Seed of samples, training order and crops.
+            **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
 
         Raises:
             FatError: If there are fewer than two images, or a number is out of range.
         """
         made = FolderSource(images)
+        spec = replace(spec or DataOptions(), **options)
         if test is None:
-            crops = options.get("test_images") or _TEST_CROPS
-            photos = _photo_tests(Cut(preprocessing, options), crops)
-            data = cls.of_sources(made, photos.source, preprocessing, **options)
+            factory = _factory(preprocessing, spec, seed)
+            photos = _photo_tests(factory, spec.test_images or _TEST_CROPS)
+            data = cls.of_sources(made, photos.source, preprocessing, spec, seed=seed)
             data.test = photos
         else:
-            data = cls.of_sources(made, test, preprocessing, **options)
+            data = cls.of_sources(made, test, preprocessing, spec, seed=seed)
         held_out = test.root if isinstance(test, FolderSource) else None
         data._write_down(Path(images), held_out, progress=False)
         return data
@@ -524,9 +542,19 @@ class FatDataModule(pl.LightningDataModule):
         )
 
 
-def _photo_tests(cut: Cut, count: int) -> ImageDataset:
+def _factory(preprocessing: Preprocessing, spec: DataOptions, seed: int) -> DatasetFactory:
+    check_seed(seed)
+    return DatasetFactory(preprocessing, spec, seed)
+
+
+def _loading(spec: DataOptions, seed: int) -> dict[str, Any]:
+    """Return the options that the data module itself takes."""
+    return {"batch_size": spec.batch_size, "workers": spec.workers, "seed": seed}
+
+
+def _photo_tests(factory: DatasetFactory, count: int) -> ImageDataset:
     source = PhotoSource(TEST_PHOTOS, count)
-    return ImageDataset(source, cut.crop(), split="test", seed=_EVAL_SEED)
+    return ImageDataset(source, factory.random_crops(), split="test", seed=_EVAL_SEED)
 
 
 def _usable_workers() -> int:

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fat.data.config import DataConfig
 from fat.data.datamodule import FatDataModule
-from fat.data.distill.synthesis import DistillSpec, distilled_folder
+from fat.data.distill.synthesis import distilled_folder
 from fat.data.imagenet.subset import choose
 from fat.data.sources import builtin as ready
 from fat.data.sources import hub
 from fat.data.sources.base import ImageSource
 from fat.data.sources.folder import FolderSource, folder_classes
 from fat.data.sources.manifest import ImageIndex
-from fat.data.splits import Feeding, Sampling, find_folders
-from fat.experiment.config import DataConfig, ExportConfig
+from fat.data.splits import find_folders
+from fat.experiment.config import ExportConfig
 from fat.export.base import ExportBackend
 from fat.export.exporter import export
-from fat.export.registry import TARGETS, make_target
+from fat.export.registry import make_target
 from fat.models.float_model import FloatNetwork, Preprocessing
 from fat.models.labels import class_names
 from fat.models.student import Student
 from fat.training.config import FinetuneSpec
 from fat.training.finetuning import FinetuneResult, finetune_cached
 from fat.utils.batches import AtMost, Images
-from fat.utils.errors import FatError, unknown_name
+from fat.utils.errors import FatError
 
 __all__ = [
     "STEM",
@@ -77,29 +78,6 @@ class _Request:
     device: torch.device | None
     progress: bool
 
-    def feeding(self) -> Feeding:
-        config = self.config
-        return {
-            "batch_size": config.batch_size,
-            "workers": config.workers,
-            "seed": self.seed,
-            "scale": (config.crop_scale[0], config.crop_scale[1]),
-            "flip": config.flip,
-            "augment": config.augment,
-        }
-
-    def sampling(self) -> Sampling:
-        config = self.config
-        return {
-            **self.feeding(),
-            "train_images": config.train_images,
-            "calibration_images": config.calibration_images,
-            "validation_images": config.validation_images,
-            "test_images": config.test_images,
-            "validation_fraction": config.validation_fraction,
-            "test_fraction": config.test_fraction,
-        }
-
     def root(self) -> Path:
         if not self.config.root:
             source = self.config.source
@@ -115,19 +93,11 @@ class _Request:
 
 
 def for_images(source: FloatNetwork, config: DataConfig) -> FloatNetwork:
-    """The float network with the input size and the crop that ``data`` asks for.
-
-    Raises:
-        FatError: If one of them is out of range.
-    """
+    """Return the float network with the input size and the crop that ``data`` asks for."""
     preprocessing = source.preprocessing
     if config.image_size is not None:
-        if config.image_size < 1:
-            raise FatError(f"data.image_size is {config.image_size}; it must be at least 1 pixel.")
         preprocessing = replace(preprocessing, size=(config.image_size, config.image_size))
     if config.crop_pct is not None:
-        if not 0 < config.crop_pct <= 1:
-            raise FatError(f"data.crop_pct is {config.crop_pct}; allowed: more than 0, at most 1.")
         preprocessing = replace(preprocessing, crop_pct=config.crop_pct)
     return replace(source, preprocessing=preprocessing)
 
@@ -209,7 +179,7 @@ def make_data(
         FatError: For anything the user can mend.
     """
     if config.source not in _MAKE:
-        raise unknown_name("data source", config.source, _MAKE)
+        raise FatError(f"data={config.source} is for evaluate.py. Type data={'|'.join(_MAKE)}.")
     request = _Request(config, target, seed, device, progress)
     if config.index is None:
         data = _MAKE[config.source](request)
@@ -221,18 +191,8 @@ def make_data(
 
 
 def _photos(request: _Request) -> FatDataModule:
-    config = request.config
-    counts = {
-        key: getattr(config, key)
-        for key in ("train_images", "validation_images", "test_images")
-        if getattr(config, key) is not None
-    }
     return FatDataModule.photos(
-        request.target.preprocessing,
-        **counts,
-        calibration_images=config.calibration_images,
-        test=request.real_test(),
-        **request.feeding(),
+        request.target.preprocessing, request.config, test=request.real_test(), seed=request.seed
     )
 
 
@@ -240,11 +200,12 @@ def _folder(request: _Request) -> FatDataModule:
     return FatDataModule.folder(
         request.root(),
         request.target.preprocessing,
+        request.config,
         test_root=request.config.test_root,
         classes=request.target.names(),
         num_classes=request.target.num_classes,
         progress=request.progress,
-        **request.sampling(),
+        seed=request.seed,
     )
 
 
@@ -300,7 +261,9 @@ def _load_index(config: DataConfig) -> ImageIndex:
 
 def _of_index(request: _Request, index: ImageIndex) -> FatDataModule:
     index.check_labels(request.target.num_classes)
-    return FatDataModule.of_index(index, request.target.preprocessing, **request.feeding())
+    return FatDataModule.of_index(
+        index, request.target.preprocessing, request.config, seed=request.seed
+    )
 
 
 def _ready(request: _Request) -> FatDataModule:
@@ -313,7 +276,7 @@ def _ready(request: _Request) -> FatDataModule:
             "model.weights=PATH with weights for these classes."
         )
     return FatDataModule.of_sources(
-        found.train, found.test, target.preprocessing, **request.sampling()
+        found.train, found.test, target.preprocessing, config, seed=request.seed
     )
 
 
@@ -327,13 +290,17 @@ def _distilled(request: _Request) -> FatDataModule:
     images = distilled_folder(
         network,
         request.target.preprocessing,
-        DistillSpec(**asdict(request.config.distill)),
+        request.config.distill,
         seed=request.seed,
         device=request.device,
         progress=request.progress,
     )
     return FatDataModule.distilled(
-        images, request.target.preprocessing, test=request.real_test(), **request.sampling()
+        images,
+        request.target.preprocessing,
+        request.config,
+        test=request.real_test(),
+        seed=request.seed,
     )
 
 
@@ -363,13 +330,6 @@ def asked_target(config: ExportConfig) -> ExportBackend | None:
     """
     if config.target == "none":
         return None
-    if config.images < 1:
-        raise FatError(f"export.images is {config.images}; it must be at least 1.")
-    if config.target not in TARGETS:
-        raise FatError(
-            f"export.target is {config.target!r}; type export=CHOICE, allowed are none, "
-            f"{', '.join(TARGETS)}."
-        )
     target = make_target(config.target, opset=config.opset, integer_io=config.integer_io)
     target.check()
     return target

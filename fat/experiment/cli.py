@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 import fat
 from fat.experiment import jobs
 from fat.experiment.arguments import arguments
-from fat.experiment.config import EvaluateConfig, RunConfig, parse, suggest_key
+from fat.experiment.config import EvaluateConfig, RunConfig, current_overrides, parse, suggest_key
 from fat.experiment.help import help_text
 from fat.utils.commands import VARIABLE
 from fat.utils.errors import FatError, nearest, unknown_name
@@ -175,7 +175,7 @@ def _train(composed: DictConfig) -> float:
 def _evaluate(composed: DictConfig) -> dict[str, Any]:
     config = parse(EvaluateConfig, composed)
     requested = {
-        "artefact": config.artefact is not None,
+        "artifact": config.artifact is not None,
         "export": config.export.target != "none",
         "analysis": config.analysis is not None,
     }
@@ -186,7 +186,7 @@ def _evaluate(composed: DictConfig) -> dict[str, Any]:
     from fat.experiment.evaluate import analyze_run, evaluate_artifact, evaluate_run, export_run
 
     functions: dict[str, Callable[[EvaluateConfig], dict[str, Any]]] = {
-        "artefact": evaluate_artifact,
+        "artifact": evaluate_artifact,
         "export": export_run,
         "analysis": analyze_run,
     }
@@ -205,7 +205,7 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        sys.argv[1:] = arguments(sys.argv[1:])
+        sys.argv[1:] = arguments(current_overrides(sys.argv[1:], schema))
         main()
         if _errors:
             raise _errors[0]

@@ -1,17 +1,29 @@
-"""The shape of conf/: what Hydra composes, checked and turned into plain dataclasses."""
+"""Options of train.py and evaluate.py: the sections of conf/, and reading what Hydra composed."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fat.quant.config import MOST_PIXELS, EqualizeSpec, InitSpec, QuantSpec
-from fat.training.config import FinetuneSpec, ReconstructSpec, TrainSpec
-from fat.utils.errors import FatError, nearest, unknown_name
+from fat.data.config import MOST_IMAGES, MOST_PROCESSES, DataConfig
+from fat.quant.config import QuantSpec
+from fat.training.config import FinetuneSpec, TrainSpec
+from fat.utils.errors import FatError
+from fat.utils.options import (
+    Entry,
+    Options,
+    build,
+    current_overrides,
+    entries,
+    nested,
+    option,
+    suggest_key,
+    to_config,
+)
 
 __all__ = [
     "DataConfig",
@@ -20,442 +32,288 @@ __all__ = [
     "LoggerConfig",
     "ModelConfig",
     "RunConfig",
-    "TeacherConfig",
+    "TrainerConfig",
+    "current_overrides",
+    "option_table",
     "parse",
     "parse_run",
     "suggest_key",
+    "to_config",
 ]
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Options)
 
-TEACHERS = ("pretrained", "finetune")
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
-"""Lightning's names of those that training works in."""
-# Above these a value is a slip of the finger, and would take the machine before anything failed.
-MOST_IMAGES, MOST_CLASSES = 100_000_000, 1_000_000
-MOST_PROCESSES, MOST_SEED = 1024, 2**32 - 1
+MOST_CLASSES = 1_000_000
+MOST_SEED = 2**32 - 1
 
 
-@dataclass
-class ModelConfig:
-    """conf/model: the float network, see :func:`fat.models.float_model.load_float_network`."""
+def _targets() -> Sequence[str]:
+    from fat.export.registry import TARGETS
 
-    name: str
-    weights: str | None = None
-    wheel: str | None = None
-    num_classes: int | None = None
+    return ("none", *TARGETS)
 
 
-@dataclass
-class DistillConfig:
-    """conf/data: distill, see :class:`fat.data.distill.synthesis.DistillSpec`."""
+@dataclass(frozen=True)
+class ReferenceConfig(Options, prefix="model"):
+    """Options of conf/model: the float network; without a name there is none."""
 
-    images: int = 192
-    batch_size: int = 32
-    coarse_steps: int = 60
-    steps: int = 12
-    lr: float = 0.01
-    smoothness: float = 0.2
-    class_weight: float = 0.003
-
-
-@dataclass
-class DataConfig:
-    """conf/data: the images, see :class:`fat.data.datamodule.FatDataModule`."""
-
-    source: str
-    root: str | None = None
-    test_root: str | None = None
-    index: str | None = None
-    fraction: float = 0.1
-    cache: str = "none"
-    cache_dir: str | None = None
-    cache_side: int = 256
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    image_size: int | None = None
-    crop_pct: float | None = None
-    flip: float = 0.5
-    augment: str = "worker"
-    batch_size: int = 16
-    workers: int | None = None
-    train_images: int | None = None
-    calibration_images: int = 100
-    validation_images: int | None = None
-    test_images: int | None = None
-    validation_fraction: float = 0.1
-    test_fraction: float = 0.2
-    crop_scale: list[float] = field(default_factory=lambda: [0.35, 1.0])
+    name: str | None = option(None, "timm's name of the float network")
+    weights: str | None = option(
+        None,
+        "a .safetensors or .pth file, a timm tag, or random; null takes the wheel, then timm's hub",
+    )
+    wheel: str | None = option(None, "installed package that holds the weights")
+    num_classes: int | None = option(
+        None,
+        "number of logits that the weights must have; null takes what they have",
+        at_least=1,
+        at_most=MOST_CLASSES,
+        example=1000,
+    )
 
 
-@dataclass
-class TeacherConfig:
-    """conf/teacher: what is done to the float network first, see :class:`fat.FinetuneSpec`."""
+@dataclass(frozen=True)
+class ModelConfig(ReferenceConfig, prefix="model"):
+    """Options of conf/model, see :func:`fat.models.float_model.load_float_network`."""
 
-    source: str = "pretrained"
-    epochs: int = 10
-    head_epochs: int = 1
-    lr: float = 1e-3
-    head_lr: float = 1e-2
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.1
-    patience: int = 5
+    name: str = option(meaning="timm's name of the network; any of timm.list_models()")
 
 
-@dataclass
-class BitsConfig:
-    """Bit-width of one kind of tensor; null takes ``quant.bits``."""
+@dataclass(frozen=True)
+class TrainerConfig(Options, prefix="trainer"):
+    """Options of conf/trainer: where training runs, and how often its state is saved."""
 
-    bits: int | None = None
-
-
-@dataclass
-class EqualizeConfig:
-    """conf/quant: equalize, see :class:`fat.EqualizeSpec`."""
-
-    method: str = "none"
-    locked_from: float = 5.9
-    cap: float = 6.0
-    iterations: int = 40
-    shift_weight: float = 4.0
-
-
-@dataclass
-class QuantConfig:
-    """conf/quant, see :class:`fat.QuantSpec`."""
-
-    bits: int = 8
-    weight: BitsConfig = field(default_factory=BitsConfig)
-    activation: BitsConfig = field(default_factory=BitsConfig)
-    first: BitsConfig = field(default_factory=BitsConfig)
-    last: BitsConfig = field(default_factory=BitsConfig)
-    mixed: str | None = None
-    budget_mb: float | None = None
-    granularity: str = "per_channel"
-    scheme: str = "asymmetric"
-    thresholds: str = "fat"
-    power_of_two: bool = False
-    weights: str = "scale"
-    bias: str = "trained"
-    alpha_range: list[float] = field(default_factory=lambda: [0.5, 1.0])
-    shift_range: list[float] = field(default_factory=lambda: [-0.2, 0.4])
-    pointwise_range: list[float] = field(default_factory=lambda: [0.75, 1.25])
-    rounding_range: list[float] = field(default_factory=lambda: [-1.0, 1.0])
-    equalize: EqualizeConfig = field(default_factory=EqualizeConfig)
+    accelerator: Literal["cpu", "gpu", "auto"] = option(
+        "cpu", "device: cpu, gpu, or auto (a GPU if torch finds one)"
+    )
+    devices: int = option(
+        1,
+        "processes on this machine, one per device; a step's images are split among them",
+        at_least=1,
+        at_most=MOST_PROCESSES,
+    )
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
+        "32-true",
+        "precision of convolutions in training; thresholds, grids, the float network and all "
+        "evaluation stay float32",
+    )
+    threads: int | None = option(
+        None,
+        "torch threads; null leaves torch's choice",
+        at_least=1,
+        at_most=MOST_PROCESSES,
+        example=4,
+    )
+    progress: bool = option(True, "show progress bars")
+    checkpoint_every: float = option(
+        60.0,
+        "seconds between saved states, from which resume=DIR continues; inf saves none",
+        at_least=0,
+        infinite=True,
+    )
 
 
-@dataclass
-class StrategyConfig:
-    """One init strategy and its options, see :class:`fat.InitSpec`."""
+@dataclass(frozen=True)
+class LoggerConfig(Options, prefix="logger"):
+    """Options of conf/logger: where metrics go during training."""
 
-    name: str = "minmax"
-    percentile: float = 99.999
-    exponent: float = 2.4
-    candidates: int = 100
-
-
-@dataclass
-class InitConfig:
-    """conf/init: strategies for weights and activations."""
-
-    weight: StrategyConfig = field(default_factory=StrategyConfig)
-    activation: StrategyConfig = field(default_factory=lambda: StrategyConfig("percentile"))
-
-
-@dataclass
-class ReconstructConfig:
-    """conf/optim: reconstruction, see :class:`fat.ReconstructSpec`."""
-
-    steps: int = 0
-    images: int = 256
-    batch_size: int = 16
-    rate: float = 1.0
-    float_share: float = 0.5
+    name: Literal["wandb", "csv", "tensorboard", "none"] = option(
+        "none", "logger; logger=CHOICE sets it"
+    )
+    project: str = option("fat", "project in Weights & Biases", only=("name", ("wandb",)))
+    group: str | None = option(
+        None, "group of the run; null: none, or its sweep", only=("name", ("wandb",))
+    )
+    entity: str | None = option(
+        None, "user or team; null takes your default", only=("name", ("wandb",))
+    )
+    tags: tuple[str, ...] = option((), "tags of the run", only=("name", ("wandb",)))
 
 
-@dataclass
-class OptimConfig:
-    """conf/optim, see :class:`fat.TrainSpec`."""
+@dataclass(frozen=True)
+class ExportConfig(Options, prefix="export"):
+    """Options of conf/export, see :func:`fat.export.exporter.export`."""
 
-    epochs: int = 3
-    lr: float = 2e-3
-    pointwise_lr: float = 1e-4
-    rounding_lr: float = 1e-2
-    bias_lr: float = 1e-4
-    bias_correction: bool = True
-    reconstruction: ReconstructConfig = field(default_factory=ReconstructConfig)
-    loss: str = "rmse"
-    temperature: float = 1.0
-    feature_weight: float = 0.0
-    label_weight: float = 0.0
-    schedule: str = "cosine"
-    period: int | None = None
-    reset_optimizer: bool = True
-    gradient_clip: float | None = None
-    validations: int = 1
-    nan_patience: int = 10
-
-
-@dataclass
-class TrainerConfig:
-    """conf/trainer: where training runs, and how often its state is kept."""
-
-    accelerator: str = "cpu"
-    devices: int = 1
-    precision: str = "32-true"
-    threads: int | None = None
-    progress: bool = True
-    checkpoint_every: float = 60.0
+    target: str = option(
+        "none", "runtime of the exported file; export=CHOICE sets it", allowed=_targets
+    )
+    opset: int = option(
+        21,
+        "ONNX opset, 18 to 23; weights of at most 4 bits are stored in 4 bits from 21 on",
+        only=("target", ("onnx", "openvino")),
+    )
+    integer_io: bool = option(
+        False, "input and output in int8 instead of float32", only=("target", ("litert",))
+    )
+    images: int = option(
+        200,
+        "maximum number of test images on which the file is compared with the student",
+        at_least=1,
+        unless=("target", ("none",)),
+    )
+    unfinished: bool = option(
+        False, "export a run whose training was interrupted", unless=("target", ("none",))
+    )
 
 
-@dataclass
-class LoggerConfig:
-    """conf/logger: where figures go while training."""
+@dataclass(frozen=True)
+class RunConfig(Options):
+    """Options of train.py: conf/train.yaml as a whole."""
 
-    name: str = "none"
-    project: str = "fat"
-    group: str | None = None
-    entity: str | None = None
-    tags: list[str] = field(default_factory=list)
+    model: ModelConfig = option(meaning="the float network")
+    data: DataConfig = option(meaning="the images")
+    teacher: Literal["pretrained", "finetune"] = option(
+        "pretrained",
+        "finetune trains a classifier for the data's own classes first",
+        key="teacher.source",
+    )
+    finetune: FinetuneSpec = nested(
+        FinetuneSpec,
+        "fine-tuning of the float network",
+        key="teacher",
+        only=("teacher.source", ("finetune",)),
+    )
+    quant: QuantSpec = nested(QuantSpec, "integers that the network runs in")
+    mixed: str | None = option(
+        None,
+        "run measured with analysis=sensitivity, or its sensitivity.json, to choose bits per layer",
+        key="quant.mixed",
+    )
+    budget_mb: float | None = option(
+        None,
+        "with mixed: maximum size of weights and biases in megabytes, see docs/mixed.md",
+        key="quant.budget_mb",
+        example=2.0,
+    )
+    optim: TrainSpec = nested(TrainSpec, "training")
+    export: ExportConfig = nested(ExportConfig, "a file for a runtime, verified in it")
+    trainer: TrainerConfig = nested(TrainerConfig, "where training runs")
+    logger: LoggerConfig = nested(LoggerConfig, "where metrics go during training")
+    sweep: Any = option(
+        False,
+        "true continues the last sweep of this command, DIR the sweep in a directory",
+        key="sweep.resume",
+    )
+    seed: int = option(
+        0,
+        "random seed: the same seed and options give the same thresholds",
+        at_least=0,
+        at_most=MOST_SEED,
+    )
+    name: str | None = option(
+        None, "name of the run for the logger; null: network, bits and granularity"
+    )
+    hub: str | None = option(
+        None, "USER/NAME of a Hugging Face repository that the student is uploaded to at the end"
+    )
+    resume: str | None = option(
+        None,
+        "run directory whose interrupted run is continued; auto: hydra.run.dir if it holds a run",
+    )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mixed is None) != (self.budget_mb is None):
+            raise FatError(
+                f"quant.mixed is {self.mixed} and quant.budget_mb is {self.budget_mb}; bits per "
+                "layer need both: type quant.mixed=DIR, the directory of a run that was measured "
+                "with python evaluate.py run=DIR analysis=sensitivity, and quant.budget_mb=MB."
+            )
+        if self.mixed is not None and self.quant.weight_bits is not None:
+            raise FatError(
+                f"quant.weight.bits={self.quant.weight_bits} has no effect beside quant.mixed, "
+                "which gives every layer its bits: leave it out."
+            )
 
-@dataclass
-class ExportConfig:
-    """conf/export: what file is written of a student, see :func:`fat.export.exporter.export`."""
-
-    target: str = "none"
-    opset: int = 21
-    integer_io: bool = False
-    images: int = 200
-    unfinished: bool = False
-
-
-@dataclass
-class ReferenceConfig:
-    """conf/evaluate.yaml: the float network of an artefact; as :class:`ModelConfig`."""
-
-    name: str | None = None
-    weights: str | None = None
-    wheel: str | None = None
-    num_classes: int | None = None
-
-
-@dataclass
-class SweepConfig:
-    """What a sweep does; ``resume``: false, true (the last sweep of this command) or its folder."""
-
-    resume: Any = False
-
-
-@dataclass
-class RunConfig:
-    """conf/train.yaml as a whole."""
-
-    model: ModelConfig
-    data: DataConfig
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    quant: QuantConfig = field(default_factory=QuantConfig)
-    init: InitConfig = field(default_factory=InitConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    sweep: SweepConfig = field(default_factory=SweepConfig)
-    seed: int = 0
-    name: str | None = None
-    hub: str | None = None
-    resume: str | None = None
-
-    def check(self) -> None:
-        """Raise a FatError if a value is out of its range, before anything slow begins."""
-        _check_common(self.data, self.trainer, self.seed)
-        _within("model.num_classes", self.model.num_classes, 1, MOST_CLASSES, 1000)
-
-    def quant_spec(self) -> QuantSpec:
-        """The frozen, checked form of ``quant`` and ``init``.
-
-        What ``quant.mixed`` makes of single layers is added by whoever reads that file.
-        """
-        quant = self.quant
-        _check_mixed(quant)
-        return QuantSpec(
-            bits=quant.bits,
-            weight_bits=quant.weight.bits,
-            activation_bits=quant.activation.bits,
-            first_bits=quant.first.bits,
-            last_bits=quant.last.bits,
-            granularity=cast(Any, quant.granularity),
-            scheme=cast(Any, quant.scheme),
-            thresholds=cast(Any, quant.thresholds),
-            power_of_two=quant.power_of_two,
-            weights=cast(Any, quant.weights),
-            bias=cast(Any, quant.bias),
-            alpha_range=cast(Any, tuple(quant.alpha_range)),
-            shift_range=cast(Any, tuple(quant.shift_range)),
-            pointwise_range=cast(Any, tuple(quant.pointwise_range)),
-            rounding_range=cast(Any, tuple(quant.rounding_range)),
-            weight_init=InitSpec(**vars(self.init.weight)),
-            activation_init=InitSpec(**vars(self.init.activation)),
-            equalize=EqualizeSpec(**vars(quant.equalize)),
-        )
-
-    def finetune_spec(self) -> FinetuneSpec | None:
-        """The frozen, checked form of ``teacher``; None for a network that stays as it is."""
-        options = dict(vars(self.teacher))
-        source = options.pop("source")
-        if source not in TEACHERS:
-            raise unknown_name("teacher", source, TEACHERS)
-        return FinetuneSpec(**options) if source == "finetune" else None
-
-    def train_spec(self) -> TrainSpec:
-        """The frozen, checked form of ``optim``."""
-        values = vars(self.optim)
-        return TrainSpec(
-            **{**values, "reconstruction": ReconstructSpec(**vars(self.optim.reconstruction))}
-        )
+    @property
+    def finetuning(self) -> FinetuneSpec | None:
+        """Options of fine-tuning; ``None`` for a network that stays as it is."""
+        return self.finetune if self.teacher == "finetune" else None
 
 
-@dataclass
-class EvaluateConfig:
-    """conf/evaluate.yaml as a whole."""
+@dataclass(frozen=True)
+class EvaluateConfig(Options):
+    """Options of evaluate.py: conf/evaluate.yaml as a whole."""
 
-    data: DataConfig
-    run: str | None = None
-    checkpoint: str | None = None
-    artefact: str | None = None
-    runtime: str | None = None
-    model: ReferenceConfig = field(default_factory=ReferenceConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    seed: int | None = None
-    analysis: str | None = None
-    analysis_images: int = 64
+    data: DataConfig = option(meaning="the images")
+    run: str | None = option(None, "run directory, which train.py printed")
+    checkpoint: str | None = option(
+        None, "Lightning checkpoint of that run to evaluate in place of student.safetensors"
+    )
+    artifact: str | None = option(
+        None,
+        "an .onnx, .tflite, .pte or .xml file to evaluate; run=DIR or model.name=NAME: what to "
+        "compare it with",
+        earlier=("artefact",),
+    )
+    runtime: str | None = option(
+        None,
+        "runtime of the artifact: onnx, openvino, litert or executorch; null: the first that "
+        "reads it",
+    )
+    model: ReferenceConfig = nested(
+        ReferenceConfig, "with artifact: the float network it was made of"
+    )
+    export: ExportConfig = nested(ExportConfig, "a file for a runtime, verified in it")
+    trainer: TrainerConfig = nested(TrainerConfig, "where it runs")
+    seed: int | None = option(
+        None,
+        "random seed of the images; null takes the run's",
+        at_least=0,
+        at_most=MOST_SEED,
+        example=0,
+    )
+    analysis: Literal["sensitivity"] | None = option(
+        None, "rank tensors by the damage that their quantization does, see docs/mixed.md"
+    )
+    analysis_images: int = option(
+        64, "maximum number of calibration images for the analysis", at_least=1, at_most=MOST_IMAGES
+    )
 
-    def check(self) -> None:
-        """Raise a FatError if a value is out of its range, before anything slow begins."""
-        _check_common(self.data, self.trainer, self.seed)
-        _within("model.num_classes", self.model.num_classes, 1, MOST_CLASSES, 1000)
-        _within("analysis_images", self.analysis_images, 1, MOST_IMAGES, 64)
-        alone = {"runtime": self.runtime, **{f"model.{k}": v for k, v in vars(self.model).items()}}
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alone = {"runtime": self.runtime} | {
+            f"model.{own.name}": getattr(self.model, own.name) for own in fields(self.model)
+        }
         for key, value in alone.items():
-            if value is not None and self.artefact is None:
-                raise FatError(f"{key}={value} has no meaning without artefact=FILE: leave it out.")
+            if value is not None and self.artifact is None:
+                raise FatError(f"{key}={value} has no effect without artifact=FILE: leave it out.")
 
 
-def _check_common(data: DataConfig, trainer: TrainerConfig, seed: int | None) -> None:
-    _within("seed", seed, 0, MOST_SEED, 0)
-    _within("data.batch_size", data.batch_size, 1, MOST_IMAGES, 16)
-    _within("data.workers", data.workers, 0, MOST_PROCESSES, 4)
-    for split in ("train", "calibration", "validation", "test"):
-        key = f"{split}_images"
-        _within(f"data.{key}", getattr(data, key), 1, MOST_IMAGES, 100)
-    _within("data.image_size", data.image_size, 1, MOST_PIXELS, 224)
-    _within("data.cache_side", data.cache_side, 1, MOST_PIXELS, 256)
-    _within("data.distill.images", data.distill.images, 1, MOST_IMAGES, 192)
-    _within("data.crop_pct", data.crop_pct, 0.01, 1, 0.9)
-    _within("data.flip", data.flip, 0, 1, 0.5)
-    low, high = data.crop_scale if len(data.crop_scale) == 2 else (0.0, 0.0)
-    if not 0 < low <= high <= 1:
-        raise FatError(
-            f"data.crop_scale is {data.crop_scale}; it must be two numbers above 0 and at most 1, "
-            "the lower first, as in data.crop_scale=[0.35,1.0]."
-        )
-    _within("trainer.devices", trainer.devices, 1, MOST_PROCESSES, 1)
-    _within("trainer.threads", trainer.threads, 1, MOST_PROCESSES, 4)
-    if not trainer.checkpoint_every >= 0:
-        raise FatError(
-            f"trainer.checkpoint_every is {trainer.checkpoint_every}; it must be a number of "
-            "seconds from 0, or inf for none, as in trainer.checkpoint_every=60."
-        )
-    if trainer.precision not in PRECISIONS:
-        raise unknown_name(
-            "precision", trainer.precision, PRECISIONS, "Type trainer.precision=32-true."
-        )
+def option_table(schema: type[Options]) -> tuple[Entry, ...]:
+    """Return all options of :class:`RunConfig` or :class:`EvaluateConfig` in their order.
 
-
-def _within(key: str, value: float | None, least: float, most: int, example: float) -> None:
-    """Raise a FatError unless a number lies in a range, both ends included, or is left open."""
-    if value is not None and not least <= value <= most:
-        raise FatError(f"{key} is {value}; allowed: {least} to {most}, as in {key}={example}.")
-
-
-def _check_mixed(quant: QuantConfig) -> None:
-    if (quant.mixed is None) != (quant.budget_mb is None):
-        raise FatError(
-            f"quant.mixed is {quant.mixed} and quant.budget_mb is {quant.budget_mb}; bits per "
-            "layer need both: type quant.mixed=DIR, the directory of a run that was measured with "
-            "python evaluate.py run=DIR analysis=sensitivity, and quant.budget_mb=MB."
-        )
-    if quant.mixed is not None and quant.weight.bits is not None:
-        raise FatError(
-            f"quant.weight.bits={quant.weight.bits} has no effect beside quant.mixed, which gives "
-            "every layer its bits: leave it out."
-        )
+    An entry has ``key``, ``type_name``, ``allowed``, ``default_text``, ``meaning`` and
+    ``effect_text``, see :class:`fat.utils.options.Entry`.
+    """
+    return entries(schema)
 
 
 def parse(schema: type[T], composed: DictConfig) -> T:
-    """Check a composed config against its schema and return plain dataclasses.
+    """Check what Hydra composed and return it as a frozen dataclass.
 
     Args:
         schema: :class:`RunConfig` or :class:`EvaluateConfig`.
-        composed: What Hydra gave.
+        composed: The config, which may use earlier names of options and values.
 
     Raises:
-        FatError: For an unknown key (with the nearest ones), a value of another type, or one out of
-            its range.
+        FatError: For an unknown key (with the nearest ones), or a value that is missing, of
+            another type, out of its range, or without effect beside the others.
     """
     try:
-        # Resolved first: what an interpolation stands for has to be of the right type too.
-        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), cast(Any, plain))
-        config = cast(T, OmegaConf.to_object(merged))
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = str(getattr(error, "full_key", "") or getattr(error, "key", "") or "")
         reason = str(getattr(error, "msg", error) or error).splitlines()[0]
-        if "not in" in reason:
-            raise FatError(suggest_key(key, schema)) from error
         raise FatError(f"{key}: {reason}. Type it as in conf/, for example {key}=VALUE.") from error
-    if isinstance(config, RunConfig | EvaluateConfig):
-        config.check()
-    return config
+    assert isinstance(values, dict)
+    return build(schema, {str(key): value for key, value in values.items()})
 
 
-def parse_run(stored: dict[str, Any]) -> RunConfig:
-    """The options of a run, as its config.yaml holds them.
+def parse_run(stored: Mapping[str, Any]) -> RunConfig:
+    """Return the options of a run, as config.yaml of this or an earlier version holds them.
 
     Raises:
-        FatError: If one of them is unknown here, or of another type.
+        FatError: If one of them is unknown, or its value not allowed.
     """
-    return parse(RunConfig, OmegaConf.create(stored))
-
-
-def suggest_key(given: str, schema: type) -> str:
-    """What to say about a key that the schema does not have.
-
-    A key that exists, but not in the chosen file of its group, is named as such.
-
-    Examples:
-        >>> suggest_key("quant.granularty", RunConfig)[:68]
-        "Unknown key 'quant.granularty'. Did you mean 'quant.granularity' or "
-    """
-    known = [*_keys(schema)]
-    if given in known:
-        group = given.partition(".")[0]
-        return (
-            f"'{given}' has no meaning with this choice of {group}: conf/{group}/ says which file "
-            "has it."
-        )
-    leaf = given.rpartition(".")[2]
-    same_leaf = [key for key in known if key.rpartition(".")[2] == leaf]
-    close = same_leaf[:3] or nearest(given, known)
-    hint = " Did you mean " + " or ".join(repr(key) for key in close) + "?" if close else ""
-    return f"Unknown key '{given}'.{hint} See python train.py --cfg job for all."
-
-
-def _keys(schema: type, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    for entry in fields(schema):
-        keys.append(prefix + entry.name)
-        kind = globals().get(re.sub(r"\W.*", "", str(entry.type)))
-        if is_dataclass(kind) and isinstance(kind, type):
-            keys += _keys(kind, f"{prefix}{entry.name}.")
-    return keys
+    return build(RunConfig, stored, composed=False)

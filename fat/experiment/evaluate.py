@@ -31,7 +31,7 @@ from fat.models.float_model import Preprocessing, load_float_network
 from fat.report.text import format_export, format_metrics
 from fat.utils.batches import first_images
 from fat.utils.commands import install_command
-from fat.utils.errors import FatError, first_line, no_run, unknown_name
+from fat.utils.errors import FatError, first_line, no_run
 from fat.utils.io import check_writable
 
 __all__ = ["analyze_run", "evaluate_artifact", "evaluate_run", "export_run"]
@@ -55,10 +55,6 @@ def analyze_run(config: EvaluateConfig) -> dict[str, Any]:
         FatError: If the analysis is unknown, the directory is no run or cannot be written into, or
             ``analysis_images`` is below 1.
     """
-    if config.analysis != "sensitivity":
-        raise unknown_name("analysis", config.analysis, ("sensitivity",))
-    if config.analysis_images < 1:
-        raise FatError(f"analysis_images is {config.analysis_images}; it must be at least 1.")
     opened = open_run(config)
     check_writable(opened.directory)
     loader = opened.batches(opened.data.calibration_dataloader())
@@ -143,7 +139,7 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
     metrics = read_metrics(opened.directory)
     if metrics is None:
         raise no_run(opened.directory, METRICS)
-    unfinished = opened.config.train_spec().trains and metrics.get("training") is None
+    unfinished = opened.config.optim.trains and metrics.get("training") is None
     if unfinished and not config.export.unfinished:
         raise FatError(
             f"The training of {opened.directory} was interrupted; its student is the best that was "
@@ -176,8 +172,8 @@ def evaluate_artifact(config: EvaluateConfig) -> dict[str, Any]:
     Raises:
         FatError: If the file cannot be run, or nobody knows which images it takes.
     """
-    assert config.artefact is not None
-    path = Path(config.artefact).expanduser()
+    assert config.artifact is not None
+    path = Path(config.artifact).expanduser()
     runtime = open_artefact(path, config.runtime, threads=config.trainer.threads)
     data, reference = _images_and_reference(config, runtime)
     bar = f"Evaluate {path.name}" if config.trainer.progress else None

@@ -34,7 +34,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from fat.experiment.cli import conf_directory, explain
-from fat.experiment.config import RunConfig, parse
+from fat.experiment.config import RunConfig, current_overrides, parse
 from fat.utils.commands import command_line
 from fat.utils.errors import FatError, missing_extra
 from fat.utils.io import write_json
@@ -285,7 +285,7 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     data = {key: value for key, value in asdict(config.data).items() if key not in FREE_DATA}
     return {
         "model": asdict(config.model),
-        "teacher": asdict(config.teacher),
+        "teacher": [config.teacher, asdict(config.finetune)],
         "seed": config.seed,
         "optim.loss": config.optim.loss,
         "optim.temperature": config.optim.temperature,
@@ -295,7 +295,8 @@ def comparable(config: RunConfig) -> dict[str, Any]:
 
 def _compose(folders: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
     conf, *others = [folder.resolve() for folder in folders]
-    words = [*overrides, *(f"hydra.searchpath=['file://{folder}']" for folder in others)]
+    words = current_overrides(overrides, RunConfig)
+    words += [f"hydra.searchpath=['file://{folder}']" for folder in others]
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
             return parse(RunConfig, compose("train", overrides=words))

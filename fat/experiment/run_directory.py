@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,14 @@ import yaml
 from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageLoader
 from fat.experiment.build import InputSpec, make_data
-from fat.experiment.config import DataConfig, EvaluateConfig, RunConfig, TrainerConfig, parse_run
+from fat.experiment.config import (
+    DataConfig,
+    EvaluateConfig,
+    RunConfig,
+    TrainerConfig,
+    parse_run,
+    to_config,
+)
 from fat.models.float_model import Preprocessing
 from fat.models.serialization import check_finite, load
 from fat.models.student import Student
@@ -24,7 +31,7 @@ from fat.quant.config import QuantSpec
 from fat.report.records import CONFIG, FAILURE, METRICS
 from fat.utils import distributed
 from fat.utils.commands import command_line
-from fat.utils.errors import FatError, first_line, no_run, unknown_name
+from fat.utils.errors import FatError, first_line, no_run
 from fat.utils.io import check_writable, torn_part, write_text
 from fat.utils.memory import keep_freed_memory
 
@@ -56,7 +63,6 @@ logger = logging.getLogger(__name__)
 STUDENT, THRESHOLDS = "student.safetensors", "thresholds.csv"
 EQUALIZATION, IMAGES, HISTORY = "equalization.csv", "images.csv", "history.csv"
 CHECKPOINTS = "checkpoints"
-ACCELERATORS = ("cpu", "gpu", "auto")
 
 NOT_THE_RUN = ("resume", "sweep", "hub")
 """Options that say how to get a result, and not which: they are not kept with it."""
@@ -96,7 +102,7 @@ def begin(directory: Path, config: RunConfig, *, resume: bool) -> dict[str, Any]
 
 def stored_config(config: RunConfig) -> dict[str, Any]:
     """What config.yaml keeps: all options that make the result, in plain containers."""
-    return {key: value for key, value in asdict(config).items() if key not in NOT_THE_RUN}
+    return {key: value for key, value in to_config(config).items() if key not in NOT_THE_RUN}
 
 
 def check_unchanged(directory: Path, config: RunConfig) -> None:
@@ -246,11 +252,14 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         load_checkpoint(student, Path(config.checkpoint).expanduser())
     data_config = config.data
     if data_config.source == "of_run":
-        data_config = stored.data
-        data_config.batch_size, data_config.workers = config.data.batch_size, config.data.workers
-        data_config.cache = "none"  # that of training images, which may be gone
-        if (directory / IMAGES).is_file():
-            data_config.index = str(directory / IMAGES)
+        index = directory / IMAGES
+        data_config = replace(
+            stored.data,
+            batch_size=config.data.batch_size,
+            workers=config.data.workers,
+            cache="none",  # that of training images, which may be gone
+            index=str(index) if index.is_file() else stored.data.index,
+        )
     elif data_config.image_size is not None or data_config.crop_pct is not None:
         raise FatError(
             "data.image_size and data.crop_pct are those that the run was made with: leave them "
@@ -321,8 +330,6 @@ def device_of(trainer: TrainerConfig) -> torch.device:
     Raises:
         FatError: If there is no such thing here.
     """
-    if trainer.accelerator not in ACCELERATORS:
-        raise unknown_name("accelerator", trainer.accelerator, ACCELERATORS)
     found = torch.cuda.is_available()
     if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not found):
         return torch.device("cpu")

@@ -149,13 +149,13 @@ def _run(
     writes = distributed.is_main_process()
     with distributed.main_process_first():
         earlier = begin(directory, config, resume=resume or not writes)
-    spec, recipe, finetuning = config.quant_spec(), config.train_spec(), config.finetune_spec()
+    spec, recipe, finetuning = config.quant, config.optim, config.finetuning
     target = asked_target(config.export)
     if config.hub is not None:
         check_before(config.hub)
-    measured = read_sensitivity(config.quant.mixed) if config.quant.mixed is not None else None
+    measured = read_sensitivity(config.mixed) if config.mixed is not None else None
     if measured is not None:
-        spec = _with_mixed_bits(spec, measured, config.quant.budget_mb)
+        spec = _with_mixed_bits(spec, measured, config.budget_mb)
     set_up(config.trainer, config.seed)
     device = device_of(config.trainer)
     if earlier is not None and earlier["status"] == "finished":

@@ -67,7 +67,7 @@ def open_artefact(path: Path, runtime: str | None = None, *, threads: int | None
     try:
         path.is_file()
     except OSError as error:  # a name that is too long, for example
-        raise FatError(f"{first_line(error)}. Give the file with artefact=FILE.") from error
+        raise FatError(f"{first_line(error)}. Give the file with artifact=FILE.") from error
     return target.open(path, threads=threads)
 
 

@@ -1,18 +1,17 @@
-"""What is asked of a quantized network, as frozen values that are checked when they are made."""
+"""Options of a quantized network, and the integer grids of its tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from fat.utils.errors import FatError, unknown_name
-from fat.utils.validation import _one_of, _range, _whole
+from fat.utils.options import Options, nested, option
 
 __all__ = ["EqualizeSpec", "Grid", "InitSpec", "QuantSpec"]
 
-Granularity = Literal["per_tensor", "per_channel"]
+Granularity = Literal["per_channel", "per_tensor"]
 Scheme = Literal["symmetric", "asymmetric"]
 Thresholds = Literal["fat", "lsq", "tqt", "frozen"]
 Weights = Literal["frozen", "scale", "adaround"]
@@ -20,22 +19,15 @@ Bias = Literal["trained", "frozen"]
 GridKind = Literal["symmetric", "symmetric_unsigned", "affine"]
 
 BITS = range(2, 9)
-RENAMED = {
-    "granularity": {"vector": "per_channel", "scalar": "per_tensor"},
-    "weights": {"pointwise": "scale", "rounding": "adaround"},
-    "grid": {"signed": "symmetric", "unsigned": "symmetric_unsigned", "asymmetric": "affine"},
-}
-"""Values of FAT 0.1, in configs and files, and what they are called now."""
+_EARLIER_GRIDS = {"signed": "symmetric", "unsigned": "symmetric_unsigned", "asymmetric": "affine"}
 EQUALIZATIONS = ("none", "depthwise", "cross_layer", "balanced", "exact")
 MOST_PIXELS = 8192
-"""Images of more pixels a side are a slip of the finger, or a file that was tampered with."""
+"""Upper bound on the side of an image; larger values are rejected."""
 
 
-def _bits(what: str, given: object) -> None:
+def _check_bits(key: str, given: object) -> None:
     if not isinstance(given, int) or isinstance(given, bool) or given not in BITS:
-        raise FatError(
-            f"{what} is {given!r}; allowed are whole numbers from 2 to 8, as in {what}=8."
-        )
+        raise FatError(f"{key} is {given!r}; allowed are whole numbers from 2 to 8, as in {key}=8.")
 
 
 def _layer_bits(given: Any) -> tuple[tuple[str, int], ...]:
@@ -50,8 +42,15 @@ def _layer_bits(given: Any) -> tuple[tuple[str, int], ...]:
             "name once, as in layer_bits={'conv_stem': 8}."
         )
     for name, bits in pairs:
-        _bits(f"layer_bits[{name!r}]", bits)
+        _check_bits(f"layer_bits[{name!r}]", bits)
     return tuple(sorted(pairs))
+
+
+def _strategies() -> Sequence[str]:
+    # The registry needs torch, which help and completion do without.
+    from fat.quant.range_estimators import STRATEGIES
+
+    return tuple(STRATEGIES)
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,10 @@ class Grid:
     kind: GridKind
 
     def __post_init__(self) -> None:
-        _bits("bits", self.bits)
-        object.__setattr__(self, "kind", RENAMED["grid"].get(self.kind, self.kind))
-        _one_of("grid", self.kind, get_args(GridKind))
+        _check_bits("bits", self.bits)
+        object.__setattr__(self, "kind", _EARLIER_GRIDS.get(self.kind, self.kind))
+        if self.kind not in get_args(GridKind):
+            raise unknown_name("grid", self.kind, get_args(GridKind), earlier=_EARLIER_GRIDS)
 
     @property
     def qmin(self) -> int:
@@ -87,235 +87,221 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class InitSpec:
-    """How the statistics of a tensor become its first thresholds.
+class InitSpec(Options, prefix="init.activation"):
+    """Options of an init strategy: statistics of a tensor → its initial thresholds.
 
-    Attributes:
-        name: The strategy: a name registered in :mod:`fat.quant.range_estimators`.
-        percentile: For ``percentile``: the share of values, in percent, inside the thresholds.
-        exponent: For ``lp``: the power of the error that is summed.
-        candidates: For ``mse``, ``lp`` and ``entropy``: how many thresholds are tried first, evenly
-            spaced; those around the best are then tried ten times as densely.
-
-    Raises:
-        FatError: If a value is outside what is allowed.
+    Strategies are the functions of :mod:`fat.quant.range_estimators`.
     """
 
-    name: str = "minmax"
-    percentile: float = 99.999
-    exponent: float = 2.4
-    candidates: int = 100
-
-    def __post_init__(self) -> None:
-        if self.name not in ("minmax", "percentile"):
-            # The registry needs torch, which help and completion, with the defaults, do without.
-            from fat.quant.range_estimators import STRATEGIES
-
-            _one_of("init strategy", self.name, tuple(STRATEGIES))
-        if not 50.0 < self.percentile <= 100.0:
-            raise FatError(
-                f"init percentile is {self.percentile!r}; allowed is more than 50 and at most 100, "
-                "in percent, as in init.activation.percentile=99.99."
-            )
-        if not 1.0 <= self.exponent <= 10.0:
-            raise FatError(
-                f"init exponent is {self.exponent!r}; allowed is 1 to 10, as in "
-                "init.activation.exponent=2.4."
-            )
-        whole = isinstance(self.candidates, int) and not isinstance(self.candidates, bool)
-        if not whole or not 10 <= self.candidates <= 10_000:
-            raise FatError(
-                f"init candidates is {self.candidates!r}; allowed are whole numbers from 10 to "
-                "10000, as in init.activation.candidates=100."
-            )
+    name: str = option("minmax", "init strategy", allowed=_strategies)
+    percentile: float = option(
+        99.999,
+        "percentage of the values inside the thresholds",
+        above=50,
+        at_most=100,
+        only=("name", ("percentile",)),
+    )
+    exponent: float = option(
+        2.4,
+        "exponent p of the error Σ |x − Q(x)|^p that is minimized",
+        at_least=1,
+        at_most=10,
+        only=("name", ("lp",)),
+    )
+    candidates: int = option(
+        100,
+        "number of evenly spaced thresholds that are tried before a finer search around the best",
+        at_least=10,
+        at_most=10_000,
+        only=("name", ("mse", "lp", "entropy")),
+    )
 
 
 @dataclass(frozen=True)
-class EqualizeSpec:
-    """How the ranges of channels are balanced before quantization.
+class EqualizeSpec(Options, prefix="quant.equalize"):
+    """Options of equalization, which balances the ranges of channels before quantization.
 
-    Channel k of a layer is multiplied by s_k and what reads it divided by s_k. Methods:
+    Channel k of a layer is multiplied by s_k and the layers that read it are divided by s_k.
 
+    Methods:
     * ``depthwise``: the paper's rescaling of depthwise → convolution pairs.
-    * ``cross_layer``: the ranges of both layers of every pair made equal, over whole chains (Nagel
-      et al. 2019, arXiv 1906.04721).
+    * ``cross_layer``: equal ranges in both layers of every pair, over whole chains (Nagel et al.
+      2019, arXiv 1906.04721).
     * ``balanced``: the scales with the smallest predicted noise of the logits, from rounding
       weights and activations and from moving the bound of ReLU6, over the whole network
-      (:mod:`fat.graph.passes.balance`). Any runtime can run it; the float function moves as far as
-      that makes the whole noise smaller.
-    * ``exact``: the same with every ReLU6 replaced by a clip at 6·s_k per channel. The function
-      stays for any s_k, on all images. The runtime must be able to clip per channel: an integer
-      Min with one constant per channel after the layer.
+      (:mod:`fat.graph.passes.balance`). Any runtime can run the result; the float function changes
+      as far as that reduces the total noise.
+    * ``exact``: the same with every ReLU6 replaced by a clip at 6·s_k per channel, so that the
+      function stays the same for any s_k and any image. The runtime has to clip per channel: an
+      integer Min with one constant per channel after the layer.
 
-    ``depthwise`` and ``cross_layer`` keep ReLU6, and the function on the images seen, by
-    ``locked_from`` and ``cap``.
-
-    Attributes:
-        method: ``none``, a method, or several joined by ``+`` that are applied in that order, such
-            as ``depthwise+cross_layer``; ``exact`` can only be the last.
-        locked_from: A channel whose maximum before ReLU6 reaches this value keeps its scale.
-        cap: The largest value that a rescaled channel may take before ReLU6 on the images seen;
-            below 6 it leaves a margin for images not seen.
-        iterations: ``cross_layer`` goes over all pairs at most so often.
-        shift_weight: What ``balanced`` multiplies the noise from moving the function with. Above 1,
-            since correcting biases and training take out noise from rounding, but not this.
+    ``depthwise`` and ``cross_layer`` keep ReLU6, and keep the function on the images seen by means
+    of ``locked_from`` and ``cap``.
     """
 
-    method: str = "none"
-    locked_from: float = 5.9
-    cap: float = 6.0
-    iterations: int = 40
-    shift_weight: float = 4.0
+    method: str = option(
+        "none",
+        "none, depthwise, cross_layer, balanced or exact; several, joined by +, run in that order",
+    )
+    locked_from: float = option(
+        5.9,
+        "depthwise, cross_layer: channels whose maximum before ReLU6 reaches this keep their scale",
+        above=0,
+        at_most=6,
+    )
+    cap: float = option(
+        6.0,
+        "depthwise, cross_layer: largest value of a rescaled channel before ReLU6; below 6 leaves "
+        "a margin for images not seen",
+        above=0,
+        at_most=6,
+    )
+    iterations: int = option(40, "cross_layer: maximum number of passes over all pairs", at_least=1)
+    shift_weight: float = option(
+        4.0,
+        "balanced: weight of the noise from changing the float function; above 1, since training "
+        "removes rounding noise but not this",
+        above=0,
+    )
 
     def __post_init__(self) -> None:
-        if self.method != "none":
-            for name in self.methods:
-                _one_of("equalization", name, EQUALIZATIONS)
-            repeated = len(set(self.methods)) < len(self.methods)
-            if repeated or "exact" in self.methods[:-1] or "none" in self.methods:
-                raise FatError(
-                    f"equalize.method={self.method!r}: a method can be named once, exact only as "
-                    "the last, none only alone, as in equalize.method=depthwise+cross_layer."
-                )
-        _whole("equalize.iterations", self.iterations, 1)
-        if not (0.0 < self.shift_weight < math.inf):
+        super().__post_init__()
+        for name in self.methods:
+            if name not in EQUALIZATIONS:
+                raise unknown_name("equalization", name, EQUALIZATIONS)
+        repeated = len(set(self.methods)) < len(self.methods)
+        if repeated or "exact" in self.methods[:-1] or "none" in self.methods:
             raise FatError(
-                f"equalize.shift_weight is {self.shift_weight!r}; it must be above 0 and finite."
-            )
-        if not 0.0 < self.locked_from <= 6.0 or not 0.0 < self.cap <= 6.0:
-            raise FatError(
-                f"equalize.locked_from={self.locked_from!r} and equalize.cap={self.cap!r} must lie "
-                "above 0 and not above 6, the value at which ReLU6 clips."
+                f"quant.equalize.method is {self.method!r}; a method can be named once, exact only "
+                "as the last, none only alone, as in quant.equalize.method=depthwise+cross_layer."
             )
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods in their order; none for ``none``."""
+        """The methods in their order; empty for ``none``."""
         return () if self.method == "none" else tuple(self.method.split("+"))
 
 
 @dataclass(frozen=True)
-class QuantSpec:
-    """Everything that decides which integers a network runs in.
+class QuantSpec(Options, prefix="quant"):
+    """Options that decide which integers a network runs in.
 
-    Attributes:
-        bits: Bit-width of weights and activations, 2 to 8, where the next two say nothing else.
-        weight_bits: Bit-width of weights; ``None`` takes ``bits``.
-        activation_bits: Bit-width of activations; ``None`` takes ``bits``.
-        first_bits: Bit-width of the first layer's weight and input; ``None`` is as any other.
-        last_bits: Bit-width of the last layer's weight and input; ``None`` is as any other.
-        layer_bits: Bit-width of single layers' weights by the layer's name, over any other rule. A
-            mapping or pairs; kept as pairs sorted by name.
-        granularity: ``per_channel``, one threshold per output filter of a weight, or
-        ``per_tensor``, one per
-            tensor. Activations have one per tensor in both.
-        scheme: ``symmetric`` or ``asymmetric`` activations. Weights are symmetric in both.
-        thresholds: ``fat`` trains a factor per threshold within a range, ``lsq`` the step (arXiv
-            1902.08153), ``tqt`` the logarithm of the threshold (arXiv 1903.08066); ``frozen`` keeps
-            what calibration gave. See :mod:`fat.quant.thresholds`.
-        power_of_two: Whether every step is a power of two, the next above, so that hardware
-            rescales by shifting.
-        weights: ``frozen`` leaves weights as they are; ``scale`` trains a factor per weight,
-            the paper's last step; ``adaround`` trains to which integer near it each weight goes.
-        bias: ``trained`` trains the biases, which live on the int32 grid, with the thresholds;
-            ``frozen`` leaves them as they are (the paper).
-        alpha_range: Where α of symmetric thresholds and α_R of asymmetric ranges may move.
-        shift_range: Where α_T, the shift of an asymmetric lower threshold in units of its range R,
-            may move.
-        pointwise_range: Where the factor of a weight may move.
-        rounding_range: How far a weight may move before rounding, in steps of its grid.
-        weight_init: Statistics → threshold for weights.
-        activation_init: Statistics → threshold for activations.
-        equalize: How filter ranges are balanced beforehand.
-
-    Raises:
-        FatError: If any value is outside what is allowed; the text says what is.
+    Besides the options of conf/quant there is ``layer_bits``: bit-widths of the weights of single
+    layers by name, over any other rule. It takes a mapping or pairs and holds sorted pairs.
 
     Examples:
         >>> QuantSpec(bits=4, activation_bits=8).for_weights
         4
-        >>> QuantSpec(bits=9)
+        >>> QuantSpec(bits=9)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        fat.errors.FatError: bits is 9; allowed are whole numbers from 2 to 8, as in bits=8.
+        fat.utils.errors.FatError: quant.bits is 9; allowed are whole numbers from 2 to 8, as in ...
     """
 
-    bits: int = 8
-    weight_bits: int | None = None
-    activation_bits: int | None = None
-    first_bits: int | None = None
-    last_bits: int | None = None
+    bits: int = option(8, "bit-width of weights and activations", at_least=2, at_most=8)
+    weight_bits: int | None = option(
+        None,
+        "bit-width of weights; null takes quant.bits",
+        key="weight.bits",
+        at_least=2,
+        at_most=8,
+        example=8,
+    )
+    activation_bits: int | None = option(
+        None,
+        "bit-width of activations; null takes quant.bits",
+        key="activation.bits",
+        at_least=2,
+        at_most=8,
+        example=8,
+    )
+    first_bits: int | None = option(
+        None,
+        "bit-width of the first layer's weight and input; null treats it as any other",
+        key="first.bits",
+        at_least=2,
+        at_most=8,
+        example=8,
+    )
+    last_bits: int | None = option(
+        None,
+        "bit-width of the last layer's weight and input; null treats it as any other",
+        key="last.bits",
+        at_least=2,
+        at_most=8,
+        example=8,
+    )
     layer_bits: Mapping[str, int] | Sequence[tuple[str, int]] = ()
-    granularity: Granularity = "per_channel"
-    scheme: Scheme = "asymmetric"
-    thresholds: Thresholds = "fat"
-    power_of_two: bool = False
-    weights: Weights = "scale"
-    bias: Bias = "trained"
-    alpha_range: tuple[float, float] = (0.5, 1.0)
-    shift_range: tuple[float, float] = (-0.2, 0.4)
-    pointwise_range: tuple[float, float] = (0.75, 1.25)
-    rounding_range: tuple[float, float] = (-1.0, 1.0)
-    weight_init: InitSpec = field(default_factory=InitSpec)
-    activation_init: InitSpec = field(default_factory=lambda: InitSpec("percentile"))
-    equalize: EqualizeSpec = field(default_factory=EqualizeSpec)
+    granularity: Granularity = option(
+        "per_channel",
+        "thresholds of weights: per_channel (one per output filter) or per_tensor",
+        renamed={"vector": "per_channel", "scalar": "per_tensor"},
+    )
+    scheme: Scheme = option(
+        "asymmetric", "activations: symmetric (zero point 0) or asymmetric; weights are symmetric"
+    )
+    thresholds: Thresholds = option(
+        "fat",
+        "training of thresholds: fat (a factor within a range), lsq (the step, arXiv 1902.08153), "
+        "tqt (the logarithm, arXiv 1903.08066); frozen keeps those of calibration",
+    )
+    power_of_two: bool = option(
+        False, "round every step up to a power of two, for hardware that rescales by shifting"
+    )
+    weights: Weights = option(
+        "scale",
+        "training of weights: scale (a factor per weight, the paper's last step), adaround "
+        "(learned rounding) or frozen",
+        renamed={"pointwise": "scale", "rounding": "adaround"},
+    )
+    bias: Bias = option(
+        "trained", "train the biases on their int32 grid with the thresholds; frozen (the paper)"
+    )
+    alpha_range: tuple[float, float] = option(
+        (0.5, 1.0),
+        "range of the factor of a threshold, or of an asymmetric range",
+        around=1,
+        above=0,
+    )
+    shift_range: tuple[float, float] = option(
+        (-0.2, 0.4),
+        "range of the shift of an asymmetric lower threshold, in units of its range",
+        around=0,
+    )
+    weight_scale_range: tuple[float, float] = option(
+        (0.75, 1.25),
+        "weights=scale: range of the factor of a weight",
+        around=1,
+        earlier=("pointwise_range",),
+    )
+    adaround_range: tuple[float, float] = option(
+        (-1.0, 1.0),
+        "weights=adaround: range that a weight may move by before rounding, in steps of its grid",
+        around=0,
+        earlier=("rounding_range",),
+    )
+    weight_init: InitSpec = nested(InitSpec, "initial thresholds of weights", key="/init.weight")
+    activation_init: InitSpec = nested(
+        InitSpec,
+        "initial thresholds of activations",
+        key="/init.activation",
+        defaults={"name": "percentile"},
+    )
+    equalize: EqualizeSpec = nested(EqualizeSpec, "equalization before quantization")
 
     def __post_init__(self) -> None:
-        _bits("bits", self.bits)
-        for name in ("weight_bits", "activation_bits", "first_bits", "last_bits"):
-            if getattr(self, name) is not None:
-                _bits(name, getattr(self, name))
+        super().__post_init__()
         object.__setattr__(self, "layer_bits", _layer_bits(self.layer_bits))
-        for name in ("granularity", "weights"):
-            given = getattr(self, name)
-            object.__setattr__(self, name, RENAMED[name].get(given, given))
-        _one_of("granularity", self.granularity, get_args(Granularity))
-        _one_of("scheme", self.scheme, get_args(Scheme))
-        _one_of("thresholds", self.thresholds, get_args(Thresholds))
-        _one_of("weights", self.weights, get_args(Weights))
-        _one_of("bias", self.bias, get_args(Bias))
-        _range("alpha_range", self.alpha_range, inside=1.0)
-        _range("shift_range", self.shift_range, inside=0.0)
-        _range("pointwise_range", self.pointwise_range, inside=1.0)
-        _range("rounding_range", self.rounding_range, inside=0.0)
-        if self.alpha_range[0] <= 0.0:
-            raise FatError(
-                f"alpha_range is {list(self.alpha_range)}; its lower end must be above 0, since a "
-                "threshold of 0 has no grid."
-            )
 
     @property
     def for_weights(self) -> int:
-        """Bit-width of weights that no other rule touches."""
+        """Bit-width of weights that no other rule applies to."""
         return self.bits if self.weight_bits is None else self.weight_bits
 
     @property
     def for_activations(self) -> int:
-        """Bit-width of activations that no other rule touches."""
+        """Bit-width of activations that no other rule applies to."""
         return self.bits if self.activation_bits is None else self.activation_bits
 
     def for_layer(self, layer: str) -> int | None:
-        """Bit-width that ``layer_bits`` gives a layer's weight, or ``None``."""
+        """Return the bit-width that ``layer_bits`` gives a layer's weight, or ``None``."""
         return dict(self.layer_bits).get(layer)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain containers that JSON can hold; :meth:`from_dict` takes them back."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> QuantSpec:
-        """Build a spec from what :meth:`to_dict` gave, checking it again."""
-        fields = dict(values)
-        for name, kind in (
-            ("weight_init", InitSpec),
-            ("activation_init", InitSpec),
-            ("equalize", EqualizeSpec),
-        ):
-            if name in fields:
-                fields[name] = kind(**fields[name])
-        for name in ("alpha_range", "shift_range", "pointwise_range", "rounding_range"):
-            if name in fields:
-                fields[name] = tuple(fields[name])
-        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise unknown_name("quantization option", unknown[0], cls.__dataclass_fields__)
-        return cls(**fields)

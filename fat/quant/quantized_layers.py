@@ -55,7 +55,7 @@ class QuantLayer(nn.Module):
         self.adjust = {"scale": Adjust.MULTIPLY, "adaround": Adjust.MOVE}.get(
             spec.weights, Adjust.NOTHING
         )
-        self._bounds = spec.pointwise_range if spec.weights == "scale" else spec.rounding_range
+        self._bounds = spec.weight_scale_range if spec.weights == "scale" else spec.adaround_range
         self.factor: nn.Parameter | None = None
         if self.adjust is not Adjust.NOTHING:
             self.factor = nn.Parameter(torch.full_like(self.weight, self._neutral))

@@ -70,7 +70,7 @@ def reconstruct(
 
     The float side is the student as it stands with its quantizers off. The block's input in
     training is the quantized one, of which every element is replaced by the float one with
-    probability ``spec.reconstruction.float_share``.
+    probability ``spec.reconstruction.float_fraction``.
 
     Args:
         student: Calibrated student.
@@ -177,8 +177,8 @@ def _train(
             len(quantized), (options.batch_size,), generator=generator, device=device
         )
         x = _dense(quantized[chosen])
-        if options.float_share > 0.0:
-            mask = torch.rand(x.shape, generator=generator, device=device) < options.float_share
+        if options.float_fraction > 0.0:
+            mask = torch.rand(x.shape, generator=generator, device=device) < options.float_fraction
             x = torch.where(mask, exact[chosen], x)
         optimizer.zero_grad()
         loss = (block(_dense(x)) - wanted[chosen]).square().mean() / power

@@ -2,170 +2,120 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
-from fat.utils.errors import FatError
-from fat.utils.validation import _one_of, _whole
+from fat.utils.options import Options, nested, option
 
 __all__ = ["FinetuneSpec", "LossName", "ReconstructSpec", "ScheduleName", "TrainSpec"]
 
-
 LossName = Literal["rmse", "authors_code", "mse", "kl", "cosine"]
-
 ScheduleName = Literal["cosine", "authors_code", "constant"]
 
 
 @dataclass(frozen=True)
-class ReconstructSpec:
-    """Block-wise reconstruction before the distillation.
+class ReconstructSpec(Options, prefix="optim.reconstruction"):
+    """Options of block-wise reconstruction, see :mod:`fat.training.block_reconstruction`."""
 
-    See :mod:`fat.training.block_reconstruction`.
-
-    Attributes:
-        steps: Optimizer steps for each block; 0 leaves reconstruction out.
-        images: So many training images, or crops of them from several passes where there are
-            fewer, are held in memory, as their activations at one block.
-        batch_size: Images per step.
-        rate: The rates of :class:`TrainSpec` are multiplied by this.
-        float_share: Share of a block's input elements that are replaced by the float ones.
-    """
-
-    steps: int = 0
-    images: int = 256
-    batch_size: int = 16
-    rate: float = 1.0
-    float_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name, least in (("steps", 0), ("images", 1), ("batch_size", 1)):
-            _whole(f"optim.reconstruction.{name}", getattr(self, name), least)
-        if not 0.0 < self.rate < math.inf:
-            raise FatError(
-                f"optim.reconstruction.rate is {self.rate}; it must be above 0 and finite."
-            )
-        if not 0.0 <= self.float_share <= 1.0:
-            raise FatError(
-                f"optim.reconstruction.float_share is {self.float_share}; it must lie in 0…1."
-            )
+    steps: int = option(0, "optimizer steps per block; 0 skips the reconstruction", at_least=0)
+    images: int = option(
+        256,
+        "number of training images (crops) whose activations at one block are held in memory",
+        at_least=1,
+    )
+    batch_size: int = option(16, "images per step", at_least=1)
+    rate: float = option(1.0, "factor of the learning rates of optim", above=0)
+    float_fraction: float = option(
+        0.5,
+        "fraction of the elements of a block's input taken from the float network",
+        at_least=0,
+        at_most=1,
+        earlier=("float_share",),
+    )
 
 
 @dataclass(frozen=True)
-class FinetuneSpec:
-    """How a float network is fine-tuned.
+class FinetuneSpec(Options, prefix="teacher"):
+    """Options of fine-tuning a float network, see :func:`fat.training.finetuning.finetune`."""
 
-    Attributes:
-        epochs: At most so many passes over the training images.
-        head_epochs: The first of them train the new classifier alone, with the features as they
-            are, so that its first, random gradients do no damage there.
-        lr: AdamW's largest learning rate for the features; warmed up over their first epoch, then
-            annealed to 0 along half a cosine.
-        head_lr: The same for the classifier, without a warm-up.
-        weight_decay: AdamW's decay of weights; norms and biases are left out.
-        label_smoothing: Share of the target that is spread over all classes, 0…1.
-        patience: Epochs without a better validation accuracy that end the training.
-
-    Raises:
-        FatError: If a value is outside what is allowed.
-    """
-
-    epochs: int = 10
-    head_epochs: int = 1
-    lr: float = 1e-3
-    head_lr: float = 1e-2
-    weight_decay: float = 0.02
-    label_smoothing: float = 0.1
-    patience: int = 5
-
-    def __post_init__(self) -> None:
-        for key, least in (("epochs", 1), ("head_epochs", 0), ("patience", 1)):
-            value = getattr(self, key)
-            if not isinstance(value, int) or value < least:
-                raise FatError(f"teacher.{key} is {value}; allowed are whole numbers from {least}.")
-        for key in ("lr", "head_lr"):
-            value = getattr(self, key)
-            if not (math.isfinite(value) and value > 0):
-                raise FatError(f"teacher.{key} is {value}; it must be above 0, such as 0.001.")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise FatError(f"teacher.weight_decay is {self.weight_decay}; it must not be negative.")
-        if not 0 <= self.label_smoothing < 1:
-            raise FatError(
-                f"teacher.label_smoothing is {self.label_smoothing}; allowed: 0 to below 1."
-            )
+    epochs: int = option(10, "maximum number of passes over the training images", at_least=1)
+    head_epochs: int = option(
+        1,
+        "epochs at the start that train the new classifier alone, whose first, random gradients "
+        "would damage the features",
+        at_least=0,
+    )
+    lr: float = option(
+        1e-3,
+        "AdamW's peak learning rate of the features: one epoch of warm-up, then half a cosine to 0",
+        above=0,
+    )
+    head_lr: float = option(1e-2, "the same for the classifier, without warm-up", above=0)
+    weight_decay: float = option(
+        0.02, "AdamW's weight decay; normalization layers and biases have none", at_least=0
+    )
+    label_smoothing: float = option(
+        0.1, "fraction of the target that is spread over all classes", at_least=0, below=1
+    )
+    patience: int = option(
+        5, "epochs without a better validation accuracy before training stops", at_least=1
+    )
 
 
 @dataclass(frozen=True)
-class TrainSpec:
-    """How the thresholds are trained.
+class TrainSpec(Options, prefix="optim"):
+    """Options of training the thresholds."""
 
-    Attributes:
-        epochs: Passes over the training images.
-        lr: Adam's learning rate for the thresholds' factors at the start of every cycle.
-        pointwise_lr: The same for the factors of weights, where they are trained.
-        rounding_lr: The same for learned rounding, in steps of a weight's grid.
-        bias_lr: The same for biases, in units of the layer's output, where they are trained.
-        bias_correction: Whether to start from biases corrected in closed form
-            (:func:`fat.training.bias_correction.correct_biases`), if that is better on the
-            validation images.
-        reconstruction: Block-wise reconstruction before everything else.
-        loss: ``rmse`` (the paper's), ``authors_code``, ``mse``, ``kl`` or ``cosine``, see
-            :mod:`fat.training.losses`.
-        temperature: What ``kl`` divides the logits by; the other losses have none.
-        feature_weight: Weight of the mean relative squared error of the blocks' outputs
-            (:func:`fat.training.losses.relative_error`), added to the loss; 0 leaves it out.
-        label_weight: Weight of the cross-entropy with the labels of the training images
-            (:func:`fat.training.losses.label_loss`), added to the loss; 0 uses no labels.
-        schedule: ``cosine`` (the paper's annealing), ``authors_code`` or ``constant``, see
-            :mod:`fat.training.schedule`.
-        period: Steps per cycle of the schedule; ``None`` makes the whole training one cycle.
-        reset_optimizer: Whether Adam forgets its moments at the start of every cycle.
-        gradient_clip: Largest norm of the gradient over all parameters; ``None`` does not clip.
-        validations: How often in an epoch the network is judged on the validation images.
-        nan_patience: After so many steps in a row that gave NaN or infinity, training stops.
-
-    Raises:
-        FatError: If a value is outside what is allowed.
-    """
-
-    epochs: int = 3
-    lr: float = 2e-3
-    pointwise_lr: float = 1e-4
-    rounding_lr: float = 1e-2
-    bias_lr: float = 1e-4
-    bias_correction: bool = True
-    reconstruction: ReconstructSpec = field(default_factory=ReconstructSpec)
-    loss: LossName = "rmse"
-    temperature: float = 1.0
-    feature_weight: float = 0.0
-    label_weight: float = 0.0
-    schedule: ScheduleName = "cosine"
-    period: int | None = None
-    reset_optimizer: bool = True
-    gradient_clip: float | None = None
-    validations: int = 1
-    nan_patience: int = 10
+    epochs: int = option(3, "passes over the training images; 0 only calibrates", at_least=0)
+    lr: float = option(
+        2e-3, "Adam's learning rate of the thresholds' factors at the start of a cycle", above=0
+    )
+    weight_scale_lr: float = option(
+        1e-4,
+        "learning rate of the factors of weights (quant.weights=scale)",
+        above=0,
+        earlier=("pointwise_lr",),
+    )
+    adaround_lr: float = option(
+        1e-2,
+        "learning rate of learned rounding (quant.weights=adaround), in steps of a weight's grid",
+        above=0,
+        earlier=("rounding_lr",),
+    )
+    bias_lr: float = option(
+        1e-4, "learning rate of biases, in units of the layer's output", above=0
+    )
+    bias_correction: bool = option(
+        True, "start from biases corrected in closed form if that is better on validation images"
+    )
+    reconstruction: ReconstructSpec = nested(
+        ReconstructSpec,
+        "block-wise reconstruction before distillation, kept if it is better on validation images",
+    )
+    loss: LossName = option("rmse", "distance between the logits; rmse is the paper's")
+    temperature: float = option(
+        1.0, "divisor of the logits in the kl loss; other losses have none", above=0
+    )
+    feature_weight: float = option(
+        0.0, "weight of the relative squared error of the block outputs; 0 disables it", at_least=0
+    )
+    label_weight: float = option(
+        0.0, "weight of the cross-entropy with the labels; 0 uses no labels", at_least=0
+    )
+    schedule: ScheduleName = option("cosine", "learning-rate schedule; cosine is the paper's")
+    period: int | None = option(
+        None, "steps per cycle of the schedule; null: one cycle", at_least=1, example=400
+    )
+    reset_optimizer: bool = option(True, "reset Adam's moments at the start of every cycle")
+    gradient_clip: float | None = option(
+        None, "maximum norm of the gradient of all parameters; null: none", above=0, example=1.0
+    )
+    validations: int = option(1, "validations per epoch", at_least=1)
+    nan_patience: int = option(
+        10, "consecutive steps with NaN or infinity after which training stops", at_least=1
+    )
 
     @property
     def trains(self) -> bool:
         """Whether anything is trained at all, or the network only calibrated."""
         return self.epochs > 0 or self.reconstruction.steps > 0
-
-    def __post_init__(self) -> None:
-        _one_of("loss", self.loss, get_args(LossName))
-        _one_of("schedule", self.schedule, get_args(ScheduleName))
-        for name, least in (("epochs", 0), ("period", 1), ("validations", 1), ("nan_patience", 1)):
-            if getattr(self, name) is not None:
-                _whole(f"optim.{name}", getattr(self, name), least)
-        rates = ("lr", "pointwise_lr", "rounding_lr", "bias_lr")
-        for name in (*rates, "gradient_clip", "temperature"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise FatError(f"optim.{name} is {value}; it must be above 0 and finite.")
-        for name in ("feature_weight", "label_weight"):
-            value = getattr(self, name)
-            if not 0.0 <= value < float("inf"):
-                raise FatError(
-                    f"optim.{name} is {value}; it must be a number from 0 (off), as in "
-                    f"optim.{name}=1.0."
-                )

@@ -34,8 +34,8 @@ def parameter_groups(modules: Iterable[nn.Module], spec: TrainSpec) -> list[dict
                 biases += [part.bias] if isinstance(part.bias, nn.Parameter) else []
     rates = (
         (thresholds, spec.lr),
-        (factors[Adjust.MULTIPLY], spec.pointwise_lr),
-        (factors[Adjust.MOVE], spec.rounding_lr),
+        (factors[Adjust.MULTIPLY], spec.weight_scale_lr),
+        (factors[Adjust.MOVE], spec.adaround_lr),
         (biases, spec.bias_lr),
     )
     return [{"params": group, "share": rate / spec.lr} for group, rate in rates if group]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fat.models.student import Student
+from fat.quant.config import QuantSpec
 from fat.training.config import TrainSpec
 from fat.utils import distributed
 from fat.utils.errors import FatError, first_line
@@ -97,6 +98,10 @@ class TrainingState:
             _check_whole(path)
             kept = torch.load(path, map_location="cpu", weights_only=True)
             whose, content = kept["whose"], kept["content"]
+            whose = {  # an earlier version has other names and fewer options
+                "quantization": QuantSpec.from_dict(whose["quantization"]).to_dict(),
+                "recipe": TrainSpec.from_dict(whose["recipe"]).to_dict(),
+            }
         except Exception as error:  # torch.load raises nearly anything on a damaged file
             raise FatError(
                 f"{path} cannot be read: {first_line(error)}. Remove {path.parent} to train anew."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from fat.utils.commands import install_command
 
@@ -56,7 +57,14 @@ def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     return difflib.get_close_matches(given, list(allowed), n=count, cutoff=0.5)
 
 
-def unknown_name(kind: str, given: object, allowed: Iterable[str], hint: str = "") -> FatError:
+def unknown_name(
+    kind: str,
+    given: object,
+    allowed: Iterable[str],
+    hint: str = "",
+    *,
+    earlier: Mapping[str, str] = MappingProxyType({}),
+) -> FatError:
     """Build the error for a name that is not among the allowed ones, with the nearest of these.
 
     Args:
@@ -64,13 +72,15 @@ def unknown_name(kind: str, given: object, allowed: Iterable[str], hint: str = "
         given: The name that the user wrote.
         allowed: All allowed names.
         hint: A further sentence that says what to type.
+        earlier: Names of earlier versions and what they are called now, to compare with too.
 
     Examples:
         >>> print(unknown_name("init strategy", "minmix", ["minmax", "percentile"]))
         Unknown init strategy 'minmix'. Did you mean 'minmax'? Allowed: minmax, percentile.
     """
     names = list(allowed)
-    close = nearest(str(given), names)
+    similar = nearest(str(given), [*names, *earlier])
+    close = dict.fromkeys(earlier.get(name, name) for name in similar)
     text = f"Unknown {kind} {given!r}."
     if close:
         text += " Did you mean " + " or ".join(repr(name) for name in close) + "?"

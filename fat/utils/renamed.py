@@ -101,7 +101,7 @@ MODULES = {
     "schedule": "training.schedule utils.schedules",
     "search": "experiment.recipe_search",
     "sensitivity": "evaluation.sensitivity_analysis",
-    "spec": "quant.config training.config utils.validation",
+    "spec": "quant.config training.config",
     "student": "models.student",
     "sweeps": "experiment.sweep",
 }

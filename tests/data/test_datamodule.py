@@ -292,12 +292,15 @@ def test_example_batch_passes_over_the_unreadable(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"batch_size": 0}, r"data.batch_size is 0; it must be at least 1"),
+        ({"batch_size": 0}, r"data.batch_size is 0; allowed are whole numbers from 1"),
         ({"workers": -1}, r"data.workers is -1"),
         ({"seed": -1}, r"[Ss]eed"),
         ({"train_images": 0}, r"data.train_images is 0"),
         ({"calibration_images": 0}, r"data.calibration_images is 0"),
-        ({"scale": (0.0, 1.0)}, r"crop's scale"),
+        (
+            {"scale": (0.0, 1.0)},
+            r"data.crop_scale is \[0.0, 1.0\]; allowed are two numbers above 0",
+        ),
         ({"validation_fraction": 1.5}, r"data.validation_fraction is 1.5"),
         ({"validation_fraction": 0.5, "test_fraction": 0.5}, r"leave nothing to train on"),
     ],

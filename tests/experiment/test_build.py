@@ -170,7 +170,8 @@ def test_distilled_images_train_and_real_ones_judge(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source = load_float_network("test_efficientnet", weights="random", num_classes=3)
     asked = config("distilled", test_root=str(own_folder(tmp_path / "real")), test_images=20)
-    asked.distill = replace(asked.distill, images=12, batch_size=6, coarse_steps=1, steps=1)
+    distill = replace(asked.distill, images=12, batch_size=6, coarse_steps=1, steps=1)
+    asked = replace(asked, distill=distill)
     network = for_images(source, replace(asked, image_size=32))
     target = replace(InputSpec.of(network), classes=("cat", "dog", "fox"))
     data = make_data(asked, target, 0)
@@ -276,7 +277,7 @@ def test_fine_tuning_on_own_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_source() -> None:
-    with pytest.raises(FatError, match=r"Unknown data source 'foldr'. Did you mean 'folder'"):
+    with pytest.raises(FatError, match=r"Unknown data.source 'foldr'. Did you mean 'folder'"):
         make_data(config("foldr"), IMAGENET, 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from fat.experiment.config import DataConfig, ModelConfig, OptimConfig, RunConfig
+from fat.experiment.config import DataConfig, ModelConfig, RunConfig
+from fat.training.config import TrainSpec
 from fat.experiment.recipe_search import comparable, main, read_space, search, validation_loss
 from tests.integration.running import ROOT
 
@@ -93,8 +95,8 @@ def test_only_training_images_may_differ_between_trials() -> None:
     one = RunConfig(ModelConfig("a"), DataConfig("photos", train_images=1))
     two = RunConfig(ModelConfig("a"), DataConfig("photos", train_images=2))
     assert comparable(one) == comparable(two)
-    two.optim = OptimConfig(loss="kl")
-    assert comparable(one) != comparable(two)
+    other = replace(two, optim=TrainSpec(loss="kl"))
+    assert comparable(one) != comparable(other)
 
 
 class Bowl:

@@ -26,7 +26,7 @@ RUN = [
     "optim.epochs=2",
     "optim.lr=1e-5",
     "optim.bias_lr=1e-5",
-    "optim.pointwise_lr=1e-5",
+    "optim.weight_scale_lr=1e-5",
     "trainer.progress=false",
     "logger=csv",
 ]

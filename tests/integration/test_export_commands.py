@@ -1,4 +1,4 @@
-"""export= and artefact= as a user types them, on a tiny network with random weights."""
+"""export= and artifact= as a user types them, on a tiny network with random weights."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_finished_run_is_exported_later(copied: Path) -> None:
 @pytest.mark.slow
 def test_a_file_is_judged_on_the_images_of_its_run(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    result = command("evaluate.py", f"artefact={folder / 'student.onnx'}", f"run={folder}")
+    result = command("evaluate.py", f"artifact={folder / 'student.onnx'}", f"run={folder}")
     assert result.returncode == 0, result.stderr
     trained = json.loads((folder / "metrics.json").read_text())["trained"]
     printed = result.stdout + result.stderr
@@ -142,7 +142,7 @@ def test_anothers_file_is_judged_against_the_network_that_is_named(tmp_path: Pat
     path = another(tmp_path / "other.onnx")
     result = command(
         "evaluate.py",
-        f"artefact={path}",
+        f"artifact={path}",
         "model.name=test_efficientnet",
         "model.weights=random",
         "data=photos",
@@ -159,9 +159,9 @@ def test_anothers_file_is_judged_against_the_network_that_is_named(tmp_path: Pat
     [
         (["export=tensorrt"], ["tensorrt", "onnx", "openvino"]),
         (["export=onnx"], ["Which run?", "run=DIR"]),
-        (["artefact=none.onnx"], ["There is no file none.onnx"]),
-        (["artefact=file.txt"], ["file.txt ends in '.txt'", ".onnx"]),
-        (["artefact=x.onnx", "export=onnx"], ["artefact= and export=", "one at a time"]),
+        (["artifact=none.onnx"], ["There is no file none.onnx"]),
+        (["artifact=file.txt"], ["file.txt ends in '.txt'", ".onnx"]),
+        (["artifact=x.onnx", "export=onnx"], ["artifact= and export=", "one at a time"]),
     ],
 )
 def test_what_cannot_be_asked_is_answered(arguments: list[str], told: list[str]) -> None:
@@ -173,9 +173,9 @@ def test_what_cannot_be_asked_is_answered(arguments: list[str], told: list[str])
 
 def test_a_file_that_does_not_say_its_images_needs_to_be_told(tmp_path: Path) -> None:
     path = another(tmp_path / "other.onnx")
-    asked = command("evaluate.py", f"artefact={path}")
+    asked = command("evaluate.py", f"artifact={path}")
     assert "Which images?" in asked.stderr
-    asked = command("evaluate.py", f"artefact={path}", "data=photos")
+    asked = command("evaluate.py", f"artifact={path}", "data=photos")
     assert "model.name=NAME" in asked.stderr
 
 

@@ -54,7 +54,9 @@ BIT_FIELDS = ("bits", "weight_bits", "activation_bits", "first_bits", "last_bits
 @pytest.mark.parametrize("name", BIT_FIELDS)
 @pytest.mark.parametrize("value", [1, 9, 0, -8, 8.0, True, "8"])
 def test_bits_out_of_range(name: str, value: object) -> None:
-    text = f"{name} is {value!r}; allowed are whole numbers from 2 to 8, as in {name}=8."
+    key = "quant." + name.replace("_", ".")
+    null = "" if name == "bits" else ", or null"
+    text = f"{key} is {value!r}; allowed are whole numbers from 2 to 8{null}, as in {key}=8."
     with pytest.raises(FatError, match=re.escape(text)):
         QuantSpec(**{name: value})  # type: ignore[arg-type]
 
@@ -68,7 +70,7 @@ def test_only_bits_may_not_be_none() -> None:
 def test_bits_on_a_grid() -> None:
     with pytest.raises(FatError, match="bits is 16"):
         Grid(16, "symmetric")
-    with pytest.raises(FatError, match=r"Unknown grid 'sined'\. Did you mean 'signed'"):
+    with pytest.raises(FatError, match=r"Unknown grid 'sined'\. Did you mean 'symmetric'"):
         Grid(8, "sined")  # type: ignore[arg-type]
 
 
@@ -77,28 +79,29 @@ def test_bits_on_a_grid() -> None:
     [
         (
             lambda: QuantSpec(granularity="vektor"),  # type: ignore[arg-type]
-            "Unknown granularity 'vektor'. Did you mean 'vector'? Allowed: scalar, vector.",
+            "Unknown quant.granularity 'vektor'. Did you mean 'per_channel' or 'per_tensor'? "
+            "Allowed: per_channel, per_tensor.",
         ),
         (
             lambda: QuantSpec(scheme="asymetric"),  # type: ignore[arg-type]
-            "Unknown scheme 'asymetric'. Did you mean 'asymmetric' or 'symmetric'?",
+            "Unknown quant.scheme 'asymetric'. Did you mean 'asymmetric' or 'symmetric'?",
         ),
         (
             lambda: QuantSpec(thresholds="lsc"),  # type: ignore[arg-type]
-            "Unknown thresholds 'lsc'. Did you mean 'lsq'? Allowed: fat, lsq, tqt, frozen.",
+            "Unknown quant.thresholds 'lsc'. Did you mean 'lsq'? Allowed: fat, lsq, tqt, frozen.",
         ),
         (
             lambda: QuantSpec(bias="train"),  # type: ignore[arg-type]
-            "Unknown bias 'train'. Did you mean 'trained'?",
+            "Unknown quant.bias 'train'. Did you mean 'trained'?",
         ),
         (
             lambda: QuantSpec(weights="pointwize"),  # type: ignore[arg-type]
-            "Unknown weights 'pointwize'. Did you mean 'pointwise'? Allowed: frozen, pointwise, "
-            "rounding.",
+            "Unknown quant.weights 'pointwize'. Did you mean 'scale'? Allowed: frozen, scale, "
+            "adaround.",
         ),
         (
             lambda: InitSpec(name="percentil"),  # type: ignore[arg-type]
-            "Unknown init strategy 'percentil'. Did you mean 'percentile'?",
+            "Unknown init.activation.name 'percentil'. Did you mean 'percentile'?",
         ),
         (
             lambda: EqualizeSpec(method="depthwize"),  # type: ignore[arg-type]
@@ -107,12 +110,12 @@ def test_bits_on_a_grid() -> None:
         ),
         (
             lambda: TrainSpec(loss="rms"),  # type: ignore[arg-type]
-            "Unknown loss 'rms'. Did you mean 'rmse' or 'mse'? "
+            "Unknown optim.loss 'rms'. Did you mean 'rmse' or 'mse'? "
             "Allowed: rmse, authors_code, mse, kl, cosine.",
         ),
         (
             lambda: TrainSpec(schedule="cosin"),  # type: ignore[arg-type]
-            "Unknown schedule 'cosin'. Did you mean 'cosine'?",
+            "Unknown optim.schedule 'cosin'. Did you mean 'cosine'?",
         ),
     ],
 )
@@ -123,19 +126,25 @@ def test_unknown_names(make: Any, text: str) -> None:
 
 @pytest.mark.parametrize("value", [50.0, 0.0, 100.1, -1.0, math.nan])
 def test_percentile_out_of_range(value: float) -> None:
-    with pytest.raises(FatError, match=r"more than 50 and at most 100.*percentile=99\.99"):
+    with pytest.raises(
+        FatError, match=r"above 50 and up to 100, as in init\.activation\.percentile=99\.999"
+    ):
         InitSpec("percentile", value)
 
 
 @pytest.mark.parametrize("value", [0.9, 10.1, -2.0, math.nan, math.inf])
 def test_exponent_out_of_range(value: float) -> None:
-    with pytest.raises(FatError, match=r"exponent is .*allowed is 1 to 10.*exponent=2\.4"):
+    with pytest.raises(
+        FatError, match=r"exponent is .*allowed are numbers from 1 to 10.*exponent=2\.4"
+    ):
         InitSpec("lp", exponent=value)
 
 
 @pytest.mark.parametrize("value", [9, 0, -1, 10_001, 99.5, True])
 def test_candidates_out_of_range(value: int) -> None:
-    with pytest.raises(FatError, match=r"candidates is .*whole numbers from 10.*candidates=100"):
+    with pytest.raises(
+        FatError, match=r"candidates is .*whole numbers from 10 to 10000.*candidates=100"
+    ):
         InitSpec("mse", candidates=value)
 
 
@@ -149,7 +158,9 @@ def test_percentile_in_range(value: float) -> None:
     [("locked_from", 0.0), ("locked_from", 6.1), ("cap", -1.0), ("cap", 7.0), ("cap", math.nan)],
 )
 def test_equalization_outside_relu6(name: str, value: float) -> None:
-    with pytest.raises(FatError, match=r"above 0 and not above 6, the value at which ReLU6 clips"):
+    with pytest.raises(
+        FatError, match=rf"equalize\.{name} is .*; allowed are numbers above 0 and up to 6"
+    ):
         EqualizeSpec(**{name: value})  # type: ignore[arg-type]
 
 
@@ -172,13 +183,15 @@ def test_methods_of_an_equalization() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 2.5])
 def test_iterations_of_cross_layer(value: float) -> None:
-    with pytest.raises(FatError, match=r"equalize\.iterations is .* whole number, at least 1"):
+    with pytest.raises(FatError, match=r"equalize\.iterations is .* whole numbers from 1"):
         EqualizeSpec(iterations=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
 def test_shift_weight_out_of_range(value: float) -> None:
-    with pytest.raises(FatError, match=r"equalize\.shift_weight is .* above 0 and finite"):
+    with pytest.raises(
+        FatError, match=r"equalize\.shift_weight is .*; allowed are numbers above 0"
+    ):
         EqualizeSpec(shift_weight=value)
 
 
@@ -192,13 +205,15 @@ def test_shift_weight_out_of_range(value: float) -> None:
         ("alpha_range", (math.nan, 1.0), "1"),
         ("shift_range", (0.1, 0.4), "0"),
         ("shift_range", (-0.2, -0.1), "0"),
-        ("pointwise_range", (1.05, 1.25), "1"),
-        ("rounding_range", (0.1, 1.0), "0"),
-        ("rounding_range", (-1.0,), "0"),
+        ("weight_scale_range", (1.05, 1.25), "1"),
+        ("adaround_range", (0.1, 1.0), "0"),
+        ("adaround_range", (-1.0,), "0"),
     ],
 )
 def test_ranges_must_hold_their_start(name: str, value: tuple[float, ...], inside: str) -> None:
-    with pytest.raises(FatError, match=rf"{name} is .*with {inside} \(where training starts\)"):
+    with pytest.raises(
+        FatError, match=rf"quant\.{name} is .*with {inside} \(where training starts\)"
+    ):
         QuantSpec(**{name: value})  # type: ignore[arg-type]
 
 
@@ -209,28 +224,72 @@ def test_ranges_may_end_where_training_starts() -> None:
 
 @pytest.mark.parametrize("low", [0.0, -0.5])
 def test_alpha_must_stay_above_zero(low: float) -> None:
-    with pytest.raises(FatError, match="lower end must be above 0, since a threshold of 0"):
+    with pytest.raises(FatError, match=r"quant.alpha_range is .*; allowed are two numbers above 0"):
         QuantSpec(alpha_range=(low, 1.0))
 
 
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("epochs", -1, "optim.epochs is -1; it must be a whole number, at least 0."),
-        ("period", 0, "optim.period is 0; it must be a whole number, at least 1."),
-        ("validations", 0, "optim.validations is 0; it must be a whole number, at least 1."),
-        ("nan_patience", 0, "optim.nan_patience is 0; it must be a whole number, at least 1."),
-        ("lr", 0.0, "optim.lr is 0.0; it must be above 0 and finite."),
-        ("bias_lr", -1e-3, "optim.bias_lr is -0.001; it must be above 0 and finite."),
-        ("pointwise_lr", 0.0, "optim.pointwise_lr is 0.0; it must be above 0 and finite."),
-        ("rounding_lr", -1.0, "optim.rounding_lr is -1.0; it must be above 0 and finite."),
-        ("gradient_clip", 0.0, "optim.gradient_clip is 0.0; it must be above 0 and finite."),
-        ("lr", math.nan, "optim.lr is nan; it must be above 0 and finite."),
-        ("temperature", 0.0, "optim.temperature is 0.0; it must be above 0 and finite."),
-        ("feature_weight", -1.0, "as in optim.feature_weight=1.0."),
-        ("feature_weight", math.nan, "optim.feature_weight is nan; it must be a number from 0"),
-        ("label_weight", -0.1, "optim.label_weight is -0.1; it must be a number from 0 (off)"),
-        ("label_weight", math.inf, "optim.label_weight is inf; it must be a number from 0 (off)"),
+        (
+            "epochs",
+            -1,
+            "optim.epochs is -1; allowed are whole numbers from 0, as in optim.epochs=3.",
+        ),
+        (
+            "period",
+            0,
+            "optim.period is 0; allowed are whole numbers from 1, or null, as in optim.period=400.",
+        ),
+        (
+            "validations",
+            0,
+            "optim.validations is 0; allowed are whole numbers from 1, as in optim.validations=1.",
+        ),
+        (
+            "nan_patience",
+            0,
+            "optim.nan_patience is 0; allowed are whole numbers from 1, as in "
+            "optim.nan_patience=10.",
+        ),
+        ("lr", 0.0, "optim.lr is 0.0; allowed are numbers above 0, as in optim.lr=0.002."),
+        (
+            "bias_lr",
+            -1e-3,
+            "optim.bias_lr is -0.001; allowed are numbers above 0, as in optim.bias_lr=0.0001.",
+        ),
+        (
+            "weight_scale_lr",
+            0.0,
+            "optim.weight_scale_lr is 0.0; allowed are numbers above 0, as in "
+            "optim.weight_scale_lr=0.0001.",
+        ),
+        (
+            "adaround_lr",
+            -1.0,
+            "optim.adaround_lr is -1.0; allowed are numbers above 0, as in optim.adaround_lr=0.01.",
+        ),
+        (
+            "gradient_clip",
+            0.0,
+            "optim.gradient_clip is 0.0; allowed are numbers above 0, or null, as in "
+            "optim.gradient_clip=1.0.",
+        ),
+        ("lr", math.nan, "optim.lr is nan; allowed are numbers above 0, as in optim.lr=0.002."),
+        (
+            "temperature",
+            0.0,
+            "optim.temperature is 0.0; allowed are numbers above 0, as in optim.temperature=1.0.",
+        ),
+        (
+            "feature_weight",
+            -1.0,
+            "optim.feature_weight is -1.0; allowed are numbers from 0, as in "
+            "optim.feature_weight=0.0.",
+        ),
+        ("feature_weight", math.nan, "optim.feature_weight is nan; allowed are numbers from 0"),
+        ("label_weight", -0.1, "optim.label_weight is -0.1; allowed are numbers from 0"),
+        ("label_weight", math.inf, "optim.label_weight is inf; allowed are numbers from 0"),
     ],
 )
 def test_training_out_of_range(name: str, value: float, text: str) -> None:
@@ -276,8 +335,8 @@ def _specs() -> st.SearchStrategy[QuantSpec]:
         power_of_two=st.booleans(),
         weights=st.sampled_from(["frozen", "scale", "adaround"]),
         bias=st.sampled_from(["trained", "frozen"]),
-        pointwise_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
-        rounding_range=st.tuples(st.floats(-1.0, 0.0), st.floats(0.0, 1.0)),
+        weight_scale_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
+        adaround_range=st.tuples(st.floats(-1.0, 0.0), st.floats(0.0, 1.0)),
         alpha_range=st.tuples(st.floats(0.1, 1.0), st.floats(1.0, 2.0)),
         shift_range=st.tuples(st.floats(-1.0, 0.0), st.floats(0.0, 1.0)),
         weight_init=init,
@@ -321,10 +380,10 @@ def test_bits_of_layers_that_are_none(given: Any, text: str) -> None:
 def test_from_dict_checks_again() -> None:
     with pytest.raises(FatError, match="bits is 9"):
         QuantSpec.from_dict({"bits": 9})
-    with pytest.raises(FatError, match="Unknown init strategy"):
+    with pytest.raises(FatError, match=r"Unknown init\.activation\.name"):
         QuantSpec.from_dict({"weight_init": {"name": "minmix"}})
     with pytest.raises(
-        FatError, match=r"Unknown quantization option 'granularty'. Did you mean 'granularity'"
+        FatError, match=r"Unknown option of QuantSpec 'granularty'. Did you mean 'granularity'"
     ):
         QuantSpec.from_dict({"granularty": "per_tensor"})
 

@@ -467,7 +467,10 @@ def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> No
 def test_gradient_of_pointwise_factors_and_their_projection() -> None:
     weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4]])
     spec = QuantSpec(
-        weights="scale", thresholds="frozen", granularity="per_tensor", pointwise_range=(0.75, 1.25)
+        weights="scale",
+        thresholds="frozen",
+        granularity="per_tensor",
+        weight_scale_range=(0.75, 1.25),
     )
     layer = QuantLinear("linear", weight, None, spec, Grid(8, "symmetric"))
     source = watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec)
@@ -502,7 +505,7 @@ def rounding_layer(
         weights="adaround",
         thresholds="frozen",
         granularity=granularity,
-        rounding_range=reach,  # type: ignore[arg-type]
+        adaround_range=reach,  # type: ignore[arg-type]
     )
     layer = QuantLinear("linear", weight, None, spec, Grid(bits, "symmetric"))
     layer.set_input_quantizer(watching(Grid(8, "symmetric_unsigned"), torch.ones(1), spec))

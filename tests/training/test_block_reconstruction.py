@@ -115,7 +115,7 @@ def test_an_uncalibrated_student_and_no_images_are_refused(
 
 @pytest.mark.parametrize(
     "options",
-    [{"steps": -1}, {"images": 0}, {"batch_size": 0}, {"rate": 0.0}, {"float_share": 1.5}],
+    [{"steps": -1}, {"images": 0}, {"batch_size": 0}, {"rate": 0.0}, {"float_fraction": 1.5}],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(FatError, match=f"optim.reconstruction.{next(iter(options))} is"):

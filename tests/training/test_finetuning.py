@@ -210,10 +210,13 @@ def test_a_network_without_a_classifier(source: FloatNetwork) -> None:
         ({"epochs": 0}, r"teacher.epochs is 0; allowed are whole numbers from 1"),
         ({"head_epochs": -1}, r"teacher.head_epochs is -1"),
         ({"patience": 0}, r"teacher.patience is 0"),
-        ({"lr": 0.0}, r"teacher.lr is 0.0; it must be above 0"),
+        ({"lr": 0.0}, r"teacher.lr is 0.0; allowed are numbers above 0"),
         ({"head_lr": float("nan")}, r"teacher.head_lr is nan"),
         ({"weight_decay": -1.0}, r"teacher.weight_decay is -1.0"),
-        ({"label_smoothing": 1.0}, r"teacher.label_smoothing is 1.0; allowed: 0 to below 1"),
+        (
+            {"label_smoothing": 1.0},
+            r"teacher.label_smoothing is 1.0; allowed are numbers from 0 and below 1",
+        ),
     ],
 )
 def test_options_out_of_range(options: dict[str, float], says: str) -> None:

@@ -204,7 +204,7 @@ def test_training_lowers_the_loss_and_the_result_tells_it(
         epochs=10,
         bias_correction=False,
         lr=2e-3,
-        pointwise_lr=1e-3,
+        weight_scale_lr=1e-3,
         bias_lr=1e-3,
         **QUIET,
     )
@@ -231,7 +231,7 @@ def test_never_worse_than_calibrated(
         epochs=2,
         lr=lr,
         bias_lr=lr,
-        pointwise_lr=lr,
+        weight_scale_lr=lr,
         bias_correction=bias_correction,
         **QUIET,
     )
@@ -716,8 +716,8 @@ def test_each_kind_of_parameter_has_its_own_rate(
         validation=batches,
         epochs=1,
         lr=4e-3,
-        pointwise_lr=2e-3,
-        rounding_lr=5e-3,
+        weight_scale_lr=2e-3,
+        adaround_lr=5e-3,
         bias_lr=1e-3,
         bias_correction=False,
         callbacks=[AtStep(1, lambda _, s: after.update(trained(s)))],

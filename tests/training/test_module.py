@@ -102,7 +102,7 @@ def test_every_loss_trains(
         epochs=8,
         lr=5e-3,
         bias_lr=1e-3,
-        pointwise_lr=1e-3,
+        weight_scale_lr=1e-3,
         **options,
         **QUIET,
     )
@@ -183,7 +183,7 @@ def test_training_on_features_brings_the_blocks_closer(
             validation=batches,
             feature_weight=weight,
             epochs=15,
-            pointwise_lr=3e-3,
+            weight_scale_lr=3e-3,
             bias_lr=3e-3,
             callbacks=[Watch()],
             **QUIET,
@@ -306,7 +306,7 @@ def test_labels_pull_towards_them(
         epochs=10,
         lr=1e-2,
         bias_lr=1e-2,
-        pointwise_lr=1e-2,
+        weight_scale_lr=1e-2,
         callbacks=[logged, Watch()],
         **QUIET,
     )

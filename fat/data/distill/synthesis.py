@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -31,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from fat.data.config import DistillSpec
 from fat.data.distill.store import ImageStore
 from fat.data.transforms import crop_box
 from fat.utils.errors import FatError
@@ -53,67 +53,6 @@ GREY = 0.95  # what the channels of the first noise share: photographs are mostl
 # The crops that training draws (RandomCropTransform), so that images are good at these scales too.
 ZOOM_SCALE, ZOOM_RATIO, ZOOM_SHARE = (0.35, 1.0), (3 / 4, 4 / 3), 0.5
 FULL_COST = 4  # a step at full resolution takes so many times as long as one at half
-
-
-@dataclass(frozen=True)
-class DistillSpec:
-    """How images are distilled from a network.
-
-    Attributes:
-        images: How many images.
-        batch_size: At most so many images are made together: it is their common statistics that
-            match the network's. The images are spread evenly over the batches.
-        coarse_steps: Steps of each batch at half the network's resolution.
-        steps: Steps of each batch at full resolution, after these.
-        lr: Adam's learning rate for pixels 0…1, annealed to 0 at each resolution.
-        smoothness: Weight of the total variation, the mean absolute difference between
-            neighbouring pixels 0…1; 0 leaves it out.
-        class_weight: Weight of the cross-entropy with each image's random class; 0 leaves it out.
-
-    Raises:
-        FatError: If a value is outside what is allowed.
-    """
-
-    images: int = 192
-    batch_size: int = 32
-    coarse_steps: int = 60
-    steps: int = 12
-    lr: float = 0.01
-    smoothness: float = 0.2
-    class_weight: float = 0.003
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("batch_size", 1), ("coarse_steps", 0), ("steps", 1)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise FatError(
-                    f"data.distill.{name} is {value!r}; it must be a whole number, at least "
-                    f"{least}. Type data.distill.{name}={getattr(DistillSpec, name)}."
-                )
-        if not 0.0 < self.lr <= 1.0:
-            raise FatError(
-                f"data.distill.lr is {self.lr!r}; it must be above 0 and not above 1, the range "
-                f"of a pixel. Type data.distill.lr={DistillSpec.lr}."
-            )
-        for name in ("smoothness", "class_weight"):
-            value = getattr(self, name)
-            if not 0.0 <= value < math.inf:
-                raise FatError(
-                    f"data.distill.{name} is {value!r}; it must be a number from 0 (off). Type "
-                    f"data.distill.{name}={getattr(DistillSpec, name)}."
-                )
-
-    @property
-    def batches(self) -> list[range]:
-        """The numbers of the images of each batch.
-
-        Examples:
-            >>> DistillSpec(images=5, batch_size=2).batches
-            [range(0, 1), range(1, 3), range(3, 5)]
-        """
-        count = math.ceil(self.images / self.batch_size)
-        ends = [self.images * i // count for i in range(count + 1)]
-        return [range(first, end) for first, end in itertools.pairwise(ends)]
 
 
 @dataclass(frozen=True)
