@@ -22,8 +22,8 @@ from optuna.distributions import (
 )
 
 from fat.experiment.config import DataConfig, ModelConfig, RunConfig
-from fat.training.config import TrainSpec
 from fat.experiment.recipe_search import comparable, main, read_space, search, validation_loss
+from fat.training.config import TrainSpec
 from tests.integration.running import ROOT
 
 WORDS = ["quant.bits=4", "optim.lr=tag(log, interval(1e-4, 1e-2))", "optim.epochs=choice(1,2,3)"]
