@@ -1,4 +1,4 @@
-"""Helpers that know nothing of quantization: errors, files, random states, processes."""
+"""Helpers without any quantization: errors, files, random states, processes."""
 
 import lazy_loader
 

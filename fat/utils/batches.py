@@ -1,4 +1,4 @@
-"""Batches as they come from users: images alone, or images with labels beside them."""
+"""Batches as users give them: images, or images with labels."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["AnyBatch", "Images", "as_batches", "counted", "first_images", "passe
 
 AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
 Images = Tensor | Iterable[AnyBatch]
-"""One batch [N, 3, H, W], or any iterable of batches, each labelled or not."""
+"""One batch [N, 3, H, W], or any iterable of batches, each with or without labels."""
 
 
 def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
-    """Images and labels of a batch; labels are −1 where the batch has none.
+    """Split a batch into images and labels; labels are −1 if the batch has none.
 
     Returns:
         images [N, 3, H, W] and labels int64 [N].
@@ -35,33 +35,33 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
     if not isinstance(images, Tensor) or images.dim() != 4:
         came = list(images.shape) if isinstance(images, Tensor) else type(images).__name__
         raise FatError(
-            f"A batch of images is {came}; wanted a tensor [N, 3, H, W], or (images, labels)."
+            f"A batch of images is {came}; it must be a tensor [N, 3, H, W] or (images, labels)."
         )
     labels = parts[1] if len(parts) > 1 else None
     if labels is None:
         labels = torch.full((len(images),), -1)
     if not isinstance(labels, Tensor):
         raise FatError(
-            f"The labels of a batch are {type(labels).__name__}; wanted an int64 tensor [N] beside "
-            "the images, or nothing."
+            f"The labels of a batch are {type(labels).__name__}; they must be an int64 tensor [N], "
+            "or left out."
         )
     return images, labels.to(images.device)
 
 
 def as_batches(images: Images) -> Iterable[AnyBatch]:
-    """An iterable of batches, also where one batch came."""
+    """Return an iterable of batches, also for a single batch."""
     return [images] if isinstance(images, Tensor) else images
 
 
 def counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
-    """The batches and how many they are; what cannot tell its length is counted once.
+    """Return the batches and their number; an iterable without a length is counted by one pass.
 
     Args:
-        what: What the images are for, in messages.
+        what: The purpose of the images, for messages.
         images: Batches that can be iterated more than once.
 
     Raises:
-        FatError: If they come from an iterator, or there is none.
+        FatError: If the images come from an iterator, or there are none.
 
     Examples:
         >>> counted("training", [torch.zeros(4, 3, 8, 8)] * 3)[1]
@@ -70,20 +70,20 @@ def counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
     batches = as_batches(images)
     if isinstance(batches, Iterator):
         raise FatError(
-            f"The {what} images come from an iterator, which is empty after one pass; give a "
-            "list of batches, a DataLoader, or an object whose __iter__ starts anew."
+            f"The {what} images come from an iterator, which is empty after one pass; give a list "
+            "of batches, a DataLoader, or an object whose __iter__ starts again."
         )
     try:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:
         count = sum(1 for _ in batches)
     if not count:
-        raise FatError(f"No {what} images came; give at least one batch [N, 3, H, W].")
+        raise FatError(f"There are no {what} images; give at least one batch [N, 3, H, W].")
     return batches, count
 
 
 def first_images(images: Images, count: int) -> Iterator[Tensor]:
-    """The first ``count`` images without labels, in batches; no batch is drawn beyond them.
+    """Yield the first ``count`` images without labels, in batches; no further batch is drawn.
 
     Examples:
         >>> [len(part) for part in first_images([torch.zeros(4, 3, 8, 8)] * 3, 6)]
@@ -98,11 +98,11 @@ def first_images(images: Images, count: int) -> Iterator[Tensor]:
 
 
 class AtMost:
-    """The first ``count`` images with their labels, in batches, any number of times.
+    """The first ``count`` images with their labels, as a re-iterable of batches.
 
     Args:
         images: Batches.
-        count: How many images at most; no batch is drawn beyond them.
+        count: Maximum number of images; no further batch is drawn.
 
     Examples:
         >>> [len(pixels) for pixels, _ in AtMost([torch.zeros(4, 3, 8, 8)] * 3, 6)]
@@ -113,7 +113,7 @@ class AtMost:
         self.images, self.count = images, count
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of images and labels."""
+        """Yield batches of images and labels."""
         left = self.count
         for batch in as_batches(self.images):
             pixels, labels = split(batch)
@@ -124,10 +124,10 @@ class AtMost:
 
 
 def passes(images: Images) -> Iterator[AnyBatch]:
-    """The batches of one epoch after another, without end, where epochs differ; of one otherwise.
+    """Yield batches epoch after epoch if epochs differ, otherwise those of one epoch.
 
-    Epochs of a loader differ if its sampler has ``set_epoch``, which is called with 0, 1, …; an
-    epoch without a batch ends it. From anything else more passes would bring the same images.
+    Epochs of a loader differ if its sampler has ``set_epoch``, which is called with 0, 1, …; they
+    end with an epoch that has no batch. Other iterables would only repeat their images.
 
     Examples:
         >>> len(list(passes([torch.zeros(4, 3, 8, 8)] * 3)))

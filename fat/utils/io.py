@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the old content or the new, never half of it."""
+"""Atomic file writes: a reader sees the old content or the new, never a part of it."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ __all__ = [
 
 
 def cache_folder(*parts: str) -> Path:
-    """Where FAT keeps what can be made again: ``~/.cache/fat``, or ``$XDG_CACHE_HOME/fat``.
+    """Return FAT's cache folder, ``~/.cache/fat`` or ``$XDG_CACHE_HOME/fat``, or a path in it.
 
     Args:
-        *parts: Names of folders below it. Nothing is made.
+        *parts: Names of folders below it. None is created.
 
     Raises:
-        FatError: If the user has no home and XDG_CACHE_HOME is not set.
+        FatError: If there is no home directory and XDG_CACHE_HOME is not set.
     """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError as error:
         raise FatError(
-            "There is no home folder to keep a cache in: set XDG_CACHE_HOME=DIR."
+            "There is no home directory for the cache: set XDG_CACHE_HOME=DIR."
         ) from error
     return Path(base, "fat", *parts)
 
 
 def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) -> Path:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in its place.
+    """Write a file atomically: fill a temporary file beside it, then rename that.
 
     Args:
-        path: Where the file shall be; its folder is made.
-        write: Called with the temporary path.
+        path: The file; its folder is created.
+        write: Function that fills the file at the path that it is given.
 
     Raises:
-        FatError: If the place cannot be written; nothing is left behind.
+        FatError: If the file cannot be written; no temporary file is left behind.
     """
     target = Path(path)
     try:
@@ -65,7 +65,7 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
     temporary = Path(name)
     try:
         write(temporary)
-        # A temporary file is private; the result has the rights of any other new file.
+        # A temporary file is private; the result gets the permissions of any other new file.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
@@ -78,10 +78,10 @@ def write_atomic(path: str | os.PathLike[str], write: Callable[[Path], object]) 
 
 
 def put_in_place(temporary: Path, target: Path) -> None:
-    """Give a complete file its name, whatever had it before; also a power cut leaves one of them.
+    """Move a complete file over another one, so that a power cut leaves one of them intact.
 
     Raises:
-        OSError: If the system refuses.
+        OSError: If the file system refuses.
     """
     with temporary.open("rb") as written:
         os.fsync(written.fileno())
@@ -93,7 +93,7 @@ def _unwritable(target: Path, error: OSError) -> FatError:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write UTF-8 text atomically; what names of files hold beyond it is written as an escape."""
+    """Write UTF-8 text atomically; undecodable bytes of file names are written as escapes."""
     content = text.encode("utf-8", errors="backslashreplace")
     return write_atomic(path, lambda temporary: temporary.write_bytes(content))
 
@@ -101,7 +101,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_csv(
     path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Iterable[object]]
 ) -> Path:
-    """Write a table atomically, lines ended by a newline alone."""
+    """Write a CSV table atomically, with \\n as the line ending."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -115,9 +115,9 @@ def write_json(path: str | os.PathLike[str], content: Any) -> Path:
 
 
 def torn_part(path: str | os.PathLike[str]) -> str:
-    """Which part of a zip file, as torch.save writes it, is not what was written; "" for none.
+    """Return the name of a damaged part of a file of torch.save, or "" if all are intact.
 
-    torch.load itself does not compare the checksums that are stored beside the parts.
+    torch.load does not check the checksums that are stored with the parts.
     """
     if not zipfile.is_zipfile(path):
         return ""
@@ -129,7 +129,7 @@ def torn_part(path: str | os.PathLike[str]) -> str:
 
 
 def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise a FatError now if files could not be written into the folder later."""
+    """Raise a FatError if files cannot be written into the folder."""
     probe = Path(folder) / ".write-probe"
     write_text(probe, "")
     probe.unlink()

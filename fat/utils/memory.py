@@ -1,4 +1,4 @@
-"""Make the C library keep the memory that tensors free, instead of handing it back each time."""
+"""Allocator settings of the C library."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Stop glibc from returning each large tensor to the kernel when it is freed.
+    """Stop glibc from returning the memory of each large tensor to the kernel when it is freed.
 
-    By default every activation of more than a few megabytes is mapped anew, and the kernel clears
-    each page at first touch: more work than the arithmetic on it. Element-wise operations on a CPU
-    run three to four times as fast without (benchmarks/step.py). The process keeps its peak
-    memory until it ends, which is what a training does anyway; a library has no business deciding
-    that for its host, so only the entry points call this.
+    By default every activation of more than a few megabytes is mapped again, and the kernel clears
+    each page at its first use, which costs more than the arithmetic. Element-wise operations on a
+    CPU are three to four times faster without (benchmarks/step.py). The process then keeps its peak
+    memory until it ends, so only the commands call this; a library must not decide it for its host.
 
     Returns:
-        Whether it was done; other C libraries than glibc are left alone.
+        Whether the setting was applied; C libraries other than glibc are left alone.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -17,7 +17,7 @@ __all__ = ["generator", "random_states", "set_random_states"]
 def generator(*key: int) -> np.random.Generator:
     """Return the random generator of a key such as (seed, epoch, index).
 
-    Equal keys give equal draws in every process, whatever was drawn before.
+    Equal keys give equal draws in every process, independent of earlier draws.
 
     Raises:
         FatError: If a number is negative.
@@ -27,12 +27,12 @@ def generator(*key: int) -> np.random.Generator:
         True
     """
     if min(key) < 0:
-        raise FatError(f"Seeds, epochs and indices must not be negative, but came {key}.")
+        raise FatError(f"Seeds, epochs and indices must not be negative, but are {key}.")
     return np.random.default_rng(key)
 
 
 def random_states() -> dict[str, Any]:
-    """All global random states, as tensors and plain values."""
+    """Return all global random states, as tensors and plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     return {
@@ -44,7 +44,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Put back what :func:`random_states` gave."""
+    """Restore the states that :func:`random_states` returned."""
     torch.set_rng_state(states["torch"])
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(states["cuda"])

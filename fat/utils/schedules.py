@@ -8,5 +8,5 @@ __all__ = ["annealed"]
 
 
 def annealed(step: int, period: int) -> float:
-    """½(1 + cos(π·step/period)), from 1 down to 0."""
+    """Return ½(1 + cos(π·step/period)), which falls from 1 to 0."""
     return 0.5 * (1.0 + math.cos(math.pi * step / period))

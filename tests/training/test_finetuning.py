@@ -159,8 +159,8 @@ def test_labels_of_another_kind(source: FloatNetwork, labels: Tensor, says: str)
 def test_images_that_do_not_come_again(source: FloatNetwork) -> None:
     good = coloured(16, 0)
     for train, validation, says in (
-        ([], good, "No training images came"),
-        (good, [], "No validation images came"),
+        ([], good, "There are no training images"),
+        (good, [], "There are no validation images"),
         (iter(good), good, "training images come from an iterator"),
     ):
         with pytest.raises(FatError, match=says):

@@ -49,13 +49,17 @@ def test_what_comes_after_the_labels_is_ignored() -> None:
     ],
 )
 def test_anything_else_says_what_came_and_what_is_wanted(batch: Any, came: str) -> None:
-    wanted = rf"A batch of images is {came}; wanted a tensor \[N, 3, H, W\], or \(images, labels\)"
+    wanted = (
+        rf"A batch of images is {came}; it must be a tensor \[N, 3, H, W\] or \(images, labels\)"
+    )
     with pytest.raises(FatError, match=wanted):
         split(batch)
 
 
 def test_labels_that_are_no_tensor() -> None:
-    with pytest.raises(FatError, match=r"labels of a batch are list; wanted an int64 tensor \[N\]"):
+    with pytest.raises(
+        FatError, match=r"labels of a batch are list; they must be an int64 tensor \[N\]"
+    ):
         split((IMAGES, [5, 7]))  # type: ignore[arg-type]
 
 
