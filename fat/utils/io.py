@@ -101,7 +101,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> Path:
 def write_csv(
     path: str | os.PathLike[str], header: Sequence[str], rows: Iterable[Iterable[object]]
 ) -> Path:
-    """Write a CSV table atomically, with \\n as the line ending."""
+    """Write a CSV table atomically, with Unix line endings."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)

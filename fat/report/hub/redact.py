@@ -102,7 +102,9 @@ def public_overrides(overrides: Iterable[str]) -> list[str]:
         section, last = name.split(".")[0], name.split(".")[-1]
         if section in PRIVATE_SECTIONS or name == "name":
             continue
-        if last in PRIVATE_KEYS or _is_place(value):
+        if not equals and _is_place(key):  # of --config-dir DIR
+            key = "DIR"
+        elif last in PRIVATE_KEYS or _is_place(value):
             value = "FILE" if last in ("weights", "index") else "DIR"
         public.append(f"{key}{equals}{value}")
     return public
@@ -120,6 +122,8 @@ def public_command(command: str) -> str | None:
     Examples:
         >>> public_command("python train.py -m quant.bits=8,4 data.root='/home/me/my photos'")
         'python train.py -m quant.bits=8,4 data.root=DIR'
+        >>> public_command("fat train --config-dir /home/me/conf experiment=mine")
+        'fat train --config-dir DIR experiment=mine'
     """
     try:
         words = shlex.split(command)
