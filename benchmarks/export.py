@@ -39,7 +39,7 @@ import fat
 from fat.experiment.build import InputSpec, make_data
 from fat.experiment.config import DataConfig
 from fat.export.base import Program
-from fat.export.evaluate_file import judge
+from fat.export.file_evaluation import evaluate_file
 from fat.export.onnx import Onnx, OnnxRuntime, saturates
 from fat.models.float_model import load_float_network
 from fat.utils.batches import AtMost
@@ -130,7 +130,9 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> Iterator[s
 
     files = {kind: OnnxRuntime(path) for kind, path in paths.items()}
     times = medians(files, calibration[0][:1], options.repeats)
-    figures = {kind: judge(files[kind], test, student.teacher)["quantized"] for kind in times}
+    figures = {
+        kind: evaluate_file(files[kind], test, student.teacher)["quantized"] for kind in times
+    }
     sizes = {kind: path.stat().st_size for kind, path in paths.items()}
     yield from (f"{times[kind]:.2f}" for kind in ("float", "theirs", "ours"))
     yield f"{times['ours'] / times['theirs']:.3f}"

@@ -25,8 +25,8 @@ from fat.experiment.config import MOST_CLASSES, EvaluateConfig
 from fat.experiment.run_directory import METRICS, open_run, read_metrics
 from fat.experiment.run_files import write_metrics
 from fat.export.base import Runtime
-from fat.export.evaluate_file import judge
-from fat.export.registry import open_artefact
+from fat.export.file_evaluation import evaluate_file
+from fat.export.registry import open_artifact
 from fat.models.float_model import Preprocessing, load_float_network
 from fat.report.text import format_export, format_metrics
 from fat.utils.batches import first_images
@@ -167,17 +167,18 @@ def evaluate_artifact(config: EvaluateConfig) -> dict[str, Any]:
         config: What conf/evaluate.yaml composed.
 
     Returns:
-        What :func:`fat.export.evaluate_file.judge` gives, with ``kernels`` where the runtime tells.
+        The results of :func:`fat.export.file_evaluation.evaluate_file`, and ``kernels`` if the
+        runtime exposes them.
 
     Raises:
         FatError: If the file cannot be run, or nobody knows which images it takes.
     """
     assert config.artifact is not None
     path = Path(config.artifact).expanduser()
-    runtime = open_artefact(path, config.runtime, threads=config.trainer.threads)
+    runtime = open_artifact(path, config.runtime, threads=config.trainer.threads)
     data, reference = _images_and_reference(config, runtime)
     bar = f"Evaluate {path.name}" if config.trainer.progress else None
-    figures = judge(runtime, data.test_dataloader(), reference, progress=bar)
+    figures = evaluate_file(runtime, data.test_dataloader(), reference, progress=bar)
     rows = {"file": figures["quantized"]}
     if reference is not None:
         rows = {"float": figures["float"], **rows}

@@ -5,6 +5,9 @@ from .base import Runtime as Runtime
 from .base import Tolerance as Tolerance
 from .exporter import export as export
 from .exporter import export_onnx as export_onnx
+from .file_evaluation import evaluate_file as evaluate_file
+from .registry import BACKENDS as BACKENDS
+from .registry import RUNTIMES as RUNTIMES
 from .registry import TARGETS as TARGETS
 from .registry import make_target as make_target
-from .registry import open_artefact as open_artefact
+from .registry import open_artifact as open_artifact

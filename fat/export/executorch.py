@@ -1,51 +1,46 @@
-"""ExecuTorch programs (.pte) whose layers are XNNPACK's int8 kernels, and their runtime.
+"""ExecuTorch programs (.pte) with XNNPACK's int8 kernels, and their runtime.
 
-torch.export writes the graph, ExecuTorch's partitioner hands it to XNNPACK; what comes before
-brings it into the form that the partitioner takes for one integer kernel: every reader has a
-dequantize of its own, bounds belong to their layer, and means keep their dimensions.
+torch.export captures the graph and ExecuTorch's partitioner delegates it to XNNPACK. The passes
+below bring the graph into the form that the partitioner fuses into integer kernels: every reader
+has a separate dequantize, bounds are merged into their layer, and means keep their dimensions.
 
-Images are run one by one: the file takes a batch of 1, as phones do.
+The batch size is 1.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.resources
-import importlib.util
-import io
 import json
-import logging
 import math
 import os
 import re
 import sys
 import tempfile
-import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fat.export.base import Kernels, Program, Runtime, Tolerance
-from fat.export.lowering import Style, in_order
-from fat.utils.errors import FatError, first_line, missing_extra
-from fat.utils.io import write_atomic
+from fat.export.base import ExportBackend, Kernels, Program, Runtime, Tolerance, quiet
+from fat.export.lowering import LoweringStyle, contiguous_copy
+from fat.utils.errors import FatError, first_line
 
 __all__ = ["ExecuTorch", "ExecuTorchRuntime"]
 
 METHOD = "forward"
 FLOAT32 = 6
-"""Of ExecuTorch's ScalarType."""
+"""Value of ExecuTorch's ScalarType."""
 XNNPACK = "XnnpackBackend"
 LAYERS = frozenset({"XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected"})
 FLOAT_LAYERS = frozenset({"aten::convolution", "aten::linear", "aten::addmm", "aten::mm"})
-"""Kernels of ExecuTorch itself, which all compute in float."""
-
+"""ExecuTorch's portable kernels, all in float."""
 
 _ATEN: Any = torch.ops.aten
 _OPS: Any = torch.ops.quantized_decomposed
@@ -53,125 +48,59 @@ PAIRS = frozenset({_ATEN.add.Tensor, _ATEN.mul.Tensor})
 MEANS = frozenset({_ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default})
 
 
-class ExecuTorch:
-    """The target ``executorch``.
+class ExecuTorchRuntime(Runtime):
+    """A .pte file in ExecuTorch.
 
-    Activations and weights are int8, biases int32; the batch is 1, height and width are fixed.
-    Weights of fewer than 8 bits are stored in 8.
+    ExecuTorch has one thread pool per process, which open files hold references to: the first file
+    sets its size, and others use it as it is until all files are closed.
     """
 
-    name = "executorch"
-    suffix = ".pte"
-    style = Style(torch.int8, bias="float", clip="float")
-    tolerance = Tolerance(off_by_one=0.001)
-
-    def check(self) -> None:
-        """Raise a FatError that says what to install if ExecuTorch is missing."""
-        if importlib.util.find_spec("executorch") is None:
-            raise missing_extra("executorch", "ExecuTorch")
-
-    def write(self, program: Program, path: Path) -> None:
-        """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""
-        self._write(program.logits_only(), program, path)
-
-    def write_tapped(self, program: Program, shipped: Path, path: Path) -> None:
-        """The same network once more, with the integers among its results."""
-        self._write(program.network, program, path)
-
-    def advice(self) -> str:
-        """Nothing is known that makes integers differ."""
-        return ""
-
-    def open(self, path: Path, *, threads: int | None = None) -> Runtime:
-        """Open a .pte file, ours or another's."""
-        self.check()
-        return ExecuTorchRuntime(path, threads=threads)
-
-    def _write(self, network: fx.GraphModule, program: Program, path: Path) -> None:
-        self.check()
-        content = _converted(network, program.example[:1], program.metadata)
-        write_atomic(path, lambda temporary: temporary.write_bytes(content))
-
-
-class ExecuTorchRuntime:
-    """A .pte file in ExecuTorch, on the CPU.
-
-    ExecuTorch has one pool of threads per process, which open files hold on to. So the first file
-    sets its size, and the others take it as it is until all are closed.
-
-    Args:
-        path: The file, ours or another's.
-        threads: Threads that it may use; ``None`` for torch's number.
-
-    Raises:
-        FatError: If it is missing, damaged, or wants other inputs than images.
-    """
+    title = "ExecuTorch"
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        if not path.is_file():
-            raise FatError(f"There is no file {path}.")
-        self.path = path
-        with _quiet():
+        super().__init__(path, threads=threads)
+        with quiet():
             from executorch import runtime
         with _native_log([]):
-            _set_threads(threads or torch.get_num_threads())
+            _set_threads(self.threads)
         log: list[str] = []
         try:
             with _native_log(log):
                 self._program = runtime.Runtime.get().load_program(path)
                 found = self._program.metadata(METHOD)
-                self._forward = self._program.load_method(METHOD)
-        except Exception as error:  # pybind11 raises whatever it was given
-            reason = (log[0] if log else first_line(error)).rstrip(".")
-            raise FatError(
-                f"ExecuTorch cannot open {path}: {reason}. It is damaged, or another kind of file."
-            ) from error
+                self._method = self._program.load_method(METHOD)
+        except Exception as error:  # pybind11 raises many types
+            raise self.cannot_open(log[0] if log else first_line(error)) from error
         _OPEN.add(self)
-        self._metadata: dict[str, str] | None = None
-        self._shape = _image_shape(found)
-        if self._shape is None:
-            raise FatError(
-                f"{path} takes {found}; FAT feeds one float32 tensor of normalised images "
-                "[N, 3, H, W]."
-            )
+        shape = _image_shape(found)
+        if shape is None:
+            raise self.unsupported_input(found)
+        self.input_shape = shape
 
     @property
     def name(self) -> str:
         """The runtime and its version."""
         return f"executorch {importlib.metadata.version('executorch')}"
 
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Texts kept in the file, by name: its methods that only give a text."""
-        if self._metadata is None:
-            texts = {plan.name: _text(plan) for plan in self._parsed().execution_plan}
-            self._metadata = {name: text for name, text in texts.items() if text is not None}
-        return self._metadata
+    @functools.cached_property
+    def metadata(self) -> Mapping[str, str]:  # type: ignore[override]
+        """Strings stored in the file, by name: its methods that only return a string."""
+        texts = {plan.name: _text(plan) for plan in self._parsed().execution_plan}
+        return {name: text for name, text in texts.items() if text is not None}
 
-    @property
-    def input_shape(self) -> tuple[int | None, ...]:
-        """[N, 3, H, W] as the file says."""
-        assert self._shape is not None
-        return self._shape
-
-    def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs for images [N, 3, H, W], see :class:`fat.export.base.Runtime`."""
-        count, *size = self.input_shape
-        assert count is not None
+    def forward(self, images: Tensor) -> Sequence[Tensor]:
+        """Run one batch."""
+        size = list(self.input_shape[1:])
         if list(images.shape[1:]) != size:
             raise FatError(
-                f"{self.path} takes images of {size}, and what came is {list(images.shape[1:])}: "
-                "give it images of the size that it was exported for."
+                f"{self.path} takes images {size}, these are {list(images.shape[1:])}: use images "
+                "of the size that it was exported for."
             )
-        if len(images) % count:
-            raise FatError(
-                f"{self.path} takes batches of {count} images; type data.batch_size={count}."
-            )
-        parts = [self._forward.execute((rows.contiguous(),)) for rows in torch.split(images, count)]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
+        results: Sequence[Tensor] = self._method.execute((images.contiguous(),))
+        return results
 
     def kernels(self) -> Kernels:
-        """XNNPACK's operators with the types of their tensors, as the file holds them."""
+        """Return XNNPACK's operators with the types of their tensors, as stored in the file."""
         parsed = self._parsed()
         try:
             nodes, others = _operators(parsed)
@@ -179,8 +108,8 @@ class ExecuTorchRuntime:
             raise
         except Exception as error:
             raise FatError(
-                f"The kernels of {self.path} cannot be told: {first_line(error)} It was written "
-                "by another version of ExecuTorch."
+                f"Cannot read the kernels of {self.path}: {first_line(error)} It was written by "
+                "another version of ExecuTorch."
             ) from error
         counts = Counter(f"{kind.removeprefix('XNN')} {precision}" for kind, precision in nodes)
         counts.update(others)
@@ -195,47 +124,80 @@ class ExecuTorchRuntime:
         )
 
     def _parsed(self) -> Any:
-        """The program as ExecuTorch's own Python classes."""
-        with _quiet():
+        """Parse the program into ExecuTorch's Python classes."""
+        with quiet():
             from executorch.exir._serialize._program import deserialize_pte_binary
         try:
             return deserialize_pte_binary(self.path.read_bytes()).program
         except Exception as error:
             raise FatError(
-                f"{self.path} cannot be parsed: {first_line(error)} It was written by another "
-                "version of ExecuTorch."
+                f"Cannot parse {self.path}: {first_line(error)} It was written by another version "
+                "of ExecuTorch."
             ) from error
 
 
-# ----------------------------------------------------------------------------------------- writing
+class ExecuTorch(ExportBackend):
+    """Export target ``executorch``.
 
-
-def _converted(network: fx.GraphModule, example: Tensor, metadata: Mapping[str, str]) -> bytes:
-    """The file's content.
-
-    Raises:
-        FatError: If an operator has no form in ExecuTorch.
+    Activations and weights are int8, biases int32; the batch size is 1, height and width are
+    fixed. Weights of fewer than 8 bits are stored as int8.
     """
-    try:
-        with _quiet(), torch.no_grad():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
 
-            exported = torch.export.export(in_order(network), (example.contiguous(),))
-            _respell(exported.graph_module)
-            edge = to_edge_transform_and_lower(
-                exported,
-                partitioner=[XnnpackPartitioner()],
-                constant_methods=dict(metadata) or None,
+    name = "executorch"
+    title = "ExecuTorch"
+    suffix = ".pte"
+    opens = (".pte",)
+    modules = ("executorch",)
+    runtime = ExecuTorchRuntime
+    style = LoweringStyle(torch.int8, bias="float", clip="float")
+    tolerance = Tolerance(off_by_one=0.001)
+
+    def convert(self, program: Program) -> bytes:
+        """Convert a network, see :class:`fat.export.base.ExportBackend`."""
+        return self._convert(program.logits_only(), program)
+
+    def convert_with_integers(self, program: Program, shipped: Path) -> bytes:
+        """Convert the network again, with the integers among its results."""
+        return self._convert(program.network, program)
+
+    def _convert(self, network: fx.GraphModule, program: Program) -> bytes:
+        try:
+            with quiet(), torch.no_grad():
+                from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
+                    XnnpackPartitioner,
+                )
+                from executorch.exir import to_edge_transform_and_lower
+
+                example = program.example[:1].contiguous()
+                exported = torch.export.export(contiguous_copy(network), (example,))
+                _prepare_for_partitioner(exported.graph_module)
+                edge = to_edge_transform_and_lower(
+                    exported,
+                    partitioner=[XnnpackPartitioner()],
+                    constant_methods=dict(program.metadata) or None,
+                )
+                content: bytes = edge.to_executorch().buffer
+                return content
+        except (
+            Exception
+        ) as error:  # torch and ExecuTorch wrap the original error in their own types
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            unknown = re.search(
+                r"Missing out variants: \{'([^']+)'"
+                r"|Operator torch\._ops\.(\S+) is not in Core ATen",
+                str(cause),
             )
-            content: bytes = edge.to_executorch().buffer
-            return content
-    except Exception as error:  # torch and ExecuTorch wrap whatever failed in errors of their own
-        raise _unwritable(error) from error
+            operator = unknown and (unknown[1] or unknown[2])
+            raise self.cannot_write(operator, first_line(cause)) from error
 
 
-def _respell(network: fx.GraphModule) -> None:
-    """Bring an exported graph into the form that XNNPACK's partitioner knows, in place."""
+# ------------------------------------------------------------------------------------ graph passes
+
+
+def _prepare_for_partitioner(network: fx.GraphModule) -> None:
+    """Bring an exported graph into the form that XNNPACK's partitioner recognizes, in place."""
     graph = network.graph
     for node in list(graph.nodes):
         if node.target is _ATEN.clamp.default:
@@ -243,7 +205,7 @@ def _respell(network: fx.GraphModule) -> None:
         elif node.target is _ATEN.mean.dim:
             _keep_dimensions(graph, node)
         elif node.target is _ATEN.cat.default:
-            _join_on_one_grid(graph, node)
+            _unify_grids(graph, node)
     graph.eliminate_dead_code()
     for node in list(graph.nodes):
         if node.target in PAIRS | MEANS:
@@ -255,10 +217,10 @@ def _respell(network: fx.GraphModule) -> None:
 
 
 def _fuse_bounds(clamp: fx.Node) -> None:
-    """Of layer → quantize → dequantize → clamp → quantize, leave out the first two roundings.
+    """Replace layer → quantize → dequantize → clamp → quantize by layer → hardtanh → quantize.
 
     Rounding is monotonic and the bounds lie on the grid, so the integers are the same. Only layers
-    take bounds; after a sum or a product the partitioner wants the quantize at once.
+    can have bounds; sums and products must be followed by quantize.
     """
     before: list[Any] = [clamp]
     for target in (_OPS.dequantize_per_tensor.default, _OPS.quantize_per_tensor.default, None):
@@ -272,7 +234,7 @@ def _fuse_bounds(clamp: fx.Node) -> None:
 
 
 def _keep_dimensions(graph: fx.Graph, mean: fx.Node) -> None:
-    """A mean as one that keeps its dimensions, and a reshape of its integers."""
+    """Replace a mean by one that keeps its dimensions, and a reshape of its integers."""
     x, dims, *keep = mean.args
     if keep and keep[0]:
         return
@@ -285,21 +247,21 @@ def _keep_dimensions(graph: fx.Graph, mean: fx.Node) -> None:
     mean.target, mean.args, mean.kwargs = _ATEN.view.default, (kept, list(shape)), {}
 
 
-def _join_on_one_grid(graph: fx.Graph, join: fx.Node) -> None:
-    """Bring what is joined onto the result's grid first: XNNPACK joins tensors of one grid."""
-    quantize = _quantize_after(join)
+def _unify_grids(graph: fx.Graph, cat: fx.Node) -> None:
+    """Quantize the inputs of a concatenation to the grid of its result, as XNNPACK requires."""
+    quantize = _quantize_after(cat)
     if quantize is not None:
-        parts: Any = join.args[0]
+        parts: Any = cat.args[0]
         grid = quantize.args[1:]
-        join.args = ([_on_grid(graph, part, grid, join) for part in parts], *join.args[1:])
+        cat.args = ([_on_grid(graph, part, grid, cat) for part in parts], *cat.args[1:])
 
 
 def _round_to_even(graph: fx.Graph, node: fx.Node) -> None:
-    """Spell the rounding of a sum, product or mean onto a grid whose step is a power of two.
+    """Round sums, products and means half to even where the step is a power of two.
 
-    There many results lie in the middle between two integers. XNNPACK rounds sums up; the student
-    rounds to even, sums and products with the zero point added, means without. So does float32 when
-    1.5·2^23 steps are added, since one step is its last bit then.
+    On such grids many results lie in the middle between two integers. XNNPACK rounds sums up; the
+    student rounds to even, sums and products after adding the zero point, means before. float32
+    rounds the same way when 1.5·2^23 steps are added, since its last bit is then one step.
     """
     quantize = _quantize_after(node)
     inputs = {x.target for x in node.all_input_nodes}
@@ -319,14 +281,14 @@ def _round_to_even(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _quantize_after(node: fx.Node) -> fx.Node | None:
-    """The quantize that is the only reader of a node, if it is one."""
+    """Return the only reader of a node if it is a quantize."""
     reader = next(iter(node.users))
-    alone = len(node.users) == 1 and reader.target is _OPS.quantize_per_tensor.default
-    return reader if alone else None
+    only = len(node.users) == 1 and reader.target is _OPS.quantize_per_tensor.default
+    return reader if only else None
 
 
 def _on_grid(graph: fx.Graph, x: fx.Node, grid: tuple[Any, ...], before: fx.Node) -> fx.Node:
-    """A real tensor, rounded onto a grid if it does not lie there yet."""
+    """Quantize and dequantize a tensor unless it is on the grid already."""
     if x.target is _OPS.dequantize_per_tensor.default and x.args[1:] == grid:
         return x
     value = x.meta["val"]
@@ -339,57 +301,22 @@ def _on_grid(graph: fx.Graph, x: fx.Node, grid: tuple[Any, ...], before: fx.Node
 
 
 def _dequantize_per_reader(graph: fx.Graph, dequantize: fx.Node) -> None:
-    """The partitioner puts operators that share a dequantize into one part, cycles or not."""
+    """Give each reader a separate copy: the partitioner merges operators that share one."""
     for reader in list(dequantize.users)[1:]:
         if reader.op == "output":
             continue
         with graph.inserting_before(reader):
-            own = graph.node_copy(dequantize)
-        reader.replace_input_with(dequantize, own)
+            copied = graph.node_copy(dequantize)
+        reader.replace_input_with(dequantize, copied)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without warnings, progress, and the log handlers that importing ExecuTorch sets up."""
-    root, disabled = logging.getLogger(), logging.root.manager.disable
-    handlers, level = root.handlers[:], root.level
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        root.handlers[:] = handlers
-        root.setLevel(level)
-
-
-def _unwritable(error: BaseException) -> FatError:
-    """The error in one line, with the operator that is not known."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    unknown = re.search(
-        r"Missing out variants: \{'([^']+)'|Operator torch\._ops\.(\S+) is not in Core ATen",
-        str(error),
-    )
-    what = (
-        f"the operator {unknown[1] or unknown[2]} has no form in ExecuTorch"
-        if unknown
-        else f"its exporter says: {first_line(error)}"
-    )
-    return FatError(
-        f"The network cannot be written for ExecuTorch: {what}. Please report it with the "
-        "network's name."
-    )
-
-
-# ----------------------------------------------------------------------------------------- running
+# -------------------------------------------------------------------------------- reading programs
 
 _OPEN: weakref.WeakSet[ExecuTorchRuntime] = weakref.WeakSet()
 
 
 def _set_threads(count: int) -> None:
-    """Size the pool of threads, unless an open file holds on to it."""
+    """Resize the thread pool unless an open file uses it."""
     from executorch.extension.pybindings import portable_lib
 
     if not _OPEN and portable_lib._threadpool_get_thread_count() != count:
@@ -398,7 +325,7 @@ def _set_threads(count: int) -> None:
 
 @contextlib.contextmanager
 def _native_log(lines: list[str]) -> Iterator[None]:
-    """Collect what C++ writes to stderr: its reasons, and notes on the processor."""
+    """Collect what C++ code writes to stderr: error messages and notes on the processor."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as log:
         stderr = os.dup(2)
@@ -414,19 +341,19 @@ def _native_log(lines: list[str]) -> Iterator[None]:
 
 
 def _image_shape(method: Any) -> tuple[int, ...] | None:
-    """[N, 3, H, W] of a method's only input; ``None`` if it takes anything else."""
+    """Return [N, 3, H, W] of a method's only input; ``None`` for other inputs."""
     if method.num_inputs() != 1:
         return None
     try:
         tensor = method.input_tensor_meta(0)
-    except IndexError:  # a number or a text
+    except IndexError:  # not a tensor
         return None
     shape = tuple(tensor.sizes())
     return shape if len(shape) == 4 and tensor.dtype() == FLOAT32 else None
 
 
 def _text(plan: Any) -> str | None:
-    """The text that a method gives without computing anything."""
+    """Return the string that a method without instructions returns."""
     if plan.inputs or len(plan.outputs) != 1 or any(chain.instructions for chain in plan.chains):
         return None
     text = getattr(plan.values[plan.outputs[0]].val, "string_val", None)
@@ -434,7 +361,7 @@ def _text(plan: Any) -> str | None:
 
 
 def _operators(program: Any) -> tuple[list[tuple[str, str]], list[str]]:
-    """XNNPACK's operators with ``int8`` or ``float``, and ExecuTorch's own by name."""
+    """Return XNNPACK's operators with ``int8`` or ``float``, and the names of portable ones."""
     plan = next(plan for plan in program.execution_plan if plan.name == METHOD)
     nodes: list[tuple[str, str]] = []
     others: list[str] = []
@@ -442,7 +369,9 @@ def _operators(program: Any) -> tuple[list[tuple[str, str]], list[str]]:
         if hasattr(instruction, "delegate_index"):
             delegate = plan.delegates[instruction.delegate_index]
             if delegate.id != XNNPACK:
-                raise FatError(f"The file runs in {delegate.id}, which does not tell its kernels.")
+                raise FatError(
+                    f"The file is delegated to {delegate.id}, which does not expose its kernels."
+                )
             data = program.backend_delegate_data[delegate.processed.index].data
             nodes += _xnnpack_operators(bytes(data))
         elif hasattr(instruction, "op_index"):
@@ -451,9 +380,9 @@ def _operators(program: Any) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _xnnpack_operators(payload: bytes) -> list[tuple[str, str]]:
-    """Operators of one XNNPACK graph with ``int8`` or ``float``.
+    """Return the operators of one XNNPACK graph with ``int8`` or ``float``.
 
-    A layer computes in integers if what it reads is integers; any other operator if all its tensors
+    A layer computes in integers if its inputs are integers, any other operator if all its tensors
     are.
     """
     graph = _xnnpack_graph(payload)
@@ -473,7 +402,7 @@ def _xnnpack_operators(payload: bytes) -> list[tuple[str, str]]:
 
 
 def _xnnpack_graph(payload: bytes) -> Any:
-    """XNNPACK's graph as JSON, by the compiler and the schema that come with ExecuTorch."""
+    """Decode XNNPACK's graph with the compiler and schema that ExecuTorch ships."""
     from executorch.backends.xnnpack import serialization
     from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
@@ -486,4 +415,4 @@ def _xnnpack_graph(payload: bytes) -> Any:
         Path(folder, "graph.bin").write_bytes(payload[start:end])
         _flatc_decompile(folder, f"{folder}/schema.fbs", f"{folder}/graph.bin")
         text = Path(folder, "graph.json").read_text(encoding="utf-8")
-    return json.loads(re.sub(r": -?(inf|nan)\b", ": null", text))  # bounds; JSON has none of them
+    return json.loads(re.sub(r": -?(inf|nan)\b", ": null", text))  # infinite bounds are not JSON

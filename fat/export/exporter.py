@@ -1,4 +1,4 @@
-"""A student → a file that was proven equal to it: lower, write, compare, put in place."""
+"""Export a student to a file and verify it: lower, convert, compare, keep."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fat.export.base import ExportBackend, Program, Runtime
-from fat.export.lowering import in_order, lower
+from fat.export.lowering import contiguous_copy, lower
 from fat.export.onnx import INT4_OPSET, Onnx
 from fat.export.verify import (
     LayerDifference,
@@ -39,7 +39,7 @@ from fat.utils.io import check_writable
 __all__ = ["export", "export_onnx"]
 
 LAYER_IMAGES = 8
-"""Images on which every operation is compared by itself."""
+"""Number of images on which every operation is compared separately."""
 NOISE_IMAGES = 16
 
 
@@ -52,21 +52,21 @@ def export_onnx(
     metrics: Mapping[str, Any] | None = None,
     beside_float: bool = True,
 ) -> dict[str, Any]:
-    """Write an ONNX file and prove that ONNX Runtime computes the student with it.
+    """Export a student to ONNX and verify the file in ONNX Runtime.
 
     Args:
-        student: Calibrated student, on the CPU.
-        path: The file.
+        student: Calibrated student on the CPU.
+        path: The file to write.
         images: Held-out batches to compare on; see :func:`export`.
-        opset: Version of ONNX' operators, 18 to 23; 4-bit weights are stored as such from 21 on.
-        metrics: Figures to keep in the file's metadata.
+        opset: ONNX opset, 18 to 23; from 21 on 4-bit weights are stored as int4.
+        metrics: Metrics to store in the file's metadata.
         beside_float: See :func:`export`.
 
     Returns:
-        What :func:`export` returns.
+        See :func:`export`.
 
     Raises:
-        FatError: See :func:`export`; or for an opset that cannot be written.
+        FatError: See :func:`export`; also if the opset is not supported.
     """
     target = Onnx(opset)
     return export(student, path, target, images, metrics=metrics, beside_float=beside_float)
@@ -82,33 +82,34 @@ def export(
     progress: str | None = None,
     beside_float: bool = True,
 ) -> dict[str, Any]:
-    """Write a student as a file of a target, and prove that the file equals it.
+    """Export a student to a file and verify that the file computes the same.
 
-    The file is run in the target's runtime: every operation's integers are compared with the
-    student's, then the logits; layers must run as integer kernels. Only a file that passes is put
-    in its place; what was there before stays otherwise.
+    The file is run in the target's runtime. The integers of every operation are compared with the
+    student's, then the logits, and all layers must run as integer kernels. A file that fails is
+    deleted, and an earlier file of the same name is kept.
 
     Args:
-        student: Calibrated student, on the CPU.
-        path: The file.
-        target: What to write, such as :class:`fat.export.onnx.Onnx`.
-        images: Held-out batches, labelled or not. Without any, noise tells whether the integers are
-            equal; accuracies are then ``None``.
-        metrics: Figures to keep in the file's metadata.
-        progress: Text before a progress bar; ``None`` shows none.
-        beside_float: Write the float network too, for a moment, to compare speed and size. Without
-            it, a quarter of the time less, ``latency_ms`` and ``size_mb`` are ``None``.
+        student: Calibrated student on the CPU.
+        path: The file to write.
+        target: Export target, such as :class:`fat.export.onnx.Onnx`.
+        images: Held-out batches, with or without labels. If ``None``, random images are used, and
+            accuracies are ``None``.
+        metrics: Metrics to store in the file's metadata.
+        progress: Label of a progress bar; ``None`` shows none.
+        beside_float: Also export the float network temporarily to compare latency and size. If
+            false, ``latency_ms`` and ``size_mb`` are ``None``, and the export is a quarter faster.
 
     Returns:
-        ``file``, ``runtime``, ``on`` ("images" or "noise"), what :func:`fat.export.verify.compare`
-        gives, ``layers`` {compared, images, differing, worst}, ``kernels`` {operators,
-        integer_operators, integer_layers, float_layers}, ``latency_ms`` {float, quantized, ratio,
-        threads, batch}, ``size_mb`` {float, quantized, ratio} of the two files, and ``seconds``.
+        ``file``, ``runtime``, ``on`` ("images" or "noise"), the results of
+        :func:`fat.export.verify.compare`, ``layers`` {compared, images, differing, worst},
+        ``kernels`` {operators, integer_operators, integer_layers, float_layers}, ``latency_ms``
+        {float, quantized, ratio, threads, batch}, ``size_mb`` {float, quantized, ratio} of the two
+        files, and ``seconds``.
 
     Raises:
-        FatError: If the student is not calibrated or not on the CPU, an operator has no form in the
-            format, the place cannot be written, or the file does not compute what the student does;
-            the layer is named.
+        FatError: If the student is not calibrated or not on the CPU, the format lacks an operator,
+            the file cannot be written, or it does not compute the same as the student; the layer
+            is named.
     """
     started = time.perf_counter()
     target.check()
@@ -125,33 +126,32 @@ def export(
     program = Program(lowered.network, example, lowered.tensors, lowered.weight_bits, metadata)
 
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        shipped, tapped, floats = (
-            Path(folder) / f"{name}{target.suffix}" for name in ("shipped", "tapped", "float")
+        shipped, with_integers, floats = (
+            Path(folder) / f"{name}{target.suffix}" for name in ("shipped", "integers", "float")
         )
         target.write(program, shipped)
         runtime = target.open(shipped)
         kernels = runtime.kernels()
         check_kernels(kernels, student)
 
-        target.write_tapped(program, shipped, tapped)
-        judged = [example] if held_out is None else held_out
-        twin = target.open(tapped)
-        differences = _layers_on(_first(held_out, example), student, twin, program, target)
-        figures = compare(student, runtime, judged, progress=progress)
-        short = falls_short(figures["simulation"], target.tolerance)
-        if short:
-            worst = most_different(student, runtime, judged)
-            differences = _layers_on(worst, student, twin, program, target)
+        target.write_with_integers(program, shipped, with_integers)
+        twin = target.open(with_integers)
+        differences = _compare_layers(_first(held_out, example), student, twin, program, target)
+        test_images = [example] if held_out is None else held_out
+        comparison = compare(student, runtime, test_images, progress=progress)
+        shortfall = falls_short(comparison["simulation"], target.tolerance)
+        if shortfall:
+            worst = most_different(student, runtime, test_images)
+            differences = _compare_layers(worst, student, twin, program, target)
             explained = any(entry.differing for entry in differences) or (
                 float_operations(student.network)
                 and not falls_short(compare(student, twin, [worst])["simulation"], target.tolerance)
             )
-            check_logits("" if explained else short)
+            check_logits("" if explained else shortfall)
 
         speed = size = None
         if beside_float:
-            reference = Program(in_order(student.teacher), example)
-            target.write(reference, floats)
+            target.write(Program(contiguous_copy(student.teacher), example), floats)
             float_runtime = target.open(floats)
             check_float(float_runtime, student, example[:1])
             float_ms, quantized_ms = latency(float_runtime, runtime, example[:1])
@@ -174,7 +174,7 @@ def export(
         "file": path.name,
         "runtime": runtime.name,
         "on": "noise" if held_out is None else "images",
-        **figures,
+        **comparison,
         "layers": _summary(differences),
         "kernels": asdict(kernels),
         "latency_ms": speed,
@@ -183,25 +183,25 @@ def export(
     }
 
 
-def _layers_on(
+def _compare_layers(
     images: Tensor, student: Student, twin: Runtime, program: Program, target: ExportBackend
 ) -> list[LayerDifference]:
-    """Compare every operation on some images; one that differs by more than is tolerated raises."""
+    """Compare every operation; raise a FatError if one differs by more than the tolerance."""
     tolerance = target.tolerance
     differences = compare_layers(student, twin, program.tensors, images, ties=tolerance.ties)
-    check_layers(differences, tolerance, target.advice())
+    check_layers(differences, tolerance, target.mismatch_hint())
     return differences
 
 
 def _example(student: Student, images: Images | None) -> Tensor:
-    """A batch of the size that the network is for."""
+    """Return a batch of at least two images of the network's input size."""
     if images is not None:
         first = split(next(iter(images)))[0]
         return first if len(first) > 1 else first.repeat(2, 1, 1, 1)
     preprocessing = student.origin.get("preprocessing")
     if preprocessing is None:
         raise FatError(
-            "The student does not know the size of its images: give held-out ones, as in "
+            "The input size of the student is unknown: pass held-out images, as in "
             "fat.export_onnx(student, 'student.onnx', images)."
         )
     generator = torch.Generator().manual_seed(0)
@@ -209,7 +209,7 @@ def _example(student: Student, images: Images | None) -> Tensor:
 
 
 def _first(images: Images | None, example: Tensor) -> Tensor:
-    """The images on which single operations are compared."""
+    """Return the images on which single operations are compared."""
     if images is None:
         return example[:LAYER_IMAGES]
     rows = itertools.chain.from_iterable(split(batch)[0] for batch in images)
@@ -217,7 +217,7 @@ def _first(images: Images | None, example: Tensor) -> Tensor:
 
 
 def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, str]:
-    """What whoever finds the file needs to feed it and to read its answers."""
+    """Return what a user of the file needs to preprocess images and read its outputs."""
     origin = student.origin
     names = origin.get("classes") or class_names(int(origin.get("num_classes", 0)))
     content = {
@@ -238,10 +238,10 @@ def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, 
 
 def _summary(differences: list[LayerDifference]) -> dict[str, Any]:
     worst = max(differences, key=lambda entry: (entry.steps, entry.differing))
-    told = {"layer": worst.layer, "share": worst.differing, "steps": max(worst.steps, 1)}
+    described = {"layer": worst.layer, "share": worst.differing, "steps": max(worst.steps, 1)}
     return {
         "compared": len(differences),
         "images": LAYER_IMAGES,
         "differing": sum(entry.differing > 0.0 for entry in differences),
-        "worst": told if worst.differing else None,
+        "worst": described if worst.differing else None,
     }

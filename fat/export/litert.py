@@ -1,19 +1,17 @@
-"""TensorFlow Lite files for phones and microcontrollers, run by LiteRT.
+"""TensorFlow Lite files for phones and microcontrollers, and LiteRT, which runs them.
 
-litert_torch writes the graph; what follows it makes the file what mobile engineers expect: images
-[1, H, W, 3], no transposes between two layouts, tensors that carry the network's names.
+litert_torch writes the graph. The passes below give the file its usual mobile form: images
+[1, H, W, 3], no transposes between layouts, and tensors named as in the network.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
-import io
+import importlib.metadata
 import os
 import re
 import struct
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,10 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fat.export.base import Kernels, Program, Runtime, Tolerance
-from fat.export.lowering import Style, in_order
-from fat.utils.errors import FatError, first_line, missing_extra
-from fat.utils.io import write_atomic
+from fat.export.base import ExportBackend, Kernels, Program, Runtime, Tolerance, quiet
+from fat.export.lowering import LoweringStyle, contiguous_copy
+from fat.utils.errors import FatError, first_line
 
 __all__ = ["LiteRT", "LiteRTRuntime"]
 
@@ -35,15 +32,15 @@ IDENTIFIER = b"TFL3"
 LAYERS = frozenset(
     {"CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV", "FULLY_CONNECTED", "BATCH_MATMUL"}
 )
-SAME_PLACE = frozenset({"PAD", "PADV2", "MAXIMUM", "MINIMUM", "QUANTIZE", "DEQUANTIZE"})
-"""Operators that can be done before a transpose instead of after it."""
+ELEMENTWISE = frozenset({"PAD", "PADV2", "MAXIMUM", "MINIMUM", "QUANTIZE", "DEQUANTIZE"})
+"""Operators that commute with a transpose."""
 INEXACT = frozenset({"HARD_SWISH", "LEAKY_RELU", "AVERAGE_POOL_2D", "QUANTIZE", "SOFTMAX"})
-"""Operators whose integer kernels put up to 15 % of the integers a step off.
+"""Operators whose integer kernels are off by one step in up to 15 % of the integers.
 
-Hard swish has 16 bits for intermediate results, and XNNPACK lacks it, which makes MobileNet-v3
-slower than in float; XNNPACK's leaky ReLU and int8 → int8 multiply with 8 fractional bits; pools
-keep their input's grid, so that the converter brings their input onto the result's; softmax has no
-other step than 1/256.
+Hard swish computes with 16-bit intermediate results and has no XNNPACK kernel, which makes
+MobileNet-v3 slower than in float. XNNPACK's leaky ReLU and int8 → int8 requantization multiply with
+8 fractional bits. Pools keep the grid of their input, so the converter quantizes the input to the
+grid of the result. Softmax always has a step of 1/256.
 """
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 Array = np.ndarray[Any, Any]
@@ -51,96 +48,31 @@ Array = np.ndarray[Any, Any]
 _OPS: Any = torch.ops.quantized_decomposed
 
 
-class LiteRT:
-    """The target ``litert``.
+class LiteRTRuntime(Runtime):
+    """A .tflite file in LiteRT.
 
-    Activations and weights are int8, biases int32; the file takes one image [1, H, W, 3]. Integers
-    of weights that have fewer bits are stored in 8.
-
-    Args:
-        integer_io: Whether the file takes and gives int8, on the grids that its tensors tell,
-            instead of float32. A float network has no grids, and keeps its floats.
+    Files of other tools may take [N, 3, H, W] or [N, H, W, 3], float32, int8 or uint8.
     """
 
-    name = "litert"
-    suffix = ".tflite"
-    style = Style(torch.int8, bias="float", padding="quantized")
-    tolerance = Tolerance(off_by_one=0.001)
-
-    def __init__(self, integer_io: bool = False) -> None:
-        self.integer_io = integer_io
-
-    def check(self) -> None:
-        """Raise a FatError that says what to install if LiteRT or its converter is missing."""
-        for module in ("ai_edge_litert", "litert_torch"):
-            if importlib.util.find_spec(module) is None:
-                raise missing_extra("litert", "LiteRT")
-
-    def write(self, program: Program, path: Path) -> None:
-        """Write a file that gives logits, see :class:`fat.export.base.ExportBackend`."""
-        self.check()
-        file = _File(_converted(program))
-        file.name_integers(program)
-        file.tidy()
-        file.round_once()
-        file.remove_unread()
-        if program.tensors and not self.integer_io:
-            file.float_ends()
-        file.describe(program.metadata)
-        content = file.packed()
-        write_atomic(path, lambda temporary: temporary.write_bytes(content))
-
-    def write_tapped(self, program: Program, shipped: Path, path: Path) -> None:
-        """The shipped file itself, with the integers among its outputs, as [N, C, H, W]."""
-        file = _File(shipped.read_bytes())
-        with torch.no_grad():
-            integers = program.network(program.example[:1])[1:]
-        file.tell(program, [tuple(tensor.shape) for tensor in integers])
-        content = file.packed()
-        write_atomic(path, lambda temporary: temporary.write_bytes(content))
-
-    def advice(self) -> str:
-        """Nothing is known that makes integers differ."""
-        return ""
-
-    def open(self, path: Path, *, threads: int | None = None) -> Runtime:
-        """Open a .tflite file, ours or another's."""
-        self.check()
-        return LiteRTRuntime(path, threads=threads)
-
-
-class LiteRTRuntime:
-    """A .tflite file in LiteRT, on the CPU.
-
-    Files of others may take [N, 3, H, W] or [N, H, W, 3], float32, int8 or uint8.
-
-    Args:
-        path: The file.
-        threads: Threads that it may use; ``None`` for torch's number.
-
-    Raises:
-        FatError: If it is missing, damaged, or wants other inputs than images.
-    """
+    title = "LiteRT"
 
     def __init__(self, path: Path, *, threads: int | None = None) -> None:
-        if not path.is_file():
-            raise FatError(f"There is no file {path}.")
-        self.path = path
+        super().__init__(path, threads=threads)
         content = path.read_bytes()
         try:
-            self._file = _File(content)  # LiteRT itself would crash on half a file
+            self._file = _File(content)  # LiteRT would crash on a truncated file
         except (ValueError, IndexError, struct.error, TypeError, AttributeError) as error:
-            raise _unreadable(path, error) from error
+            raise self.cannot_open(first_line(error)) from error
         from ai_edge_litert import interpreter
 
         try:
-            with _quiet():
+            with quiet(native=True):
                 self._interpreter = interpreter.Interpreter(
-                    model_content=content, num_threads=threads or torch.get_num_threads()
+                    model_content=content, num_threads=self.threads
                 )
                 self._interpreter.allocate_tensors()
         except (ValueError, RuntimeError) as error:
-            raise _unreadable(path, error) from error
+            raise self.cannot_open(first_line(error)) from error
         inputs = self._interpreter.get_input_details()
         shape = tuple(int(size) for size in inputs[0]["shape_signature"]) if inputs else ()
         types = (np.float32, np.int8, np.uint8)
@@ -154,9 +86,8 @@ class LiteRTRuntime:
                 f"{i['name']} {np.dtype(i['dtype'])} {i['shape_signature'].tolist()}"
                 for i in inputs
             )
-            raise FatError(
-                f"{path} takes {found or 'nothing'}; FAT feeds one float32, int8 or uint8 tensor "
-                "of normalised images, [N, H, W, 3] or [N, 3, H, W]."
+            raise self.unsupported_input(
+                found or "no input", "float32, int8 or uint8 tensor [N, H, W, 3] or"
             )
         self._input = inputs[0]
         self._outputs = self._interpreter.get_output_details()
@@ -164,66 +95,112 @@ class LiteRTRuntime:
         if self._channels_last:
             shape = tuple(shape[axis] for axis in TO_NCHW)
         self.input_shape = tuple(size if size > 0 else None for size in shape)
+        self.metadata = self._file.metadata()
 
     @property
     def name(self) -> str:
         """The runtime and its version."""
-        from importlib.metadata import version
+        return f"litert {importlib.metadata.version('ai-edge-litert')}"
 
-        return f"litert {version('ai-edge-litert')}"
-
-    @property
-    def metadata(self) -> Mapping[str, str]:
-        """Texts kept in the file, by name."""
-        return self._file.metadata()
-
-    def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs for images [N, 3, H, W], see :class:`fat.export.base.Runtime`."""
-        given = images.numpy()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Run one batch."""
+        pixels = images.numpy()
         if self._channels_last:
-            given = given.transpose(TO_NHWC)
-        given = np.ascontiguousarray(_onto(self._input, given))
-        fixed = self.input_shape[0]
+            pixels = pixels.transpose(TO_NHWC)
+        pixels = np.ascontiguousarray(_quantized(self._input, pixels))
         if None in self.input_shape:
-            self._interpreter.resize_tensor_input(self._input["index"], given.shape)
+            self._interpreter.resize_tensor_input(self._input["index"], pixels.shape)
             self._interpreter.allocate_tensors()
-            fixed = len(given)
-        if len(given) % (fixed or 1):
-            raise FatError(
-                f"{self.path} takes batches of {fixed} images; type data.batch_size={fixed}."
-            )
-        parts = [self._invoke(part) for part in np.split(given, len(given) // (fixed or 1))]
-        logits, *others = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return [torch.from_numpy(x) for x in (_real(self._outputs[0], logits), *others)]
+        self._interpreter.set_tensor(self._input["index"], pixels)
+        self._interpreter.invoke()
+        logits, *others = (self._interpreter.get_tensor(x["index"]) for x in self._outputs)
+        return [torch.from_numpy(x) for x in (_dequantized(self._outputs[0], logits), *others)]
 
     def kernels(self) -> Kernels:
-        """Operators of the file with the types that they read and write."""
+        """Return the operators of the file with the types of their tensors."""
         return self._file.kernels()
 
-    def _invoke(self, batch: Array) -> list[Array]:
-        self._interpreter.set_tensor(self._input["index"], batch)
-        self._interpreter.invoke()
-        return [self._interpreter.get_tensor(output["index"]) for output in self._outputs]
+
+class LiteRT(ExportBackend):
+    """Export target ``litert``.
+
+    Activations and weights are int8, biases int32; the file takes one image [1, H, W, 3]. Weights
+    of fewer than 8 bits are stored as int8.
+
+    Args:
+        integer_io: Take and return int8, on the grids stored in the file, instead of float32.
+            Ignored for a float network.
+    """
+
+    name = "litert"
+    title = "LiteRT"
+    suffix = ".tflite"
+    opens = (".tflite",)
+    modules = ("ai_edge_litert", "litert_torch")
+    runtime = LiteRTRuntime
+    style = LoweringStyle(torch.int8, bias="float", padding="quantized")
+    tolerance = Tolerance(off_by_one=0.001)
+
+    def __init__(self, integer_io: bool = False) -> None:
+        self.integer_io = integer_io
+
+    def convert(self, program: Program) -> bytes:
+        """Convert a network, see :class:`fat.export.base.ExportBackend`."""
+        network = _prepare_for_converter(program)
+        images = program.example[:1].permute(TO_NHWC).contiguous()
+        try:
+            with quiet(native=True), _converter_settings():
+                import litert_torch
+                from litert_torch.quantize import pt2e_quantizer
+                from litert_torch.quantize.quant_config import QuantConfig
+
+                # No quantizer runs: this makes the converter fuse the quantizers in the graph.
+                scheme = pt2e_quantizer.get_symmetric_quantization_config(is_per_channel=True)
+                config = QuantConfig(pt2e_quantizer.PT2EQuantizer().set_global(scheme))
+                converted = litert_torch.convert(
+                    network, (images,), quant_config=config if program.tensors else None
+                )
+                content = converted.model_content()
+        except Exception as error:  # the converter raises many types
+            unknown = re.search(r"[Ll]owering not found: (\S+)", str(error))
+            raise self.cannot_write(unknown and unknown[1], first_line(error)) from error
+        file = _File(content)
+        file.name_integers(program)
+        file.remove_transposes()
+        file.round_once()
+        file.remove_unused()
+        if program.tensors and not self.integer_io:
+            file.use_float_io()
+        file.describe(program.metadata)
+        return file.packed()
+
+    def convert_with_integers(self, program: Program, shipped: Path) -> bytes:
+        """Add the integers to the outputs of the shipped file, as [N, C, H, W]."""
+        file = _File(shipped.read_bytes())
+        with torch.no_grad():
+            integers = program.network(program.example[:1])[1:]
+        file.output_integers(program, [tuple(tensor.shape) for tensor in integers])
+        return file.packed()
 
 
-def _onto(details: Mapping[str, Any], images: Array) -> Array:
-    """Images in the type that a file takes."""
+def _quantized(details: Mapping[str, Any], images: Array) -> Array:
+    """Convert images to the input type of a file."""
     if details["dtype"] == np.float32:
         return images
     scale, zero_point = details["quantization"]
     info = np.iinfo(details["dtype"])
     if scale == 0.0:
         raise FatError(
-            f"The file takes {np.dtype(details['dtype'])} and does not tell its step and zero "
-            "point, so FAT cannot bring images onto its grid."
+            f"The file takes {np.dtype(details['dtype'])} images but stores no scale and zero "
+            "point for them, so FAT cannot quantize its images."
         )
     integers = np.rint(images / np.float32(scale)) + zero_point
     clipped: Array = integers.clip(info.min, info.max).astype(details["dtype"])
     return clipped
 
 
-def _real(details: Mapping[str, Any], values: Array) -> Array:
-    """Logits of any type as float32."""
+def _dequantized(details: Mapping[str, Any], values: Array) -> Array:
+    """Convert logits to float32."""
     scale, zero_point = details["quantization"]
     if values.dtype == np.float32 or scale == 0.0:
         return values.astype(np.float32)
@@ -231,40 +208,18 @@ def _real(details: Mapping[str, Any], values: Array) -> Array:
     return real
 
 
-# ---------------------------------------------------------------------------------- what is written
+# ------------------------------------------------------------------------------------ graph passes
 
 
-def _converted(program: Program) -> bytes:
-    """The file that litert_torch makes; its outputs are the logits, then every activation."""
-    network = _spelled(program)
-    images = program.example[:1].permute(TO_NHWC).contiguous()
-    try:
-        with _quiet():
-            import litert_torch
-            from litert_torch.quantize import pt2e_quantizer
-            from litert_torch.quantize.quant_config import QuantConfig
+def _prepare_for_converter(program: Program) -> fx.GraphModule:
+    """Return the network in the form that litert_torch converts.
 
-            # No quantizer runs: this tells the converter to fuse what stands in the graph.
-            scheme = pt2e_quantizer.get_symmetric_quantization_config(is_per_channel=True)
-            config = QuantConfig(pt2e_quantizer.PT2EQuantizer().set_global(scheme))
-            converted = litert_torch.convert(
-                network, (images,), quant_config=config if program.tensors else None
-            )
-            content: bytes = converted.model_content()
-            return content
-    except Exception as error:  # the converter's passes raise whatever they meet
-        raise _unwritable(error) from error
-
-
-def _spelled(program: Program) -> fx.GraphModule:
-    """The network in the words that litert_torch knows.
-
-    It takes images [N, H, W, 3]; constants are real values that pass quantize and dequantize;
-    bounds are operations on real values; every reader of a tensor has a dequantize of its own; the
-    results after the logits are real values. Tensors are contiguous: of others litert_torch makes
-    copies, which it tells apart by their addresses alone, though freed memory is used again.
+    It takes images [N, H, W, 3]; constants are float values that pass quantize and dequantize;
+    bounds are operations on float values; every reader of a tensor has a separate dequantize; the
+    results after the logits are dequantized. Tensors are contiguous: litert_torch copies others and
+    identifies the copies by address, although freed memory is reused.
     """
-    network = in_order(program.network)
+    network = contiguous_copy(program.network)
     graph = network.graph
     (images,) = (node for node in graph.nodes if node.op == "placeholder")
     with graph.inserting_after(images):
@@ -272,9 +227,9 @@ def _spelled(program: Program) -> fx.GraphModule:
     images.replace_all_uses_with(channels_first, lambda user: user is not channels_first)
     for node in list(graph.nodes):
         if _is_dequantize(node) and node.args[0].op == "get_attr":
-            _real_constant(network, node, program.weight_bits)
+            _requantize_constant(network, node, program.weight_bits)
         elif node.target is torch.clamp and node.args[0].target is _OPS.quantize_per_tensor.default:
-            _real_bounds(graph, node)
+            _dequantize_bounds(graph, node)
     output = graph.output_node()
     if program.tensors:
         logits, *integers = output.args[0]  # type: ignore[misc, str-unpack]
@@ -290,8 +245,8 @@ def _spelled(program: Program) -> fx.GraphModule:
     for node in [node for node in graph.nodes if _is_dequantize(node)]:
         for user in list(node.users)[1:]:
             with graph.inserting_before(user):
-                own = graph.node_copy(node)
-            user.replace_input_with(node, own)
+                copied = graph.node_copy(node)
+            user.replace_input_with(node, copied)
     graph.eliminate_dead_code()
     network.recompile()
     return network
@@ -301,19 +256,19 @@ def _is_dequantize(node: fx.Node) -> bool:
     return node.target in (_OPS.dequantize_per_tensor.default, _OPS.dequantize_per_channel.default)
 
 
-def _real_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, int]) -> None:
-    """Spell a constant as real values → quantize → dequantize, which the converter folds."""
-    held = dict(network.named_buffers()) | vars(network)
+def _requantize_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, int]) -> None:
+    """Replace a constant by float values → quantize → dequantize, which the converter folds."""
+    constants = dict(network.named_buffers()) | vars(network)
     per_channel = node.target is _OPS.dequantize_per_channel.default
     name = str(node.args[0].target)  # type: ignore[union-attr]
     values = node.target(
         *(  # type: ignore[operator]
-            held[arg.target] if isinstance(arg, fx.Node) else arg for arg in node.args
+            constants[arg.target] if isinstance(arg, fx.Node) else arg for arg in node.args
         )
     )
     attribute = f"{name.replace('.', '_')}_real"
     network.register_buffer(attribute, values)
-    if name in bits:  # any weight is int8; fewer bits use fewer of its integers
+    if name in bits:  # all weights are int8; fewer bits use a part of its range
         node.args = (*node.args[:-3], -127, 127, torch.int8)
     quantize = _OPS.quantize_per_channel if per_channel else _OPS.quantize_per_tensor
     graph = network.graph
@@ -322,8 +277,8 @@ def _real_constant(network: fx.GraphModule, node: fx.Node, bits: Mapping[str, in
         node.args = (graph.call_function(quantize.default, (real, *node.args[1:])), *node.args[1:])
 
 
-def _real_bounds(graph: fx.Graph, node: fx.Node) -> None:
-    """Spell a clamp as dequantize → the bounds that the type lacks → quantize."""
+def _dequantize_bounds(graph: fx.Graph, node: fx.Node) -> None:
+    """Replace a clamp by dequantize → bounds narrower than the type → quantize."""
     quantize, low, high = node.args
     grid = quantize.args[1:]  # type: ignore[union-attr]
     scale, zero_point, type_low, type_high, _ = grid
@@ -341,31 +296,14 @@ def _real_bounds(graph: fx.Graph, node: fx.Node) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the converter and the runtime tell about themselves, from C++ too.
-
-    The converter is told to decide on layouts node by node: its other way takes minutes.
-    """
+def _converter_settings() -> Iterator[None]:
+    """Set the converter's environment variables: no progress; greedy, as optimal takes minutes."""
     settings = {"LITERT_TORCH_SHOW_PROGRESS": "n", "LAYOUT_OPTIMIZE_PARTITIONER": "GREEDY"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
-    streams = [os.dup(number) for number in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        for number in (1, 2):
-            os.dup2(nowhere, number)
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        for number, stream in zip((1, 2), streams, strict=True):
-            os.dup2(stream, number)
-            os.close(stream)
-        os.close(nowhere)
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -373,44 +311,24 @@ def _quiet() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _unwritable(error: BaseException) -> FatError:
-    """The converter's error in one line, with the operator that it does not know."""
-    unknown = re.search(r"[Ll]owering not found: (\S+)", str(error))
-    what = (
-        f"the operator {unknown[1]} has no form in TensorFlow Lite"
-        if unknown
-        else f"litert_torch says: {first_line(error)}"
-    )
-    return FatError(
-        f"The network cannot be written for LiteRT: {what}. Please report it with the network's "
-        "name, or type export=onnx."
-    )
-
-
-def _unreadable(path: Path, error: BaseException) -> FatError:
-    return FatError(
-        f"LiteRT cannot open {path}: {first_line(error)} It is damaged, or another kind of file."
-    )
-
-
-# --------------------------------------------------------------------------------- the file's graph
+# -------------------------------------------------------------------------------- the file's graph
 
 
 class _File:
     """A .tflite file as objects.
 
     Args:
-        content: Its bytes.
+        content: Bytes of the file.
 
     Raises:
-        ValueError: If they are no such file; other errors if they are half of one.
+        ValueError: If they are not a .tflite file; other errors if it is truncated.
     """
 
     def __init__(self, content: bytes) -> None:
         from ai_edge_litert import schema_py_generated as schema
 
         if content[4:8] != IDENTIFIER:
-            raise ValueError("It does not begin as TensorFlow Lite files do.")
+            raise ValueError("It lacks the identifier of TensorFlow Lite files.")
         self.schema = schema
         self.model = schema.ModelT.InitFromPackedBuf(content, 0)
         self.graph = self.model.subgraphs[0]
@@ -418,17 +336,17 @@ class _File:
         self.types = _names(schema.TensorType)
 
     def kind(self, operator: Any) -> str:
-        """Such as ``CONV_2D``."""
+        """Return the kind of an operator, such as ``CONV_2D``."""
         code = self.model.operatorCodes[operator.opcodeIndex]
-        # Files of before 2020 have the second field alone.
+        # Files from before 2020 have the second field only.
         return self.kinds[max(code.builtinCode, code.deprecatedBuiltinCode)]
 
     def packed(self) -> bytes:
-        """The bytes."""
+        """Serialize the file."""
         import flatbuffers
 
         class Sharing(flatbuffers.Builder):  # type: ignore[misc]
-            """Stores equal arrays once: zero points take 16 bytes of each filter otherwise."""
+            """Store equal arrays once: zero points take 16 bytes per filter otherwise."""
 
             def CreateNumpyVector(self, x: Array) -> int:  # noqa: N802
                 key = (x.dtype.str, x.tobytes())
@@ -442,7 +360,7 @@ class _File:
         return bytes(builder.Output())
 
     def metadata(self) -> dict[str, str]:
-        """Entries that are texts."""
+        """Return the metadata entries that are UTF-8 strings."""
         found = {}
         for entry in self.model.metadata or []:
             data = self.model.buffers[entry.buffer].data
@@ -451,34 +369,33 @@ class _File:
         return found
 
     def kernels(self) -> Kernels:
-        """See :class:`fat.export.base.Kernels`."""
+        """Return all operators; those with integer inputs and outputs are integer kernels."""
         counts = Counter(map(self.kind, self.graph.operators))
         layers = integers = 0
         in_float = []
         for operator in self.graph.operators:
-            read = [self.type(i) for i in operator.inputs if i >= 0]
-            written = [self.type(i) for i in operator.outputs]
-            whole = all(name.startswith(("INT", "UINT")) for name in read + written)
-            integers += whole
+            tensors = (*(i for i in operator.inputs if i >= 0), *operator.outputs)
+            integer = all(self.type(i).startswith(("INT", "UINT")) for i in tensors)
+            integers += integer
             if self.kind(operator) not in LAYERS or not self.has_weights(operator):
                 continue
-            if whole:
+            if integer:
                 layers += 1
             else:
                 in_float.append(_text(self.graph.tensors[operator.outputs[0]].name))
         return Kernels(dict(counts.most_common()), layers, tuple(in_float), integers)
 
     def type(self, tensor: int) -> str:
-        """Such as ``INT8``."""
+        """Return the type of a tensor, such as ``INT8``."""
         return self.types[self.graph.tensors[tensor].type]
 
     def shape(self, tensor: int) -> tuple[int, ...]:
-        """Sizes, none for a single value."""
+        """Return the shape of a tensor, () for a scalar."""
         found = self.graph.tensors[tensor].shape
         return () if found is None else tuple(int(size) for size in found)
 
     def has_weights(self, operator: Any) -> bool:
-        """Whether an operator multiplies with a constant, be it dequantized first."""
+        """Return whether an operator multiplies with a constant, possibly a dequantized one."""
         producers = self.producers()
         tensor = int(operator.inputs[1])
         while tensor in producers and self.kind(producers[tensor]) == "DEQUANTIZE":
@@ -486,28 +403,33 @@ class _File:
         return tensor not in producers
 
     def producers(self) -> dict[int, Any]:
-        """The operator that writes each tensor."""
+        """Return the operator that writes each tensor."""
         return {int(out): operator for operator in self.graph.operators for out in operator.outputs}
 
     def constant(self, tensor: int) -> Array:
-        """An int32 constant."""
+        """Return the value of an int32 constant."""
         data = self.model.buffers[self.graph.tensors[tensor].buffer].data
         return np.frombuffer(bytes(data), np.int32).reshape(self.shape(tensor))
 
-    # --------------------------------------------------------------------------- what is changed
+    # ------------------------------------------------------------------------------- modifications
+
+    def add_buffer(self, content: bytes) -> int:
+        """Add a buffer and return its index."""
+        buffer = self.schema.BufferT()
+        buffer.data = np.frombuffer(content, np.uint8)
+        self.model.buffers.append(buffer)
+        return len(self.model.buffers) - 1
 
     def add_constant(self, name: str, values: Array | Sequence[int]) -> int:
-        """A new int32 constant."""
+        """Add an int32 constant and return its index."""
         array = np.asarray(values, np.int32)
-        buffer = self.schema.BufferT()
-        buffer.data = np.frombuffer(array.tobytes(), np.uint8)
-        self.model.buffers.append(buffer)
-        return self.add_tensor(name, array.shape, "INT32", buffer=len(self.model.buffers) - 1)
+        buffer = self.add_buffer(array.tobytes())
+        return self.add_tensor(name, array.shape, "INT32", buffer=buffer)
 
     def add_tensor(
         self, name: str, shape: Sequence[int], kind: str, grid: Any = None, buffer: int = 0
     ) -> int:
-        """A new tensor."""
+        """Add a tensor and return its index."""
         tensor = self.schema.TensorT()
         tensor.name, tensor.shape, tensor.buffer = name, list(shape), buffer
         tensor.type = getattr(self.schema.TensorType, kind)
@@ -518,7 +440,7 @@ class _File:
     def add_operator(
         self, kind: str, inputs: list[int], output: int, position: int | None = None
     ) -> None:
-        """A new operator, at the end unless told."""
+        """Add an operator, by default at the end."""
         operator = self.schema.OperatorT()
         operator.inputs, operator.outputs = inputs, [output]
         operator.opcodeIndex = self._code(kind)
@@ -532,13 +454,13 @@ class _File:
                 return index
         code = self.schema.OperatorCodeT()
         code.builtinCode = number
-        code.deprecatedBuiltinCode = min(number, 127)  # as the schema wants it
+        code.deprecatedBuiltinCode = min(number, 127)  # required by the schema
         code.version = 2 if kind in ("QUANTIZE", "DEQUANTIZE", "TRANSPOSE") else 1  # int8
         self.model.operatorCodes.append(code)
         return len(self.model.operatorCodes) - 1
 
     def name_integers(self, program: Program) -> None:
-        """Name the tensors that hold the integers, then give the logits alone."""
+        """Name the tensors that hold the integers, and keep the logits as the only output."""
         outputs = self.signature_outputs()
         producers = self.producers()
         named: dict[int, list[str]] = {}
@@ -559,7 +481,7 @@ class _File:
         self.set_ends(int(self.graph.inputs[0]), [logits])
 
     def signature_outputs(self) -> list[int]:
-        """Outputs in the order in which the network gives them: the signature sorts by name."""
+        """Return the outputs in the network's order; the signature sorts them by name."""
         (signature,) = self.model.signatureDefs
         by_number = {
             int(_text(out.name).rpartition("_")[2]): int(out.tensorIndex)
@@ -568,7 +490,7 @@ class _File:
         return [by_number[number] for number in sorted(by_number)]
 
     def set_ends(self, images: int, outputs: Sequence[int]) -> None:
-        """Set input and outputs, of the graph and of its signature."""
+        """Set the input and the outputs of the graph and its signature."""
         self.graph.inputs, self.graph.outputs = [images], list(outputs)
         (signature,) = self.model.signatureDefs
         names = ["logits", *(f"integers_{number}" for number in range(len(outputs) - 1))]
@@ -582,21 +504,21 @@ class _File:
         entry.name, entry.tensorIndex = name, tensor
         return entry
 
-    def tidy(self) -> None:
-        """Do everything in [N, H, W, C]: transposes move towards the end until they cancel out."""
+    def remove_transposes(self) -> None:
+        """Compute in [N, H, W, C]: move transposes towards the end until they cancel out."""
         position = 0
         while position < len(self.graph.operators):
             operator = self.graph.operators[position]
             before = self.producers().get(int(operator.inputs[0]))
             if before is not None and self.kind(before) == "TRANSPOSE":
-                if self.kind(operator) in SAME_PLACE and self._is_layout_free(operator):
+                if self.kind(operator) in ELEMENTWISE and self._is_layout_free(operator):
                     self._swap(before, operator, position)
                 elif self.kind(operator) == "TRANSPOSE":
                     self._cancel(before, operator)
             position += 1
 
     def _is_layout_free(self, operator: Any) -> bool:
-        """Whether nothing but padding, or a single value, joins the first input."""
+        """Return whether the inputs after the first are padding amounts or scalars."""
         return self.kind(operator) in ("PAD", "PADV2") or all(
             np.prod(self.shape(int(i))) == 1 for i in operator.inputs[1:]
         )
@@ -626,8 +548,8 @@ class _File:
         for operator in self.graph.operators:
             operator.inputs = [source if i == result else int(i) for i in operator.inputs]
 
-    def remove_unread(self) -> None:
-        """Drop operators, tensors, buffers and kinds that nothing needs."""
+    def remove_unused(self) -> None:
+        """Remove unused operators, tensors and buffers."""
         graph, model = self.graph, self.model
         needed, kept = {int(i) for i in (*graph.inputs, *graph.outputs)}, []
         for operator in reversed(graph.operators):
@@ -652,7 +574,7 @@ class _File:
         model.metadata = []
 
     def round_once(self) -> None:
-        """Compute in float, between two grids, what integer kernels round twice."""
+        """Compute inexact operators in float, between dequantize and quantize."""
         producers = self.producers()
         for position, operator in reversed(list(enumerate(self.graph.operators))):
             kind, before, after = self.kind(operator), int(operator.inputs[0]), operator.outputs[0]
@@ -660,7 +582,7 @@ class _File:
                 continue
             maker = producers.get(before)
             if kind == "AVERAGE_POOL_2D" and maker is not None and self.kind(maker) == "QUANTIZE":
-                before = int(maker.inputs[0])  # not rounded onto the result's grid beforehand
+                before = int(maker.inputs[0])  # skip rounding to the grid of the result
             name = _text(self.graph.tensors[int(after)].name)
             x = self.add_tensor(f"{name}/x", self.shape(before), "FLOAT32")
             if kind != "QUANTIZE":
@@ -670,8 +592,8 @@ class _File:
             operator.inputs = [x, *map(int, operator.inputs[1:])]
             self.add_operator("DEQUANTIZE", [before], x, position)
 
-    def float_ends(self) -> None:
-        """Take and give float32: QUANTIZE first, DEQUANTIZE last."""
+    def use_float_io(self) -> None:
+        """Take and return float32: add QUANTIZE at the start and DEQUANTIZE at the end."""
         (images,), (logits,) = self.graph.inputs, self.graph.outputs
         ends = []
         for name, tensor in (("images", images), ("logits", logits)):
@@ -681,18 +603,16 @@ class _File:
         self.set_ends(ends[0], ends[1:])
 
     def describe(self, metadata: Mapping[str, str]) -> None:
-        """Keep texts in the file."""
+        """Store strings in the file."""
         self.model.description = "FAT"
         self.model.metadata = []
         for name, text in metadata.items():
-            buffer, entry = self.schema.BufferT(), self.schema.MetadataT()
-            buffer.data = np.frombuffer(text.encode(), np.uint8)
-            self.model.buffers.append(buffer)
-            entry.name, entry.buffer = name, len(self.model.buffers) - 1
+            entry = self.schema.MetadataT()
+            entry.name, entry.buffer = name, self.add_buffer(text.encode())
             self.model.metadata.append(entry)
 
-    def tell(self, program: Program, shapes: Sequence[tuple[int, ...]]) -> None:
-        """Give the integers too, in the shapes that they have in the network."""
+    def output_integers(self, program: Program, shapes: Sequence[tuple[int, ...]]) -> None:
+        """Add the integers to the outputs, in the shapes that they have in the network."""
         places = {
             key: index
             for index, tensor in enumerate(self.graph.tensors)
@@ -702,12 +622,13 @@ class _File:
         for grid, shape in zip(program.tensors, shapes, strict=True):
             place = places[grid.key]
             found, steps = self.shape(place), self.graph.tensors[place].quantization
-            told = self.add_tensor(f"{grid.key}.told", shape, "INT8", steps)
+            output = self.add_tensor(f"{grid.key}.output", shape, "INT8", steps)
             if len(found) == 4 and tuple(found[axis] for axis in TO_NCHW) == shape:
-                self.add_operator("TRANSPOSE", [place, self.add_constant("to_nchw", TO_NCHW)], told)
+                order = self.add_constant("to_nchw", TO_NCHW)
+                self.add_operator("TRANSPOSE", [place, order], output)
             else:
-                self.add_operator("RESHAPE", [place, self.add_constant("shape", shape)], told)
-            outputs.append(told)
+                self.add_operator("RESHAPE", [place, self.add_constant("shape", shape)], output)
+            outputs.append(output)
         self.set_ends(int(self.graph.inputs[0]), outputs)
 
 

@@ -1,9 +1,9 @@
-"""A student → the same network spelled in integers, the form that every exporter reads.
+"""Lower a student to a graph of integer tensors, the common input of all exporters.
 
-This is the reference form of torch's PT2E quantization: weights and biases are integer tensors
-behind ``dequantize``, and every activation passes ``quantize`` and ``dequantize``
-(``torch.ops.quantized_decomposed``), so that a runtime sees dequantize → operation → quantize and
-computes the three as one integer kernel.
+The graph has the reference form of torch's PT2E quantization: weights and biases are integer
+tensors followed by ``dequantize``, and every activation passes ``quantize`` and ``dequantize``
+(``torch.ops.quantized_decomposed``), so that runtimes can fuse dequantize → operation → quantize
+into one integer kernel.
 
 A student fuses a clipping activation into the grid of its result; here it becomes bounds on the
 integers. Rounding is monotonic, so clip(x, a, b) on the grid is clip(q, q(a), q(b)).
@@ -30,7 +30,7 @@ from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
 from fat.quant.quantizers import ActivationQuantizer
 from fat.utils.errors import FatError
 
-__all__ = ["Integers", "Lowered", "Style", "in_order", "lower", "stored_grid"]
+__all__ = ["Lowered", "LoweringStyle", "StoredGrid", "contiguous_copy", "lower", "stored_grid"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,20 +39,20 @@ INT32 = (-(2**31), 2**31 - 1)
 
 
 @dataclass(frozen=True)
-class Style:
-    """How a target wants integers spelled.
+class LoweringStyle:
+    """Form of the integer graph that a target expects.
 
     Attributes:
-        dtype: Type of activations: ``torch.uint8`` or ``torch.int8``. All of them have it, since
-            kernels that read two tensors want one type.
-        bias: ``int32``, or ``float`` for targets that put biases on the grid s_w·s_x themselves;
-            the values lie on it either way.
-        clip: Where bounds narrower than the type are applied: to the integers, or to the real
-            values that they stand for, between two roundings onto the same grid.
-        channel_clip: What applies a bound of each channel: a ``minimum`` of real values between two
-            roundings, or two ``sums`` of integers, for runtimes that compute those in integers.
-        padding: Uneven padding is an operation before its convolution: part of the ``layer``, or
-            ``quantized``, an operation on integers of its own.
+        dtype: Type of all activations, ``torch.uint8`` or ``torch.int8``: kernels with two inputs
+            require the same type.
+        bias: ``int32``, or ``float`` for converters that quantize biases to the grid s_w·s_x
+            themselves; the values lie on that grid either way.
+        clip: Whether bounds narrower than the type are applied to the integers, or to the
+            dequantized values between two roundings onto the same grid.
+        channel_clip: Operation that applies per-channel bounds: ``minimum`` of dequantized values
+            between two roundings, or two ``sums``, for runtimes with integer kernels for those.
+        padding: Asymmetric padding is a separate operation before the convolution; ``quantized``
+            also quantizes its result, ``layer`` does not.
     """
 
     dtype: torch.dtype
@@ -63,17 +63,17 @@ class Style:
 
 
 @dataclass(frozen=True)
-class Integers:
-    """The grid of one activation as a target stores it.
+class StoredGrid:
+    """Quantization grid of one activation as stored in a file.
 
     Attributes:
-        key: Name of the quantizer in the student's network, one of a kind.
-        layer: The operation whose result it is.
+        key: Unique name of the quantizer in the student's network.
+        layer: Name of the operation that produces the activation.
         scale: Step d, real = (q − zero_point)·d.
-        zero_point: The integer that stands for 0.0.
+        zero_point: Integer that represents 0.0.
         offset: Stored integer − the student's integer.
-        low: Smallest integer that occurs, the fused activation included.
-        high: Largest integer that occurs.
+        low: Smallest possible integer, given the fused activation.
+        high: Largest possible integer.
         type_low: Smallest integer of the type.
         type_high: Largest integer of the type.
     """
@@ -91,24 +91,24 @@ class Integers:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A network in integers.
+    """A student as a graph of integer tensors.
 
     Attributes:
         network: Images [N, 3, H, W] → (logits [N, classes], integers of every quantizer, …).
-        tensors: What the results after the first are, in order.
+        tensors: Grids of the results after the first.
         weight_bits: Bits of each weight, by the name of its tensor.
     """
 
     network: fx.GraphModule
-    tensors: tuple[Integers, ...]
+    tensors: tuple[StoredGrid, ...]
     weight_bits: Mapping[str, int]
 
 
-def stored_grid(key: str, quantizer: ActivationQuantizer, dtype: torch.dtype) -> Integers:
-    """The grid of an activation in a type of 8 bits.
+def stored_grid(key: str, quantizer: ActivationQuantizer, dtype: torch.dtype) -> StoredGrid:
+    """Return the grid of an activation in an 8-bit type.
 
-    Grids that start at 0 start at the type's smallest integer, and the signed grid lies around its
-    zero, so that rounding into the type does one bound, if not both, by itself.
+    Grids that start at 0 are shifted to the smallest integer of the type, and symmetric grids are
+    centered in it, so that saturation of the type applies at least one of the bounds.
 
     Raises:
         FatError: If the step or the zero point is not finite, or the quantizer is switched off.
@@ -123,11 +123,11 @@ def stored_grid(key: str, quantizer: ActivationQuantizer, dtype: torch.dtype) ->
     if not (torch.isfinite(scale) and torch.isfinite(zero_point) and scale > 0.0):
         raise FatError(
             f"The grid of '{quantizer.layer}' has step {float(scale)} and zero point "
-            f"{float(zero_point)}: training broke down. Train again from the calibrated student, "
+            f"{float(zero_point)}: training diverged. Train again from the calibrated student, "
             "with a smaller learning rate (optim.lr)."
         )
     low, high = quantizer.integer_bounds()
-    return Integers(
+    return StoredGrid(
         key,
         quantizer.layer,
         float(scale),
@@ -140,31 +140,31 @@ def stored_grid(key: str, quantizer: ActivationQuantizer, dtype: torch.dtype) ->
     )
 
 
-def lower(student: Student, example: Tensor, style: Style) -> Lowered:
-    """Spell a student in integers.
+def lower(student: Student, example: Tensor, style: LoweringStyle) -> Lowered:
+    """Lower a student to a graph of integer tensors.
 
     Args:
-        student: Calibrated, on the CPU; it is not changed.
-        example: One batch of the shape that the network is for; sizes are read from it.
-        style: What the target wants.
+        student: Calibrated student on the CPU; it is not modified.
+        example: One batch of images of the final size.
+        style: Form of the graph that the target expects.
 
     Raises:
-        FatError: If the student is not calibrated, still in training, or a grid is broken; the
+        FatError: If the student is not calibrated or in training mode, or a grid is not finite; the
             layer is named.
     """
     student.check_calibrated()
     if student.training:
         raise FatError(
-            "The student is in training mode, so its thresholds are half trained. Let fat.fit end, "
-            "or call student.eval() to take it as it is."
+            "The student is in training mode, so its thresholds are half trained. Let fat.fit "
+            "finish, or call student.eval() to export it as it is."
         )
     with torch.no_grad():
         mark_data(student.network, example)
         return _Lowering(student, style).run()
 
 
-def in_order(module: M) -> M:
-    """A copy whose tensors are not channels-last in memory, which exporters take amiss."""
+def contiguous_copy(module: M) -> M:
+    """Return a copy whose tensors are contiguous: exporters do not support channels-last."""
     module = copy.deepcopy(module)
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
@@ -172,14 +172,14 @@ def in_order(module: M) -> M:
 
 
 class _Lowering:
-    def __init__(self, student: Student, style: Style) -> None:
+    def __init__(self, student: Student, style: LoweringStyle) -> None:
         self.source = student.network
         self.style = style
         self.graph = fx.Graph()
         self.attributes: dict[str, Any] = {}
         self.new: dict[fx.Node, fx.Node] = {}
-        self.grids: dict[fx.Node, Integers] = {}  # of nodes of the student's graph
-        self.taps: list[tuple[Integers, fx.Node]] = []
+        self.grids: dict[fx.Node, StoredGrid] = {}  # of nodes of the student's graph
+        self.results: list[tuple[StoredGrid, fx.Node]] = []
         self.weight_bits: dict[str, int] = {}
 
     def run(self) -> Lowered:
@@ -187,22 +187,22 @@ class _Lowering:
             module = module_of(self.source, node)
             if node.op == "output":
                 logits = self.new[node.args[0]]
-                self.graph.output((logits, *(integers for _, integers in self.taps)))
+                self.graph.output((logits, *(integers for _, integers in self.results)))
             elif isinstance(module, ActivationQuantizer):
                 self._quantizer(node, module)
             elif isinstance(module, QuantLayer):
                 self.new[node] = self._layer(node, module)
             else:
-                _refuse_images_groups(node)
+                _reject_dynamic_groups(node)
                 if module is not None:
-                    self.attributes[str(node.target)] = in_order(module)
+                    self.attributes[str(node.target)] = contiguous_copy(module)
                 constant = constant_of(self.source, node)
                 if constant is not None:
                     self._constant(str(node.target), constant)
                 self.new[node] = self.graph.node_copy(node, self.new.__getitem__)
                 self._keep_grid(node)
         network = fx.GraphModule(self.attributes, self.graph, "Integers")
-        tensors = tuple(grid for grid, _ in self.taps)
+        tensors = tuple(grid for grid, _ in self.results)
         return Lowered(network.eval(), tensors, self.weight_bits)
 
     def _call(self, function: Callable[..., Any], *args: Any) -> fx.Node:
@@ -225,43 +225,43 @@ class _Lowering:
                 low, high = ((q - grid.zero_point) * grid.scale for q in (grid.low, grid.high))
                 x = self._call(torch.clamp, self._dequantize(integers, grid), low, high)
                 integers = self._quantize(x, grid)
-        self.taps.append((grid, integers))
+        self.results.append((grid, integers))
         self.new[node], self.grids[node] = self._dequantize(integers, grid), grid
 
     def _keep_grid(self, node: fx.Node) -> None:
-        """What only moves values is done on the integers: its result goes onto its input's grid."""
+        """Quantize the result of an operation that only moves values to the grid of its input."""
         before = source(node)
         if before not in self.grids or not is_value_preserving(self.source, node):
             return
         grid = self.grids[node] = self.grids[before]
-        if node.target is F.pad and padded_with(node) == -math.inf:  # the least that there is
-            least = (grid.type_low - grid.zero_point) * grid.scale
-            self.new[node].args = (*self.new[node].args[:2], "constant", least)
+        if node.target is F.pad and padded_with(node) == -math.inf:
+            lowest = (grid.type_low - grid.zero_point) * grid.scale
+            self.new[node].args = (*self.new[node].args[:2], "constant", lowest)
             self.new[node].kwargs = {}
         if node.meta["data"]:
             self.new[node] = self._dequantize(self._quantize(self.new[node], grid), grid)
 
-    def _quantize(self, x: fx.Node, grid: Integers) -> fx.Node:
+    def _quantize(self, x: fx.Node, grid: StoredGrid) -> fx.Node:
         return self._call(_OPS.quantize_per_tensor.default, x, *self._arguments(grid))
 
-    def _dequantize(self, x: fx.Node, grid: Integers) -> fx.Node:
+    def _dequantize(self, x: fx.Node, grid: StoredGrid) -> fx.Node:
         return self._call(_OPS.dequantize_per_tensor.default, x, *self._arguments(grid))
 
-    def _arguments(self, grid: Integers) -> tuple[Any, ...]:
+    def _arguments(self, grid: StoredGrid) -> tuple[Any, ...]:
         return grid.scale, grid.zero_point, grid.type_low, grid.type_high, self.style.dtype
 
     def _channel_clip(
-        self, name: str, integers: fx.Node, quantizer: ActivationQuantizer, grid: Integers
+        self, name: str, integers: fx.Node, quantizer: ActivationQuantizer, grid: StoredGrid
     ) -> fx.Node:
-        """min(q, b) for each channel's bound b, of integers on ``grid``.
+        """Compute min(q, b) for the bound b of each channel.
 
-        As sums it is sat(q + (t − b)) − (t − b), where t, the type's largest, is what saturates.
+        As sums: sat(q + (t − b)) − (t − b), saturating at t, the largest integer of the type.
         """
         bounds = quantizer.channel_bounds()
         assert bounds is not None
         bounds = (bounds + grid.offset).reshape(1, -1, 1, 1)
 
-        def constant(role: str, stored: Tensor, grid: Integers) -> fx.Node:
+        def constant(role: str, stored: Tensor, grid: StoredGrid) -> fx.Node:
             held = self._constant(f"{name}.{role}", stored.to(self.style.dtype))
             return self._dequantize(held, grid)
 
@@ -272,7 +272,7 @@ class _Lowering:
             )
         top = grid.type_high
         up = constant("up", grid.zero_point + (top - bounds), grid)
-        down = constant("down", bounds, replace(grid, zero_point=top))  # stands for b − t
+        down = constant("down", bounds, replace(grid, zero_point=top))  # represents b − t
         raised = self._quantize(self._call(torch.add, x, up), grid)
         return self._quantize(self._call(torch.add, self._dequantize(raised, grid), down), grid)
 
@@ -296,7 +296,7 @@ class _Lowering:
         weight, scale, bias = layer.integers()
         if not torch.isfinite(scale).all():
             raise FatError(
-                f"The steps of the weights of '{name}' are not finite: training broke down. Train "
+                f"The steps of the weights of '{name}' are not finite: training diverged. Train "
                 "again from the calibrated student, with a smaller learning rate (optim.lr)."
             )
         limit = layer.weight_quantizer.grid.qmax
@@ -324,19 +324,19 @@ class _Lowering:
         )
 
 
-def _refuse_images_groups(node: fx.Node) -> None:
-    """Raise a FatError for a convolution with a group of filters for each image."""
+def _reject_dynamic_groups(node: fx.Node) -> None:
+    """Raise a FatError for a convolution that has one group of filters per image."""
     groups = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups")
     if node.target is F.conv2d and isinstance(groups, fx.Node):
         raise FatError(
-            f"'{layer_name(node)}' is a convolution with filters of its own for each image, as "
-            "many groups as images: no file format has it. Choose a network without such layers "
+            f"'{layer_name(node)}' is a convolution with separate filters for each image (one "
+            "group per image), which no file format supports. Choose a network without such layers "
             "(timm's CondConv2d)."
         )
 
 
 def _padding(layer: QuantConv2d, before: fx.Node | None) -> tuple[int, int, int, int]:
-    """Zeros at the top, bottom, left and right of a convolution's input."""
+    """Return the padding at the top, bottom, left and right of a convolution's input."""
     kernel = (layer.weight.shape[2], layer.weight.shape[3])
     if layer.padding == "dynamic_same":
         assert before is not None
@@ -347,7 +347,7 @@ def _padding(layer: QuantConv2d, before: fx.Node | None) -> tuple[int, int, int,
         return top, bottom, left, right
     if layer.padding == "valid":
         return 0, 0, 0, 0
-    if layer.padding == "same":  # torch allows it at stride 1 only; an odd pixel goes to the end
+    if layer.padding == "same":  # allowed at stride 1 only; an odd pixel goes to the end
         (down, across) = (d * (k - 1) for d, k in zip(layer.dilation, kernel, strict=True))
         return down // 2, down - down // 2, across // 2, across - across // 2
     down, across = layer.padding

@@ -1,61 +1,70 @@
-"""The targets by name, and the runtime for any file."""
+"""Export targets by name, and the runtime for any file."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
 from pathlib import Path
+from typing import Any
 
 from fat.export.base import ExportBackend, Runtime
-from fat.export.onnx import INT4_OPSET, Onnx
+from fat.export.executorch import ExecuTorch
+from fat.export.litert import LiteRT
+from fat.export.onnx import Onnx
+from fat.export.openvino import OpenVino
 from fat.utils.errors import FatError, first_line, unknown_name
 
-__all__ = ["RUNTIMES", "TARGETS", "make_target", "open_artefact"]
+__all__ = ["BACKENDS", "RUNTIMES", "TARGETS", "make_target", "open_artifact"]
 
-TARGETS = ("onnx", "openvino", "litert", "executorch")
+BACKENDS: tuple[type[ExportBackend], ...] = (Onnx, OpenVino, LiteRT, ExecuTorch)
+"""All export targets. A new one is added here and gets a file ``conf/export/NAME.yaml``."""
+
+TARGETS = tuple(backend.name for backend in BACKENDS)
 RUNTIMES = {
-    ".onnx": ("onnx", "openvino"),
-    ".xml": ("openvino",),
-    ".tflite": ("litert",),
-    ".pte": ("executorch",),
+    suffix: tuple(backend.name for backend in BACKENDS if suffix in backend.opens)
+    for suffix in dict.fromkeys(suffix for backend in BACKENDS for suffix in backend.opens)
 }
-"""Which targets can open a file, the first by default."""
+"""Targets that can open a file of each suffix, the default first."""
 
 
-def make_target(name: str, *, opset: int = INT4_OPSET, integer_io: bool = False) -> ExportBackend:
-    """The target of a name.
+def make_target(name: str, **options: Any) -> ExportBackend:
+    """Build an export target.
 
     Args:
-        name: ``onnx``, ``openvino``, ``litert`` or ``executorch``.
-        opset: Version of ONNX' operators, for the first two.
-        integer_io: Whether the file takes and gives int8, for ``litert``.
+        name: An entry of ``TARGETS``.
+        **options: Arguments of its class, such as ``opset`` of :class:`fat.export.onnx.Onnx` or
+            ``integer_io`` of :class:`fat.export.litert.LiteRT`. Options that another target has are
+            accepted with their default value.
 
     Raises:
-        FatError: If the name is unknown, or the target does not have what is asked for.
+        FatError: If the name is unknown, or the target lacks one of the options.
     """
     if name not in TARGETS:
         raise unknown_name("export target", name, TARGETS)
-    if integer_io and name != "litert":
-        raise FatError(f"export.integer_io is for export=litert; export={name} takes float32.")
-    makers: dict[str, Callable[[], ExportBackend]] = {
-        "onnx": lambda: Onnx(opset),
-        "openvino": lambda: _openvino(opset),
-        "litert": lambda: _litert(integer_io),
-        "executorch": _executorch,
-    }
-    return makers[name]()
+    parameters = {backend.name: inspect.signature(backend).parameters for backend in BACKENDS}
+    accepted = {}
+    for option, value in options.items():
+        owners = [target for target in TARGETS if option in parameters[target]]
+        if name in owners:
+            accepted[option] = value
+        elif not owners or value != parameters[owners[0]][option].default:
+            raise FatError(
+                f"export={name} has no option export.{option}"
+                + (f"; it belongs to export={' and export='.join(owners)}." if owners else ".")
+            )
+    return BACKENDS[TARGETS.index(name)](**accepted)
 
 
-def open_artefact(path: Path, runtime: str | None = None, *, threads: int | None = None) -> Runtime:
-    """Open a file in a runtime, ours or another's.
+def open_artifact(path: Path, runtime: str | None = None, *, threads: int | None = None) -> Runtime:
+    """Open a model file, written by FAT or by another tool.
 
     Args:
         path: An .onnx, .xml, .tflite or .pte file.
-        runtime: The target whose runtime to take; ``None`` for the first that the suffix allows.
-        threads: Threads that it may use.
+        runtime: Target whose runtime to use; ``None`` for the default of the suffix.
+        threads: Number of threads; ``None`` for torch's number.
 
     Raises:
-        FatError: If the suffix is unknown, the runtime does not take it or is not installed, or the
-            file cannot be opened.
+        FatError: If the suffix is unknown, the runtime does not open such files or is not
+            installed, or the file cannot be opened.
     """
     if path.suffix not in RUNTIMES:
         raise FatError(f"{path} ends in '{path.suffix}'; allowed are {', '.join(RUNTIMES)}.")
@@ -66,24 +75,6 @@ def open_artefact(path: Path, runtime: str | None = None, *, threads: int | None
     target.check()
     try:
         path.is_file()
-    except OSError as error:  # a name that is too long, for example
+    except OSError as error:  # for example, the name is too long
         raise FatError(f"{first_line(error)}. Give the file with artifact=FILE.") from error
     return target.open(path, threads=threads)
-
-
-def _openvino(opset: int) -> ExportBackend:
-    from fat.export.openvino import OpenVino
-
-    return OpenVino(opset)
-
-
-def _litert(integer_io: bool) -> ExportBackend:
-    from fat.export.litert import LiteRT
-
-    return LiteRT(integer_io=integer_io)
-
-
-def _executorch() -> ExportBackend:
-    from fat.export.executorch import ExecuTorch
-
-    return ExecuTorch()

@@ -1,4 +1,4 @@
-"""Closed-form bias correction: take out the mean error that rounding leaves in every channel."""
+"""Closed-form bias correction: remove the mean quantization error of every channel."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from fat.utils.errors import FatError
 __all__ = ["IMAGES", "correct_biases"]
 
 IMAGES = 50
-"""So many images give the channels' means; both networks' activations of all of them are held."""
+"""Number of images for the channel means; activations of all of them are held in memory."""
 
 
 @torch.no_grad()
 def correct_biases(student: Student, images: Images, count: int = IMAGES) -> None:
     """Add to every bias the mean of (float output − quantized output) of its channel, in place.
 
-    Layer by layer in the order of the graph, the quantized side reading what the corrected layers
-    before gave. The biases stay on the int32 grid.
+    Layers are corrected in the order of the graph; the quantized input of each comes from the
+    corrected layers before it. The biases stay on the int32 grid.
 
     Args:
         student: Calibrated student.
-        images: Batches to take the means from.
-        count: At most so many images are used. Memory grows with it: the activations of the layer
-            at hand, of both networks, are held for all images.
+        images: Batches, with or without labels.
+        count: Maximum number of images. Memory is proportional to it: the float and quantized
+            activations of the current layer are held for all images.
 
     Raises:
-        FatError: If the student is not calibrated, or no image came.
+        FatError: If the student is not calibrated, or there are no images.
 
     Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.2, in its empirical form.
     """
@@ -43,12 +43,12 @@ def correct_biases(student: Student, images: Images, count: int = IMAGES) -> Non
         for pixels in first_images(images, count)
     ]
     if not batches:
-        raise FatError("No images came to correct biases on; give at least one batch [N, 3, H, W].")
+        raise FatError("There are no images for bias correction; pass at least one batch.")
     _Lockstep(student.network).run(batches)
 
 
 class _Lockstep:
-    """Runs a graph node by node for all batches, in float and quantized, dropping what is done."""
+    """Runs a graph node by node for all batches, in float and quantized."""
 
     def __init__(self, network: fx.GraphModule) -> None:
         self._network = network
@@ -95,7 +95,7 @@ def _call(
 def _correct(
     layer: QuantLayer, exact: list[Tensor], quantized: list[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Float and quantized outputs of a layer, after its bias took in their mean difference."""
+    """Correct the bias of a layer and return its float and quantized outputs."""
     was_enabled = layer.weight_quantizer.enabled
     layer.weight_quantizer.enabled = False
     wanted = [layer(x) for x in exact]
@@ -108,7 +108,7 @@ def _correct(
     total = sum(x.numel() // x.shape[channels] for x in wanted)
     error = sum((a.double() - b.double()).sum(others) for a, b in zip(wanted, got, strict=True))
     assert isinstance(error, Tensor)
-    acting = layer.quantized()[1]  # what the outputs were computed with: the bias on its grid
-    assert acting is not None
-    layer.bias.copy_(acting.double() + error / total)
+    used = layer.quantized()[1]  # the outputs were computed with the quantized bias
+    assert used is not None
+    layer.bias.copy_(used.double() + error / total)
     return wanted, [layer(x) for x in quantized]

@@ -1,4 +1,4 @@
-"""What the blocks of a student give, beside what its teacher's give."""
+"""Outputs of the blocks of a student and its teacher, for the feature loss."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["BlockOutputs"]
 
 logger = logging.getLogger(__name__)
 
-OTHER = 0.1
-"""Relative squared error from which on a float student's tensor is not the teacher's any more."""
+RESCALED = 0.1
+"""Relative squared error above which a tensor of the float student counts as rescaled."""
 
 
 class BlockOutputs:
-    """A student and its teacher as networks that return their blocks' outputs beside the logits.
+    """Runs a student and its teacher, returning the outputs of their blocks with the logits.
 
-    The blocks' outputs are those of :func:`fat.graph.partition.block_outputs`. Some forms of
-    equalization rescale the channels of a tensor and take that back in the next layer: the student
-    is right there without giving what the teacher gives. Such places are found on the first images
-    and left out, with a warning.
+    The blocks are those of :func:`fat.graph.partition.block_outputs`. Some equalization methods
+    rescale the channels of a tensor and compensate for it in the next layer, so that a correct
+    student has other values than the teacher there. Such blocks are found on the first images and
+    excluded, with a warning.
 
     Args:
         student: Calibrated student; its tensors are shared.
@@ -41,8 +41,8 @@ class BlockOutputs:
         self._theirs = block_outputs(student.teacher)
         if not self._theirs:
             raise FatError(
-                "The network has no blocks whose outputs could be compared: no residual addition, "
-                "no concatenation, no projection. Type optim.feature_weight=0."
+                "The network has no blocks for the feature loss: no residual addition, no "
+                "concatenation, no projection. Type optim.feature_weight=0."
             )
         self._networks: tuple[fx.GraphModule, fx.GraphModule] | None = None
 
@@ -53,8 +53,8 @@ class BlockOutputs:
             images: [N, 3, H, W].
 
         Returns:
-            The teacher's logits, the student's, the outputs of the teacher's blocks and those of
-            the student's.
+            Logits of the teacher and the student, then outputs of the teacher's and the student's
+            blocks.
         """
         teacher, student = self._networks or self.select(images)
         images = images.contiguous(memory_format=torch.channels_last)
@@ -65,20 +65,23 @@ class BlockOutputs:
 
     @torch.no_grad()
     def select(self, images: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
-        """Find on a batch where the student in float gives what the teacher gives; once.
+        """Exclude the blocks that equalization rescaled, on the first call.
 
-        Best called before anything is trained: training moves the student's float function too.
+        It should be called before training, which changes the student's float function, too.
+
+        Args:
+            images: [N, 3, H, W].
 
         Returns:
-            The two networks.
+            Teacher and student with the outputs of the other blocks.
 
         Raises:
-            FatError: If there is no such place.
+            FatError: If all blocks are rescaled.
         """
         if self._networks is None:
-            # Without equalization all tensors are the teacher's, also where training moved them.
+            # Without equalization nothing is rescaled, even after training.
             if self._student.spec.equalize.methods:
-                self._leave_out(self._rescaled(images))
+                self._exclude(self._rescaled(images))
             self._networks = self._pair(self._theirs)
         return self._networks
 
@@ -91,7 +94,7 @@ class BlockOutputs:
         return [
             node
             for node, exact, moved in zip(self._theirs, wanted, given, strict=True)
-            if float(relative_error([exact], [moved])) >= OTHER
+            if float(relative_error([exact], [moved])) >= RESCALED
         ]
 
     def _pair(self, theirs: list[fx.Node]) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -99,18 +102,18 @@ class BlockOutputs:
         ours = [counterpart(student, node) for node in theirs]
         return with_outputs(teacher, theirs), with_outputs(student, ours)
 
-    def _leave_out(self, other: list[fx.Node]) -> None:
-        if len(other) == len(self._theirs):
+    def _exclude(self, rescaled: list[fx.Node]) -> None:
+        if len(rescaled) == len(self._theirs):
             raise FatError(
-                "No block of the student gives in float what the teacher's gives, so their outputs "
-                "cannot be compared. Type optim.feature_weight=0, or quant.equalize.method=none."
+                "Equalization rescaled the outputs of all blocks, so the feature loss cannot be "
+                "computed. Type optim.feature_weight=0, or quant.equalize.method=none."
             )
-        if other:
+        if rescaled:
             logger.warning(
-                "%d of %d blocks do not give in float what the teacher's give, as equalization "
-                "may rescale it; they are left out of the comparison of outputs: %s.",
-                len(other),
+                "Excluding %d of %d blocks from the feature loss, as equalization rescaled their "
+                "outputs: %s.",
+                len(rescaled),
                 len(self._theirs),
-                ", ".join(node.name for node in other),
+                ", ".join(node.name for node in rescaled),
             )
-        self._theirs = [node for node in self._theirs if node not in other]
+        self._theirs = [node for node in self._theirs if node not in rescaled]

@@ -1,10 +1,10 @@
-"""Block-wise reconstruction: train each block to give what its float self gives, one after another.
+"""Block-wise reconstruction: train each block to reproduce its float output, one after another.
 
-A short way to a good start for the end-to-end distillation, which then has less to mend: gradients
-pass through one block and not through the whole network, and its output says more than logits do.
+It gives the end-to-end distillation a better start: gradients pass through a single block instead
+of the whole network, and the output of a block holds more information than the logits.
 
-Source: Li et al. 2021 (BRECQ, arXiv 2102.05426); the mixed inputs are those of Wei et al. 2022
-(QDrop, arXiv 2203.05740), here at the block's input.
+Source: Li et al. 2021 (BRECQ, arXiv 2102.05426). The mixed inputs are those of Wei et al. 2022
+(QDrop, arXiv 2203.05740), applied to the input of the block.
 """
 
 from __future__ import annotations
@@ -37,16 +37,19 @@ logger = logging.getLogger(__name__)
 
 Part = ActivationQuantizer | QuantLayer
 
-CARRY = 32
-"""Images per forward pass where nothing is trained."""
+FORWARD_BATCH = 32
+"""Batch size of forward passes without training."""
 
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What reconstruction did to one block.
+    """Result of the reconstruction of one block.
 
-    ``before`` and ``after`` are relative squared errors of the block's output on the validation
-    images; where it did not fall, ``kept`` is false and the block is as it was.
+    Attributes:
+        block: Name of the block.
+        before: Relative squared error of its output on the validation images before training.
+        after: The same after training.
+        kept: Whether the error fell; otherwise the block was reset.
     """
 
     block: str
@@ -66,28 +69,28 @@ def reconstruct(
     done: Mapping[str, Any] | None = None,
     keep: Callable[[dict[str, Any]], object] = lambda state: None,
 ) -> list[BlockResult]:
-    """Train the student's blocks one after another, in place, on ‖f − f_float‖² / ‖f_float‖².
+    """Minimize ‖f − f_float‖² / ‖f_float‖² of the student's blocks one after another, in place.
 
-    The float side is the student as it stands with its quantizers off. The block's input in
-    training is the quantized one, of which every element is replaced by the float one with
-    probability ``spec.reconstruction.float_fraction``.
+    f_float is the output of the student with its quantizers disabled. The input of a block in
+    training is quantized, with each element replaced by the float one with probability
+    ``spec.reconstruction.float_fraction``.
 
     Args:
         student: Calibrated student.
-        images: Training batches; a loader is gone over again, with other crops, where it has
-            fewer images than ``spec.reconstruction.images`` (:func:`fat.utils.batches.passes`).
-        validation: Batches that decide, block by block, whether the result is kept.
-        spec: The rates, and ``spec.reconstruction``.
-        seed: Seeds the choice of images and of mixed elements.
-        progress: Whether to show a progress bar.
-        done: What ``keep`` was given last by a call that was cut off, to go on behind that block.
-        keep: Called after every block with plain values and tensors.
+        images: Training batches. If a loader has fewer images than ``spec.reconstruction.images``,
+            further epochs with other crops are used (:func:`fat.utils.batches.passes`).
+        validation: Batches to decide for each block whether to keep the result.
+        spec: Learning rates, and ``spec.reconstruction``.
+        seed: Seed of the selection of images and of mixed elements.
+        progress: Show a progress bar.
+        done: Last argument of ``keep`` in an interrupted call, to resume after that block.
+        keep: Called after every block with a state of plain values and tensors.
 
     Returns:
         One result per block, in the order of the network.
 
     Raises:
-        FatError: If the student is not calibrated, or no image came.
+        FatError: If the student is not calibrated, or there are no images.
     """
     student.check_calibrated()
     options = spec.reconstruction
@@ -100,7 +103,7 @@ def reconstruct(
     device = student.device
     train = _collect(passes(images), options.images).to(device)
     held = _collect(validation, options.images).to(device)
-    exact, given = [train, held], [train, held]  # float and quantized inputs of the block at hand
+    exact, given = [train, held], [train, held]  # float and quantized inputs of the current block
     ends = [counterpart(student.network, node) for node in block_outputs(student.teacher)]
     ends.append(logits_node(student.network))
     generator = torch.Generator(device).manual_seed(seed)
@@ -108,7 +111,9 @@ def reconstruct(
         total=len(ends) * options.steps, desc="Reconstruct", disable=not progress, leave=False
     )
     results: list[BlockResult] = []
-    if done is not None:  # the float side above was copied from the student as it came
+    if (
+        done is not None
+    ):  # `floating` was copied before: it has the weights of the calibrated student
         student.load_trained_state(done["student"])
         generator.set_state(done["generator"])
         results = [BlockResult(**result) for result in done["results"]]
@@ -117,18 +122,18 @@ def reconstruct(
     for index, end in enumerate(ends):
         block = segment(student.network, start, end)
         twin = segment(floating, _same(floating, start), _same(floating, end))
-        wanted = [_carry(twin, x) for x in exact]
+        wanted = [_forward(twin, x) for x in exact]
         if index < finished:
             bar.update(options.steps)
-            given, exact = [_carry(block, x) for x in given], wanted
+            given, exact = [_forward(block, x) for x in given], wanted
             start = end
             continue
         modules = _parts(block)
-        output = _carry(block, given[1])
+        output = _forward(block, given[1])
         before = _error(output, wanted[1])
         saved = [copy.deepcopy(module.state_dict()) for module in modules]
         _train(block, modules, (given[0], exact[0], wanted[0]), spec, generator, bar)
-        trained = _carry(block, given[1])
+        trained = _forward(block, given[1])
         after = _error(trained, wanted[1])
         kept = after < before
         if kept:
@@ -139,7 +144,7 @@ def reconstruct(
         name = getattr(module_of(student.network, end), "layer", end.name)
         results.append(BlockResult(str(name), before, after, kept))
         logger.debug("Block to %s: error %.4f -> %.4f, kept: %s", name, before, after, kept)
-        given, exact = [_carry(block, given[0]), output], wanted
+        given, exact = [_forward(block, given[0]), output], wanted
         start = end
         keep(
             {
@@ -190,7 +195,7 @@ def _train(
 
 
 def _parts(block: fx.GraphModule) -> list[Part]:
-    """The quantized layers and activation quantizers of a block."""
+    """Return the quantized layers and activation quantizers of a block."""
     found = (module_of(block, node) for node in block.graph.nodes)
     return [module for module in found if isinstance(module, (QuantLayer, ActivationQuantizer))]
 
@@ -198,7 +203,7 @@ def _parts(block: fx.GraphModule) -> list[Part]:
 def _collect(images: Images, count: int) -> Tensor:
     batches = list(first_images(images, count))
     if not sum(map(len, batches)):
-        raise FatError("No images came to reconstruct blocks on; give at least one batch.")
+        raise FatError("There are no images for reconstruction; pass at least one batch.")
     return torch.cat(batches)
 
 
@@ -207,8 +212,8 @@ def _dense(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _carry(block: fx.GraphModule, x: Tensor) -> Tensor:
-    return torch.cat([block(_dense(part)) for part in torch.split(x, CARRY)])
+def _forward(block: fx.GraphModule, x: Tensor) -> Tensor:
+    return torch.cat([block(_dense(part)) for part in torch.split(x, FORWARD_BATCH)])
 
 
 def _error(output: Tensor, wanted: Tensor) -> float:
@@ -217,7 +222,7 @@ def _error(output: Tensor, wanted: Tensor) -> float:
 
 
 def _same(network: fx.GraphModule, node: fx.Node | None) -> fx.Node | None:
-    """The node of a copy of the network."""
+    """Return the same node of a copy of the network."""
     if node is None:
         return None
     nodes: Iterable[fx.Node] = network.graph.nodes

@@ -1,4 +1,4 @@
-"""What watches a training: the best state, broken states, checkpoints, figures, the time left."""
+"""Lightning callbacks: best student, guard against NaN, checkpoints, history, progress bar."""
 
 from __future__ import annotations
 
@@ -37,19 +37,20 @@ logger = logging.getLogger(__name__)
 
 
 class BestStudent(pl.Callback):
-    """Remembers the student with the smallest validation loss, the calibrated one included.
+    """Keeps the student with the smallest validation loss in memory, and restores it at the end.
 
-    At the end of the training, also of one that was interrupted, that student is put back.
+    Unlike Lightning's ModelCheckpoint, it needs no folder, covers the calibrated student before the
+    first step, and its state is part of the checkpoint to resume from.
 
     Attributes:
         calibrated_loss: Validation loss before the first step.
         best_loss: Smallest validation loss.
-        best_step: Optimizer steps after which it was seen; 0 is the calibrated student.
+        best_step: Optimizer step after which it was seen; 0 is the calibrated student.
     """
 
     @property
     def state_key(self) -> str:
-        """Key of its state in checkpoints: the class's name in FAT 0.1, so that those resume."""
+        """Key of its state in checkpoints, the name of the class in FAT 0.1."""
         return "KeepBest"
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class BestStudent(pl.Callback):
         self._best: dict[str, Tensor] = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Compare the student that was just judged with the best so far."""
+        """Keep the student if its loss is the smallest so far."""
         loss = float(trainer.callback_metrics["val/loss"])
         if self.calibrated_loss is None:
             self.calibrated_loss = loss
@@ -68,16 +69,16 @@ class BestStudent(pl.Callback):
             self._best = student_of(pl_module).trained_state()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Put the best student back."""
+        """Restore the best student."""
         self.restore(pl_module)
 
     def restore(self, pl_module: pl.LightningModule) -> None:
-        """Put the best student seen so far back."""
+        """Restore the best student so far."""
         if self._best:
             student_of(pl_module).load_trained_state(self._best)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """Return the state for a checkpoint."""
         return {
             "calibrated_loss": self.calibrated_loss,
             "best_loss": self.best_loss,
@@ -86,7 +87,7 @@ class BestStudent(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Load the state of a checkpoint."""
         self.calibrated_loss = state_dict["calibrated_loss"]
         self.best_loss = state_dict["best_loss"]
         self.best_step = state_dict["best_step"]
@@ -94,14 +95,14 @@ class BestStudent(pl.Callback):
 
 
 class NanGuard(pl.Callback):
-    """After a step that left NaN or infinity, restores the last good factors and optimizer state.
+    """Restores the last finite parameters and optimizer state after a step with NaN or infinity.
 
     Args:
-        patience: So many such steps in a row end the training with an error.
-        every: Good states are copied every so many steps; a copy of all that Adam keeps costs time.
+        patience: Number of consecutive such steps after which training fails.
+        every: Number of steps between copies of the state; copying Adam's state takes time.
 
     Attributes:
-        restored: How often a state was restored.
+        restored: Number of restored states.
     """
 
     def __init__(self, patience: int = 10, every: int = 10) -> None:
@@ -114,7 +115,7 @@ class NanGuard(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take a copy before the first step."""
+        """Copy the state before the first step."""
         if self._good is None:
             self._remember(trainer, pl_module)
 
@@ -126,7 +127,7 @@ class NanGuard(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep what is finite, undo what is not."""
+        """Restore the last finite state if a parameter is not finite."""
         if all(bool(p.isfinite().all()) for p in pl_module.parameters()):
             self._in_a_row = 0
             if trainer.global_step % self.every == 0:
@@ -141,22 +142,21 @@ class NanGuard(pl.Callback):
         self._in_a_row += 1
         if self._in_a_row == 1:
             logger.warning(
-                "Step %d gave NaN or infinity; the last good state is restored.",
-                trainer.global_step,
+                "Step %d gave NaN or infinity; restored the last finite state.", trainer.global_step
             )
         if self._in_a_row >= self.patience:
             raise FatError(
-                f"{self._in_a_row} steps in a row gave NaN or infinity. The last good state is "
+                f"{self._in_a_row} steps in a row gave NaN or infinity. The last finite state is "
                 "kept. Check the images for extreme values, or try a smaller optim.lr or "
                 "optim.gradient_clip=1.0."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps; the last good state is taken anew when training goes on."""
+        """Return the state for a checkpoint, without the copy, which is taken again on resume."""
         return {"restored": self.restored, "in_a_row": self._in_a_row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Load the state of a checkpoint."""
         self.restored, self._in_a_row = state_dict["restored"], state_dict["in_a_row"]
 
     def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -165,21 +165,22 @@ class NanGuard(pl.Callback):
 
 
 class PeriodicCheckpoint(pl.Callback):
-    """Keeps the whole state of a training in one file, for going on after a crash.
+    """Saves a checkpoint to resume from, in one file that is replaced atomically.
 
-    Written at every validation, when the system asks the process to end (SIGTERM), and in between
-    after every so many seconds; never where a validation is still to come at the same step.
+    It is saved after every validation, on SIGTERM, and in between every few seconds, but never
+    before a validation at the same step: resuming there would skip the validation, as it does with
+    Lightning's ModelCheckpoint.
 
     Args:
-        path: The file; it is replaced atomically.
-        every: Seconds between two of them; infinity keeps validated states alone, for loaders that
-            cannot start in the middle of a pass.
+        path: The file.
+        every: Seconds between checkpoints; infinity saves after validations only, for loaders that
+            cannot resume in the middle of an epoch.
     """
 
     def __init__(self, path: Path, every: float) -> None:
         self.path = path
         self.every = every
-        self._kept = time.monotonic()
+        self._saved = time.monotonic()
         self._step = -1
 
     def on_train_batch_end(
@@ -190,51 +191,51 @@ class PeriodicCheckpoint(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Keep the state if it is time."""
+        """Save if it is due."""
         if math.isinf(self.every):
             return
-        mine = time.monotonic() - self._kept >= self.every or trainer.received_sigterm
-        due = bool(all_max(torch.tensor(int(mine))))  # all processes take part, or none
+        mine = time.monotonic() - self._saved >= self.every or trainer.received_sigterm
+        due = bool(all_max(torch.tensor(int(mine))))  # processes save together
         last = batch_idx + 1 == trainer.num_training_batches
-        # fit's own trainer validates by batches, never by the clock.
+        # fit() sets a number of batches, not a time.
         assert isinstance(trainer.val_check_batch, int)
         validates = (batch_idx + 1) % trainer.val_check_batch == 0
         if due and not last and not validates:
-            self._keep(trainer)
+            self._save(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep the state that was judged."""
+        """Save after a validation."""
         if trainer.state.fn == TrainerFn.FITTING:
-            self._keep(trainer)
+            self._save(trainer)
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Keep the state if SIGTERM came after the step's batch end, where Lightning looks again.
+        """Save if SIGTERM came between the end of a batch and Lightning's check for it.
 
-        One process alone sees such an exception between steps; of several, the others may go on,
-        and would be waited for.
+        With several processes, the others might continue and never take part in saving.
         """
         if math.isinf(self.every) or trainer.world_size > 1:
             return
         between = isinstance(exception, SIGTERMException) and trainer.training
         if between and trainer.global_step != self._step:
-            self._keep(trainer)
+            self._save(trainer)
 
-    def _keep(self, trainer: pl.Trainer) -> None:
-        # All processes take part in gathering the state; Lightning lets the first one write.
+    def _save(self, trainer: pl.Trainer) -> None:
+        # All processes take part; Lightning writes on the main process.
         partial = self.path.with_name(f".{self.path.name}.partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             put_in_place(partial, self.path)
-        self._kept, self._step = time.monotonic(), trainer.global_step
+        self._saved, self._step = time.monotonic(), trainer.global_step
 
 
 class CSVHistory(pl.Callback):
-    """Writes what is logged, step by step, into a CSV file: ``step,name,value``.
+    """Writes logged values to a CSV file with the columns ``step,name,value``.
 
-    ``train/…`` of a step is of the batch that made it, ``val/…`` of the network after it. A
-    training that goes on from a checkpoint forgets what came after that.
+    ``train/…`` values belong to the batch of the step, ``val/…`` values to the network after it. A
+    training that resumes drops the rows after its checkpoint; Lightning's CSVLogger would delete
+    the whole file.
 
     Args:
         path: The file.
@@ -246,20 +247,18 @@ class CSVHistory(pl.Callback):
         self.path = path
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin the file where there is none."""
+        """Create the file if it does not exist."""
         if trainer.is_global_zero and not self.path.exists():
             write_text(self.path, self.HEADER)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Drop what a training that was cut off had written after its last checkpoint."""
+        """Drop rows that an interrupted training wrote after its last checkpoint."""
         if not trainer.is_global_zero:
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         whole = [line for line in lines[1:-1] if re.fullmatch(r"\d{1,15},[^,]+,[^,]+", line)]
         if len(whole) < len(lines) - 2:
-            logger.warning(
-                "%s: %d damaged lines are left out.", self.path, len(lines) - 2 - len(whole)
-            )
+            logger.warning("%s: skipped %d damaged lines.", self.path, len(lines) - 2 - len(whole))
         before = [f"{x}\n" for x in whole if int(x.partition(",")[0]) <= trainer.global_step]
         write_text(self.path, self.HEADER + "".join(dict.fromkeys(before)))
 
@@ -271,28 +270,27 @@ class CSVHistory(pl.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Write the step's figures."""
+        """Write the values of the step."""
         self._write(trainer, "train/")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the figures of the network as it is."""
+        """Write the values of the validation."""
         self._write(trainer, "val/")
 
     def _write(self, trainer: pl.Trainer, kind: str) -> None:
         if not trainer.is_global_zero:
             return
-        figures = trainer.callback_metrics.items()
         rows = [
-            f"{trainer.global_step},{k},{float(v):.9g}\n"
-            for k, v in figures
-            if k[: len(kind)] == kind
+            f"{trainer.global_step},{name},{float(value):.9g}\n"
+            for name, value in trainer.callback_metrics.items()
+            if name.startswith(kind)
         ]
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(rows))
 
 
 class ProgressBar(TQDMProgressBar):
-    """Progress bar with the loss and the time left for the whole training, not for the epoch."""
+    """Progress bar with the loss and the remaining time of the whole training."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
@@ -301,7 +299,7 @@ class ProgressBar(TQDMProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Loss, validation loss and ``left``, minutes and seconds to the end of the training."""
+        """Return training loss, validation loss, and ``left``, the remaining minutes:seconds."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         now, step = time.monotonic(), trainer.global_step
@@ -316,32 +314,31 @@ class ProgressBar(TQDMProgressBar):
 
 
 class AlphaHistory(pl.Callback):
-    """Logs, after each validation, where every quantizer's α stands.
+    """Logs the factors α of every quantizer after each validation.
 
-    As figures: mean, smallest, largest. As a histogram over its thresholds where the logger has
-    histograms.
+    Mean, minimum and maximum are logged as metrics, and histograms if the logger supports them.
     """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log one row of figures, and the histograms."""
+        """Log metrics and histograms."""
         if not trainer.is_global_zero:
             return
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         factors: dict[str, Tensor] = {}
         for layer, kind, quantizer in student_of(pl_module).quantizers():
             for name, values in quantizer.thresholds.factors().items():
                 key = f"{name}/{layer}.{kind}"
                 factors[key] = values
-                figures[key] = float(values.mean())
+                metrics[key] = float(values.mean())
                 if values.numel() > 1:
-                    figures[f"{key}.min"] = float(values.min())
-                    figures[f"{key}.max"] = float(values.max())
-        for log in trainer.loggers:
-            log.log_metrics(figures, step=trainer.global_step)
-            log_histograms(log, factors, trainer.global_step)
+                    metrics[f"{key}.min"] = float(values.min())
+                    metrics[f"{key}.max"] = float(values.max())
+        for metrics_logger in trainer.loggers:
+            metrics_logger.log_metrics(metrics, step=trainer.global_step)
+            log_histograms(metrics_logger, factors, trainer.global_step)
 
 
 def student_of(pl_module: pl.LightningModule) -> Student:
-    """The student that a module trains."""
+    """Return the student that a module trains."""
     assert isinstance(pl_module, DistillModule)
     return pl_module.student

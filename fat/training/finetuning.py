@@ -1,4 +1,4 @@
-"""A float network for classes of one's own: a new classifier, trained with labels, then kept."""
+"""Fine-tune a float network with a new classifier on labeled images, and cache the result."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import hashlib
 import json
 import logging
 import math
-import signal
-import threading
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +26,17 @@ from fat.models.factory import head_parameters
 from fat.models.float_model import FloatNetwork, with_classes
 from fat.training.callbacks import PeriodicCheckpoint, ProgressBar
 from fat.training.config import FinetuneSpec
-from fat.utils.batches import AnyBatch, Images, counted, split
+from fat.training.resumable_loader import whole
+from fat.training.trainer import (
+    RestoresRandomStates,
+    ignore_warnings,
+    keep_interrupt_handler,
+    trainer_options_with_defaults,
+)
+from fat.utils.batches import AnyBatch, Images, split
 from fat.utils.errors import FatError, first_line
 from fat.utils.io import cache_folder, check_writable, write_atomic
-from fat.utils.random import random_states, set_random_states
+from fat.utils.random import random_states
 from fat.utils.schedules import annealed
 
 __all__ = ["FinetuneResult", "finetune", "finetune_cached"]
@@ -40,20 +44,20 @@ __all__ = ["FinetuneResult", "finetune", "finetune_cached"]
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Part of the cache's key: another recipe under the same options needs another number."""
+"""Part of the cache key; to be increased when the same options give another network."""
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a fine-tuning did.
+    """Result of a fine-tuning.
 
     Attributes:
-        classes: How many there are.
-        epochs: Passes that were made.
-        best_epoch: The pass after which the network that was kept was seen, from 1.
-        top1: Its accuracy on the validation images, %.
-        loss: Its cross-entropy on them.
-        cached: Whether all of this was done in an earlier run.
+        classes: Number of classes.
+        epochs: Number of epochs.
+        best_epoch: Epoch of the returned network, from 1.
+        top1: Its accuracy on the validation images, percent.
+        loss: Its cross-entropy on the validation images.
+        cached: Whether the network was loaded from the cache.
     """
 
     classes: int
@@ -64,15 +68,15 @@ class FinetuneResult:
     cached: bool = False
 
 
-class FinetuneModule(pl.LightningModule):
-    """Cross-entropy with labels; features and classifier at rates of their own.
+class FinetuneModule(RestoresRandomStates):
+    """Training with cross-entropy, with separate learning rates for features and classifier.
 
-    Batch norms keep the statistics that they came with, and train their factors and shifts.
+    Batch norms keep their running statistics, and train their weights and biases.
 
     Args:
-        network: Float network with its new classifier; trained in place.
-        spec: The recipe.
-        classes: Number of logits.
+        network: Float network with the new classifier, trained in place.
+        spec: Fine-tuning options.
+        classes: Number of classes.
     """
 
     def __init__(self, network: nn.Module, spec: FinetuneSpec, classes: int) -> None:
@@ -81,23 +85,22 @@ class FinetuneModule(pl.LightningModule):
         self.spec = spec
         self.classes = classes
         self._head = head_parameters(network)
-        self._sums = torch.zeros(3, dtype=torch.float64)  # images, right ones, loss
-        self._random: dict[str, Any] | None = None
+        self._sums = torch.zeros(3, dtype=torch.float64)  # images, correct ones, loss
 
     def on_train_epoch_start(self) -> None:
-        """Features stand still while the classifier starts; statistics of batch norms always do."""
+        """Freeze the features in the first epochs, and the statistics of batch norms in all."""
         features = self.current_epoch >= self.spec.head_epochs
         self.network.train(features)
         for module in self.network.modules():
-            # With few images those of a batch are noise, and their averages lag behind the weights.
+            # With few images, batch statistics are noisy and running ones lag behind the weights.
             if isinstance(module, _BatchNorm):
                 module.eval()
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(features or name in self._head)
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
-        """Loss of one batch."""
-        images, labels = self._labelled(batch)
+        """Compute the loss of one batch."""
+        images, labels = self._labeled(batch)
         loss = cross_entropy(
             self.network(images), labels, label_smoothing=self.spec.label_smoothing
         )
@@ -106,27 +109,27 @@ class FinetuneModule(pl.LightningModule):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
+        """Reset the metrics."""
         self._sums.zero_()
         self.network.eval()
 
     def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
-        """Judge one batch."""
-        images, labels = self._labelled(batch)
+        """Evaluate one batch."""
+        images, labels = self._labeled(batch)
         logits = self.network(images)
         loss = cross_entropy(logits, labels, reduction="sum")
-        right = (logits.argmax(1) == labels).sum()
-        self._sums += torch.tensor([len(labels), float(right), float(loss)], dtype=torch.float64)
+        correct = (logits.argmax(1) == labels).sum()
+        self._sums += torch.tensor([len(labels), float(correct), float(loss)], dtype=torch.float64)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy in percent, and the mean loss."""
-        count, right, loss = self._sums.tolist()
-        self._check_finite(self._sums[2])  # the last step of all has no loss after it
-        self.log("val/top1", 100 * right / count, prog_bar=True)
+        count, correct, loss = self._sums.tolist()
+        self._check_finite(self._sums[2])  # covers the last training step
+        self.log("val/top1", 100 * correct / count, prog_bar=True)
         self.log("val/loss", loss / count)
 
     def configure_optimizers(self) -> Optimizer:
-        """AdamW over four groups: features and classifier, with decay and without."""
+        """Create AdamW over features and classifier, each with and without weight decay."""
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in self.network.named_parameters():
             groups.setdefault((name in self._head, parameter.ndim > 1), []).append(parameter)
@@ -146,56 +149,54 @@ class FinetuneModule(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """One step at the schedule's rates."""
+        """Make one step at the scheduled learning rates."""
         total = int(self.trainer.estimated_stepping_batches)
         per_epoch = max(total // self.spec.epochs, 1)
-        since = self.global_step - self.spec.head_epochs * per_epoch  # the features' first step
+        since = self.global_step - self.spec.head_epochs * per_epoch  # steps of the features
         for group in optimizer.param_groups:
             warm = 1.0 if group["head"] else min(max(since + 1, 0) / per_epoch, 1.0)
             group["lr"] = group["rate"] * warm * annealed(self.global_step, total)
         optimizer.step(closure=optimizer_closure)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the random states, which dropout draws from."""
+        """Save the random states, which dropout draws from."""
         checkpoint["random"] = random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what :meth:`on_save_checkpoint` noted."""
+        """Load the content of :meth:`on_save_checkpoint`."""
         self._random = checkpoint["random"]
-
-    def on_train_start(self) -> None:
-        """Random states last: loading a checkpoint may have drawn from them."""
-        if self._random is not None:
-            set_random_states(self._random)
-            self._random = None
 
     def _check_finite(self, loss: Tensor) -> None:
         if not bool(loss.isfinite()):
             raise FatError(
                 f"The loss of fine-tuning became {loss.item()} in epoch {self.current_epoch + 1}. "
-                f"Type a smaller rate: teacher.lr={self.spec.lr / 10:g} "
+                f"Type a smaller learning rate: teacher.lr={self.spec.lr / 10:g} "
                 f"teacher.head_lr={self.spec.head_lr / 10:g}."
             )
 
-    def _labelled(self, batch: AnyBatch) -> tuple[Tensor, Tensor]:
+    def _labeled(self, batch: AnyBatch) -> tuple[Tensor, Tensor]:
         images, labels = split(batch)
         if labels.is_floating_point() or labels.shape != images.shape[:1]:
             raise FatError(
-                f"The labels of a batch are {labels.dtype} {list(labels.shape)}; wanted one class "
-                f"index an image, int64 [{len(images)}]."
+                f"The labels of a batch are {labels.dtype} {list(labels.shape)}; required: one "
+                f"class index per image, int64 [{len(images)}]."
             )
         bad = labels[(labels < 0) | (labels >= self.classes)]
         if len(bad):
             raise FatError(
-                f"Fine-tuning met the label {int(bad[0])}; with {self.classes} classes allowed are "
-                f"0 to {self.classes - 1} (-1 means: not labelled). Every image needs a class: "
-                "type data=folder data.root=DIR with one subfolder for each class."
+                f"An image for fine-tuning has the label {int(bad[0])}; allowed are 0 to "
+                f"{self.classes - 1} for {self.classes} classes (-1 means no label). Every image "
+                "needs a class: type data=folder data.root=DIR with one subfolder per class."
             )
         return images, labels.long()
 
 
 class _Best(pl.Callback):
-    """Keeps the weights of the best epoch, and ends the training when no better one comes."""
+    """Keeps the weights of the best epoch, and stops the training when it does not improve.
+
+    Lightning's ModelCheckpoint and EarlyStopping compare a single metric and need a folder; here
+    the loss decides between epochs of equal accuracy, which are common on few images.
+    """
 
     def __init__(self, patience: int) -> None:
         self.patience = patience
@@ -204,25 +205,24 @@ class _Best(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, FinetuneModule)
-        figures = trainer.callback_metrics
-        top1, loss = float(figures["val/top1"]), float(figures["val/loss"])
+        metrics = trainer.callback_metrics
+        top1, loss = float(metrics["val/top1"]), float(metrics["val/loss"])
         epoch = trainer.current_epoch + 1
         logger.info(
-            "Fine-tuning, epoch %d of at most %d: %.1f %% of validation images right.",
+            "Fine-tuning, epoch %d of at most %d: validation accuracy %.1f %%.",
             epoch,
             trainer.max_epochs,
             top1,
         )
-        # Small validation sets often give the same share of right ones: then the loss decides.
         if self.result is None or (top1, -loss) > (self.result.top1, -self.result.loss):
             self.result = FinetuneResult(pl_module.classes, epoch, epoch, top1, loss)
             self.state = copy.deepcopy(pl_module.network.state_dict())
             return
         self.result = replace(self.result, epochs=epoch)
-        self._end(trainer)
+        self._stop_early(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end(trainer)  # a training that was cut off right after its last epoch
+        self._stop_early(trainer)  # a training that was interrupted right after its last epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {"result": None if self.result is None else asdict(self.result), "best": self.state}
@@ -232,16 +232,14 @@ class _Best(pl.Callback):
         self.result = None if result is None else FinetuneResult(**result)
         self.state = state_dict["best"]
 
-    def _end(self, trainer: pl.Trainer) -> None:
+    def _stop_early(self, trainer: pl.Trainer) -> None:
         if self.result is None:
             return
         epoch = self.result.epochs
         if epoch - self.result.best_epoch >= self.patience:
             logger.info(
-                "Fine-tuning ends: epoch %d is still the best, %d epochs later "
-                "(teacher.patience=%d).",
+                "Fine-tuning stops early: no improvement since epoch %d (teacher.patience=%d).",
                 self.result.best_epoch,
-                self.patience,
                 self.patience,
             )
             trainer.should_stop = True
@@ -259,63 +257,58 @@ def finetune(
     trainer_options: dict[str, Any] | None = None,
     checkpoint: Path | None = None,
 ) -> tuple[FloatNetwork, FinetuneResult]:
-    """Give a float network a new classifier and train it on labelled images.
+    """Replace the classifier of a float network and train the network on labeled images.
 
     Args:
-        source: The pretrained network, which is left as it is.
+        source: The pretrained network, which is not modified.
         train: Batches (images float32 [N, 3, H, W], labels int64 [N]).
-        validation: The same, to choose the best epoch by.
-        spec: The recipe.
+        validation: Batches to select the best epoch.
+        spec: Fine-tuning options.
         classes: Names of the classes in the order of the labels.
-        seed: What the classifier's first weights follow.
-        progress: Whether to show a bar.
-        trainer_options: More arguments of :class:`pytorch_lightning.Trainer`.
-        checkpoint: File to keep the state in after each epoch. If it is there, the training goes on
-            from it: it must be of this very training.
+        seed: Seed of the classifier's initial weights.
+        progress: Show a progress bar.
+        trainer_options: Additional arguments of :class:`pytorch_lightning.Trainer`.
+        checkpoint: File to save the state to after each epoch. If it exists, training resumes from
+            it; it has to belong to the same training.
 
     Returns:
-        The network of the best epoch, in eval mode and without gradients, and what was done.
+        The network of the best epoch, in eval mode and without gradients, and a summary.
 
     Raises:
-        FatError: If no image came, a label is missing or out of range, there are fewer than two
-            classes, the network has no classifier, or the loss is not finite.
-        KeyboardInterrupt: If the user stopped it.
+        FatError: If there are no images, a label is missing or out of range, there are fewer than
+            two classes, the network has no classifier, or the loss is not finite.
+        KeyboardInterrupt: If the user interrupted it.
     """
     spec = spec or FinetuneSpec()
-    parts = _Batches("training", train), _Batches("validation", validation)
+    loaders = whole("training", train), whole("validation", validation)
     result = with_classes(source, classes, seed=seed)
     module, best = FinetuneModule(result.network, spec, len(classes)), _Best(spec.patience)
-    options: dict[str, Any] = {
-        "max_epochs": spec.epochs,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,  # Lightning's own would lie in the current directory
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "enable_progress_bar": progress,
-        **(trainer_options or {}),
-    }
-    bar = [ProgressBar()] if options["enable_progress_bar"] else []
-    # At the ends of epochs alone: a loader of anybody's cannot be made to start in the middle.
-    keeping = [] if checkpoint is None else [PeriodicCheckpoint(checkpoint, math.inf)]
-    begun = checkpoint if checkpoint is not None and checkpoint.is_file() else None
-    trainer = pl.Trainer(callbacks=[best, *keeping, *bar], **options)
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    options = trainer_options_with_defaults(
+        trainer_options,
+        max_epochs=spec.epochs,
+        enable_checkpointing=False,  # Lightning's would be in the working directory
+        enable_progress_bar=progress,
+    )
+    callbacks: list[pl.Callback] = [best]
+    if checkpoint is not None:  # after epochs only: some loaders cannot start in the middle
+        callbacks.append(PeriodicCheckpoint(checkpoint, math.inf))
+    if options["enable_progress_bar"]:
+        callbacks.append(ProgressBar())
+    last = checkpoint if checkpoint is not None and checkpoint.is_file() else None
+    trainer = pl.Trainer(callbacks=callbacks, **options)
+    expected = (".*in eval mode at the start of training.*", ".*LeafSpec.*")
     try:
-        # Dropout draws from the global random states, which stay the caller's.
+        # Dropout draws from the global random states; the caller's are restored.
         devices = range(torch.cuda.device_count())
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
-            for expected in (".*in eval mode at the start of training.*", ".*LeafSpec.*"):
-                warnings.filterwarnings("ignore", expected)
+        with (
+            keep_interrupt_handler(),
+            ignore_warnings(*expected),
+            torch.random.fork_rng(devices=devices),
+        ):
             torch.manual_seed(seed)
-            trainer.fit(module, *parts, ckpt_path=begun, weights_only=True)
-    except SystemExit as stopped:  # what Lightning makes of Ctrl-C
+            trainer.fit(module, *loaders, ckpt_path=last, weights_only=True)
+    except SystemExit as stopped:  # raised by Lightning after Ctrl-C
         raise KeyboardInterrupt from stopped
-    finally:
-        # Lightning leaves Ctrl-C switched off. Only the main thread has a say in signals.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
     assert best.result is not None
     result.network.load_state_dict(best.state)
     result.network.cpu().eval().requires_grad_(False)
@@ -335,39 +328,41 @@ def finetune_cached(
     progress: bool = True,
     trainer_options: dict[str, Any] | None = None,
 ) -> tuple[FloatNetwork, FinetuneResult]:
-    """:func:`finetune`, unless a network of the very same origin is there already.
+    """Load a fine-tuned network from the cache, or run :func:`finetune` and cache the result.
 
-    The key is the SHA-256 of the starting weights, the recipe, the classes, the seed and the data's
-    own key; what is kept is safetensors, which loading cannot run.
+    The cache key is the SHA-256 of the initial weights, the options, the classes, the seed and
+    ``data_key``. Networks are stored as safetensors.
 
     Args:
-        source: The pretrained network, which is left as it is.
+        source: The pretrained network, which is not modified.
         train: Batches (images float32 [N, 3, H, W], labels int64 [N]).
-        validation: The same, to choose the best epoch by.
-        spec: The recipe.
-        data_key: Tells these images, labels and crops from all others.
+        validation: Batches to select the best epoch.
+        spec: Fine-tuning options.
+        data_key: Key that identifies images, labels and crops.
         classes: Names of the classes in the order of the labels.
-        seed: What the classifier's first weights follow.
-        folder: Where networks are kept; ``~/.cache/fat/teachers`` by default.
-        progress: Whether to show a bar.
-        trainer_options: More arguments of :class:`pytorch_lightning.Trainer`.
+        seed: Seed of the classifier's initial weights.
+        folder: Folder of the cache; ``None`` for ``~/.cache/fat/teachers``.
+        progress: Show a progress bar.
+        trainer_options: Additional arguments of :class:`pytorch_lightning.Trainer`.
+
+    Returns:
+        See :func:`finetune`.
 
     Raises:
-        FatError: As :func:`finetune` does, or if the folder cannot be written.
-        KeyboardInterrupt: If the user stopped it; the next call goes on after the last epoch.
+        FatError: See :func:`finetune`; also if the folder cannot be written.
+        KeyboardInterrupt: If the user interrupted it; the next call resumes after the last epoch.
     """
     key = _key(source, spec, data_key, classes, seed)
     path = (folder or cache_folder("teachers")) / f"{source.name}-{key[:20]}.safetensors"
     empty = with_classes(source, classes, seed=seed)
     found = _read(path, key, empty.network)
     if found is None:
-        check_writable(path.parent)  # now, rather than after the training
-        with FileLock(path.with_suffix(".lock")):  # others who want the same wait for it
+        check_writable(path.parent)  # fails before the training rather than after it
+        with FileLock(path.with_suffix(".lock")):  # other processes wait for the result
             found = _read(path, key, empty.network)
             if found is None:
-                return _finetune_into(
-                    path,
-                    key,
+                checkpoint = path.with_suffix(".ckpt")
+                network, result = finetune(
                     source,
                     train,
                     validation,
@@ -376,64 +371,20 @@ def finetune_cached(
                     seed=seed,
                     progress=progress,
                     trainer_options=trainer_options,
+                    checkpoint=checkpoint,
                 )
-    logger.info(
-        "Fine-tuned in an earlier run, %.1f %% of validation images right: %s.", found.top1, path
-    )
+                _write(path, key, network.network, result)
+                checkpoint.unlink(missing_ok=True)
+                logger.info(
+                    "Fine-tuned: validation accuracy %.1f %% after epoch %d of %d. Saved to %s.",
+                    result.top1,
+                    result.best_epoch,
+                    result.epochs,
+                    path,
+                )
+                return network, result
+    logger.info("Fine-tuned network from the cache, accuracy %.1f %%: %s.", found.top1, path)
     return empty, replace(found, cached=True)
-
-
-def _finetune_into(
-    path: Path,
-    key: str,
-    source: FloatNetwork,
-    train: Images,
-    validation: Images,
-    spec: FinetuneSpec,
-    *,
-    classes: tuple[str, ...],
-    seed: int,
-    progress: bool,
-    trainer_options: dict[str, Any] | None,
-) -> tuple[FloatNetwork, FinetuneResult]:
-    """Fine-tune and keep the result; what a run that was cut off left is gone on with."""
-    checkpoint = path.with_suffix(".ckpt")
-    result, done = finetune(
-        source,
-        train,
-        validation,
-        spec,
-        classes=classes,
-        seed=seed,
-        progress=progress,
-        trainer_options=trainer_options,
-        checkpoint=checkpoint,
-    )
-    _write(path, key, result.network, done)
-    checkpoint.unlink(missing_ok=True)
-    logger.info(
-        "Fine-tuned: %.1f %% of validation images right after epoch %d of %d. Kept in %s.",
-        done.top1,
-        done.best_epoch,
-        done.epochs,
-        path,
-    )
-    return result, done
-
-
-class _Batches:
-    """Any batches, for Lightning, which would take a list for a list of loaders."""
-
-    def __init__(self, what: str, images: Images) -> None:
-        self._batches, self._count = counted(what, images)
-        self.sampler = getattr(self._batches, "sampler", None)  # told the epoch by Lightning
-        self.batch_sampler = getattr(self._batches, "batch_sampler", None)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[AnyBatch]:
-        return iter(self._batches)
 
 
 def _key(
@@ -454,7 +405,7 @@ def _key(
 
 
 def _content(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and values."""
+    """Compute the SHA-256 of names, types, shapes and values."""
     digest = hashlib.sha256()
     for name, value in state.items():
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -469,23 +420,21 @@ def _write(path: Path, key: str, network: nn.Module, result: FinetuneResult) -> 
 
 
 def _read(path: Path, key: str, network: nn.Module) -> FinetuneResult | None:
-    """Fill the network from the file, None if there is none that can be used."""
+    """Load the network from the file; return ``None`` if there is no usable file."""
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             if about.get("key") != key:
-                raise ValueError("it is of another origin")
+                raise ValueError("it belongs to other options")
             network.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-            # In the network's order: the file has one of its own.
+            # In the order of the network, which the file does not keep.
             if about["content"] != _content(network.state_dict()):
                 raise ValueError("its weights are damaged")
             return FinetuneResult(**json.loads(about["result"]))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         logger.warning(
-            "The fine-tuned network %s cannot be used (%s) and is made anew.",
-            path,
-            first_line(error),
+            "Cannot use the fine-tuned network %s (%s); training it again.", path, first_line(error)
         )
         return None

@@ -1,16 +1,12 @@
-"""Train a student's thresholds, as a library call."""
+"""Train a student's thresholds."""
 
 from __future__ import annotations
 
 import logging
 import math
 import os
-import signal
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +20,13 @@ from fat.training.block_reconstruction import reconstruct
 from fat.training.callbacks import BestStudent, NanGuard, PeriodicCheckpoint, ProgressBar
 from fat.training.config import TrainSpec
 from fat.training.module import DistillModule
+from fat.training.resumable_loader import ResumableLoader, whole
 from fat.training.resume import LAST, RECONSTRUCTION, START, TrainingState
+from fat.training.trainer import (
+    ignore_warnings,
+    keep_interrupt_handler,
+    trainer_options_with_defaults,
+)
 from fat.utils import distributed
 from fat.utils.batches import AnyBatch, Images, counted, split
 from fat.utils.errors import FatError
@@ -35,23 +37,35 @@ __all__ = ["FitResult", "fit"]
 logger = logging.getLogger(__name__)
 
 EVERY = 10
-"""Without validation images every tenth batch is set aside to choose the best student by."""
+"""Without validation images, every tenth batch is set aside to select the best student."""
+
+EXPECTED = (
+    # The student has no layers that depend on the mode.
+    ".*in eval mode at the start of training.*",
+    ".*Checkpoint directory .* exists and is not empty.*",
+    # A training that was interrupted at its very end has nothing left to validate.
+    ".*could not find the monitored key.*",
+    # Logged values are already reduced over processes.
+    ".*sync_dist=True.*",
+    # About Lightning's own code.
+    ".*LeafSpec.*",
+)
+"""Warnings about intended behavior."""
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training did.
+    """Result of a training.
 
     Attributes:
-        steps: Optimizer steps.
+        steps: Number of optimizer steps.
         calibrated_loss: Validation loss before training.
-        best_loss: Validation loss of the student that was kept.
-        best_step: Steps after which that student was seen; 0: training did not help.
-        bias_correction: ``kept``, ``undone`` (it made things worse on the validation images), or
-            ``off``.
+        best_loss: Validation loss of the returned student.
+        best_step: Step after which the returned student was seen; 0 if training did not help.
+        bias_correction: ``kept``, ``undone`` (it increased the validation loss), or ``off``.
         reconstruction: The same for block-wise reconstruction.
-        restored: How often a step that gave NaN was undone.
-        interrupted: Whether the user stopped it.
+        restored: Number of steps that gave NaN or infinity and were undone.
+        interrupted: Whether the user interrupted it.
     """
 
     steps: int
@@ -62,72 +76,6 @@ class FitResult:
     reconstruction: str
     restored: int
     interrupted: bool
-
-
-class _Part:
-    """Every n-th batch of an iterable, or all the others, with a length.
-
-    Lightning keeps :meth:`state_dict` in its checkpoints, and a training that goes on in the middle
-    of an epoch starts with the batch after it. What is skipped is drawn with the random states of
-    then, so that loaders that shuffle by them, as torch's do, go on in the same order.
-
-    Args:
-        batches: Iterable anew for each epoch.
-        count: How many batches it gives.
-        every: n.
-        chosen: Whether this part is the n-th ones or the others.
-    """
-
-    def __init__(
-        self, batches: Iterable[AnyBatch], count: int, every: int, *, chosen: bool
-    ) -> None:
-        self._batches, self._every, self._chosen = batches, every, chosen
-        self._drawn = 0  # of the batches, in this pass
-        self._skip = 0
-        self._begun: dict[str, Any] | None = None  # random states when this pass began
-        # Lightning looks for samplers here to tell them the epoch; without, every epoch is alike.
-        self.sampler = getattr(batches, "sampler", None)
-        self.batch_sampler = getattr(batches, "batch_sampler", None)
-        held = count // every
-        self._length = held if chosen else count - held
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[AnyBatch]:
-        skip, self._skip = self._skip, 0
-        now = random_states()
-        if not skip or self._begun is None:
-            self._begun = now
-        # A loader that knows how need not load what is skipped.
-        start_at = getattr(self._batches, "start_at", None)
-        if skip and start_at is not None:
-            start_at(skip)
-        elif skip:
-            set_random_states(self._begun)
-        numbered: Iterator[tuple[int, AnyBatch]] = enumerate(
-            self._batches, skip if start_at is not None else 0
-        )
-        for index, batch in numbered:
-            # The loader's own count, as it leaves out batches in which nothing could be read.
-            self._drawn = getattr(self._batches, "drawn", index + 1)
-            if index < skip:
-                if index == skip - 1:
-                    set_random_states(now)
-                continue
-            if (index % self._every == self._every - 1) == self._chosen:
-                yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far this pass has come, and how it began."""
-        return {"drawn": self._drawn, "begun": self._begun}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Start the next pass where the other was left; where it had ended, at the first batch."""
-        drawn, self._begun = state["drawn"], state.get("begun")
-        held = drawn // self._every
-        given = held if self._chosen else drawn - held
-        self._skip = 0 if given >= self._length else drawn
 
 
 def fit(
@@ -145,36 +93,39 @@ def fit(
     resume: bool = False,
     **overrides: Any,
 ) -> FitResult:
-    """Distil the float network into the student, in place; the best student seen is what remains.
+    """Train a student to reproduce the logits of its float teacher, in place.
+
+    The student with the smallest validation loss is kept.
 
     Args:
         student: Calibrated student.
-        images: Training batches, labelled or not; a list, a DataLoader or anything that can be
-            iterated once per epoch. Labels are used with ``label_weight`` above 0 only. Of several
-            processes each gives its share of every step.
-        validation: Batches to choose the best student by. Without them every tenth training batch
-            is set aside (the training batches themselves when there is but one).
-        spec: The recipe.
-        callbacks: More Lightning callbacks.
-        progress: Whether to show a progress bar.
-        seed: Seeds whatever draws from global random state in the user's own data.
-        trainer_options: More arguments of :class:`pytorch_lightning.Trainer`, such as ``logger``.
-        checkpoints: Folder to keep the state of the training in, so that it can go on after a
-            crash, and the best student so far (``step=….ckpt``). ``None`` keeps nothing.
-        checkpoint_every: Seconds between such states; each validation leaves one too.
-        resume: Go on from what ``checkpoints`` holds, at the step that was kept last; with the same
-            student, images and options the result is that of a training which never stopped.
+        images: Training batches, with or without labels: a list, a DataLoader, or any iterable that
+            starts anew for each epoch. Labels are used if ``label_weight`` is above 0. With several
+            processes, each passes its part of every batch.
+        validation: Batches to select the best student. If ``None``, every tenth training batch is
+            set aside (the training batch itself if there is only one).
+        spec: Training options.
+        callbacks: Additional Lightning callbacks.
+        progress: Show a progress bar.
+        seed: Seed of the global random states, which user-defined data may draw from.
+        trainer_options: Additional arguments of :class:`pytorch_lightning.Trainer`, such as
+            ``logger``.
+        checkpoints: Folder for the training state, to resume after a crash, and for the best
+            student so far (``step=….ckpt``). ``None`` saves nothing.
+        checkpoint_every: Seconds between checkpoints; each validation saves one, too.
+        resume: Resume from the last checkpoint in ``checkpoints``. With the same student, images
+            and options, the result is that of an uninterrupted training.
         **overrides: Fields of :class:`fat.TrainSpec` to replace, such as ``epochs=3``.
 
     Returns:
-        What was done. The student is in eval mode and never worse on the validation images than it
-        came.
+        A summary of the training. The student is in eval mode, and its validation loss is at most
+        that of the calibrated student.
 
     Raises:
-        KeyboardInterrupt: If the user stopped it before the calibrated student was judged.
-        FatError: If the student is not calibrated, nothing in it can be trained, the images cannot
-            be iterated twice, the validation loss is not finite, training keeps giving NaN, or
-            ``checkpoints`` holds the state of a training with other options.
+        KeyboardInterrupt: If the user interrupted it before the calibrated student was evaluated.
+        FatError: If the student is not calibrated or has nothing to train, the images cannot be
+            iterated twice, the validation loss is not finite, training keeps giving NaN, or
+            ``checkpoints`` holds a training with other options.
 
     Examples:
         >>> import torch, fat
@@ -190,137 +141,74 @@ def fit(
     spec = replace(spec or TrainSpec(), **overrides)
     student.check_calibrated()
     train, validation = _split(images, validation)
-    keep, guard, going = BestStudent(), NanGuard(spec.nan_patience), TrainingStarted()
-    kept = TrainingState(checkpoints, student, spec)
+    best, guard, started = BestStudent(), NanGuard(spec.nan_patience), TrainingStarted()
+    state = TrainingState(checkpoints, student, spec)
     if not resume:
         with distributed.main_process_first():
-            kept.clear()
-    options: dict[str, Any] = {
-        "max_epochs": spec.epochs,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": kept.folder is not None,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-        "val_check_interval": 1.0 / spec.validations if spec.validations > 1 else None,
-        "gradient_clip_val": spec.gradient_clip,
-        "enable_progress_bar": progress,
-        **(trainer_options or {}),
-    }
-    bar = bool(options["enable_progress_bar"])
-    watchers: list[Callback] = [going, keep, guard, *callbacks, *([ProgressBar()] if bar else [])]
-    if kept.folder is not None:  # last, so that what is kept is what the others left
-        watchers += [
-            _best_checkpoint(kept.folder),
-            PeriodicCheckpoint(kept.folder / LAST, checkpoint_every),
-        ]
+            state.clear()
+    options = trainer_options_with_defaults(
+        trainer_options,
+        max_epochs=spec.epochs,
+        enable_checkpointing=state.folder is not None,
+        log_every_n_steps=1,
+        val_check_interval=1.0 / spec.validations if spec.validations > 1 else None,
+        gradient_clip_val=spec.gradient_clip,
+        enable_progress_bar=progress,
+    )
+    watchers: list[Callback] = [started, best, guard, *callbacks]
+    if options["enable_progress_bar"]:
+        watchers.append(ProgressBar())
+    if state.folder is not None:  # last, to save the state that the other callbacks left
+        watchers.append(_best_checkpoint(state.folder))
+        watchers.append(PeriodicCheckpoint(state.folder / LAST, checkpoint_every))
     pl.seed_everything(seed, verbose=False)
     module = DistillModule(student, spec)
     trainer = pl.Trainer(callbacks=watchers, **options)
-    correction, reconstruction, interrupted = "off", "off", False
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    attempts = _Attempts(student, validation, module, trainer, best)
+    interrupted = False
     student.eval()
     try:
-        with warnings.catch_warnings():
-            # The student is trained in eval mode on purpose: it holds nothing that behaves
-            # differently; checkpoints lie beside what was kept before; a training that was cut off
-            # at its very end has nothing left to judge; and what is logged was reduced over
-            # processes by itself. The last warning is about Lightning's own code.
-            for expected in (
-                ".*in eval mode at the start of training.*",
-                ".*Checkpoint directory .* exists and is not empty.*",
-                ".*could not find the monitored key.*",
-                ".*sync_dist=True.*",
-                ".*LeafSpec.*",
-            ):
-                warnings.filterwarnings("ignore", expected)
-            begun = kept.load(START)
-            if begun is None:
-                trainer.validate(module, validation, verbose=False)
-                if keep.calibrated_loss is None or not math.isfinite(keep.calibrated_loss):
-                    raise FatError(
-                        f"The loss on the validation images is {keep.calibrated_loss} before "
-                        "training: check them, and the float network's logits on them, for NaN and "
-                        "infinity."
-                    )
-                attempt = partial(
-                    _attempt, validation=validation, module=module, trainer=trainer, keep=keep
-                )
-                if spec.reconstruction.steps:
-                    reconstruction = attempt(
-                        "Block-wise reconstruction",
-                        lambda: reconstruct(
-                            student,
-                            train,
-                            validation,
-                            spec,
-                            seed=seed,
-                            progress=bar,
-                            done=kept.load(RECONSTRUCTION),
-                            keep=partial(kept.save, RECONSTRUCTION),
-                        ),
-                    )
-                if spec.bias_correction:
-                    correction = attempt("Bias correction", lambda: correct_biases(student, train))
-                kept.save(
-                    START,
-                    {
-                        "student": student.trained_state(),
-                        "best": keep.state_dict(),
-                        "reconstruction": reconstruction,
-                        "correction": correction,
-                        "random": random_states(),
-                    },
-                )
+        with keep_interrupt_handler(), ignore_warnings(*EXPECTED):
+            start = state.load(START)
+            if start is None:
+                bar = bool(options["enable_progress_bar"])
+                _improve_start(attempts, state, train, spec, seed=seed, progress=bar)
             else:
                 module.select(split(next(iter(validation)))[0])
-                try:
-                    student.load_trained_state(begun["student"])
-                    keep.load_state_dict(begun["best"])
-                    reconstruction = str(begun["reconstruction"])
-                    correction = str(begun["correction"])
-                    set_random_states(begun["random"])
-                except Exception as error:  # whatever another content of the file leads to
-                    assert kept.folder is not None
-                    raise kept.damaged(kept.folder / START, error) from error
+                _load_start(attempts, state, start)
             if spec.epochs:
-                last = kept.path(LAST)
+                last = state.path(LAST)
                 if last is not None:
-                    kept.check(last)
-                    logger.info("Going on from %s.", last)
+                    state.check(last)
+                    logger.info("Resuming from %s.", last)
                 try:
                     trainer.fit(module, train, validation, ckpt_path=last, weights_only=True)
                 except Exception as error:
-                    # Until the first step Lightning does nothing but put the state back.
-                    if last is None or going.on or isinstance(error, FatError):
+                    # Until the first step, Lightning only restores the state.
+                    if last is None or started.on or isinstance(error, FatError):
                         raise
-                    raise kept.damaged(last, error) from error
+                    raise state.damaged(last, error) from error
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
-        # Lightning leaves Ctrl-C switched off. Only the main thread has a say in signals.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
-        keep.restore(module)
+        best.restore(module)
         student.eval()
-    if keep.calibrated_loss is None:  # Ctrl-C came before anything was known
+    if best.calibrated_loss is None:  # interrupted before the first validation
         raise KeyboardInterrupt
     return FitResult(
         steps=trainer.global_step,
-        calibrated_loss=keep.calibrated_loss,
-        best_loss=keep.best_loss,
-        best_step=keep.best_step,
-        bias_correction=correction,
-        reconstruction=reconstruction,
+        calibrated_loss=best.calibrated_loss,
+        best_loss=best.best_loss,
+        best_step=best.best_step,
+        bias_correction=attempts.results["correction"],
+        reconstruction=attempts.results["reconstruction"],
         restored=guard.restored,
         interrupted=interrupted or trainer.interrupted,
     )
 
 
 class TrainingStarted(Callback):
-    """Notes that a training has all its states and takes its first step."""
+    """Records that the state is restored and the first step begins."""
 
     on = False
 
@@ -338,48 +226,110 @@ def _best_checkpoint(folder: Path) -> ModelCheckpoint:
     )
 
 
-def _attempt(
-    what: str,
-    change: Callable[[], object],
-    validation: Iterable[AnyBatch],
-    module: DistillModule,
-    trainer: pl.Trainer,
-    keep: BestStudent,
-) -> str:
-    """Change the student and keep that only if the validation loss fell; say which."""
-    before = keep.best_loss
-    if distributed.rank() == 0:
-        with distributed.local_only():
-            change()
-    if distributed.size() > 1:
-        shared = distributed.broadcast_state(module.student.trained_state())
-        module.student.load_trained_state(shared)
-    trainer.validate(module, validation, verbose=False)
-    if keep.best_loss < before:
-        logger.info("%s: validation loss %.4g -> %.4g.", what, before, keep.best_loss)
-        return "kept"
-    keep.restore(module)
-    logger.info("%s did not lower the validation loss (%.4g) and was undone.", what, before)
-    return "undone"
+@dataclass
+class _Attempts:
+    """Changes to the student that are kept only if they lower the validation loss.
+
+    Attributes:
+        results: ``kept``, ``undone`` or ``off`` for each change.
+    """
+
+    student: Student
+    validation: Iterable[AnyBatch]
+    module: DistillModule
+    trainer: pl.Trainer
+    best: BestStudent
+
+    def __post_init__(self) -> None:
+        self.results = {"reconstruction": "off", "correction": "off"}
+
+    def validate(self) -> None:
+        self.trainer.validate(self.module, self.validation, verbose=False)
+
+    def __call__(self, key: str, title: str, change: Callable[[], object]) -> None:
+        before = self.best.best_loss
+        if distributed.rank() == 0:
+            with distributed.local_only():
+                change()
+        if distributed.size() > 1:
+            shared = distributed.broadcast_state(self.student.trained_state())
+            self.student.load_trained_state(shared)
+        self.validate()
+        if self.best.best_loss < before:
+            logger.info("%s: validation loss %.4g -> %.4g.", title, before, self.best.best_loss)
+            self.results[key] = "kept"
+            return
+        self.best.restore(self.module)
+        logger.info("%s did not lower the validation loss (%.4g); undone.", title, before)
+        self.results[key] = "undone"
 
 
-def _split(
-    images: Images, validation: Images | None
-) -> tuple[Iterable[AnyBatch], Iterable[AnyBatch]]:
-    batches, count = counted("training", images)
-    # Parts also of what is used whole: Lightning takes a list for a list of loaders.
-    if validation is not None:
-        return _whole(batches, count), _whole(*counted("validation", validation))
-    if count == 1:
-        return _whole(batches, count), _whole(batches, count)
-    if isinstance(getattr(images, "sampler", None), RandomSampler):
-        logger.warning(
-            "The training loader shuffles, so the batches set aside to choose the best student are "
-            "others in each epoch. Give validation=... to choose on images that are held out."
+def _improve_start(
+    attempts: _Attempts,
+    state: TrainingState,
+    train: Iterable[AnyBatch],
+    spec: TrainSpec,
+    *,
+    seed: int,
+    progress: bool,
+) -> None:
+    """Evaluate the calibrated student, try reconstruction and bias correction, save the result."""
+    student, best = attempts.student, attempts.best
+    attempts.validate()
+    if best.calibrated_loss is None or not math.isfinite(best.calibrated_loss):
+        raise FatError(
+            f"The loss on the validation images is {best.calibrated_loss} before training: check "
+            "them, and the float network's logits on them, for NaN and infinity."
         )
-    every = min(EVERY, count)
-    return tuple(_Part(batches, count, every, chosen=c) for c in (False, True))  # type: ignore[return-value]
+    if spec.reconstruction.steps:
+
+        def reconstruct_blocks() -> None:
+            reconstruct(
+                student,
+                train,
+                attempts.validation,
+                spec,
+                seed=seed,
+                progress=progress,
+                done=state.load(RECONSTRUCTION),
+                keep=lambda content: state.save(RECONSTRUCTION, content),
+            )
+
+        attempts("reconstruction", "Block-wise reconstruction", reconstruct_blocks)
+    if spec.bias_correction:
+        attempts("correction", "Bias correction", lambda: correct_biases(student, train))
+    state.save(
+        START,
+        {
+            "student": student.trained_state(),
+            "best": best.state_dict(),
+            **attempts.results,
+            "random": random_states(),
+        },
+    )
 
 
-def _whole(batches: Iterable[AnyBatch], count: int) -> _Part:
-    return _Part(batches, count, count + 1, chosen=False)
+def _load_start(attempts: _Attempts, state: TrainingState, start: dict[str, Any]) -> None:
+    """Load the content that :func:`_improve_start` saved."""
+    try:
+        attempts.student.load_trained_state(start["student"])
+        attempts.best.load_state_dict(start["best"])
+        attempts.results = {key: str(start[key]) for key in attempts.results}
+        set_random_states(start["random"])
+    except Exception as error:  # a damaged file may lead to any type
+        assert state.folder is not None
+        raise state.damaged(state.folder / START, error) from error
+
+
+def _split(images: Images, validation: Images | None) -> tuple[ResumableLoader, ResumableLoader]:
+    if validation is not None:
+        return whole("training", images), whole("validation", validation)
+    batches, count = counted("training", images)
+    if count > 1 and isinstance(getattr(images, "sampler", None), RandomSampler):
+        logger.warning(
+            "The training loader shuffles, so the batches set aside to select the best student "
+            "differ between epochs. Pass validation=... to select on held-out images."
+        )
+    every = min(EVERY, count) if count > 1 else 2  # 2: both parts have the only batch
+    train = ResumableLoader(batches, count, every, chosen=False)
+    return train, ResumableLoader(batches, count, every, chosen=count > 1)

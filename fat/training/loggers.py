@@ -1,4 +1,4 @@
-"""Lightning loggers by name; Weights & Biases never asks a question and never needs a network."""
+"""Lightning loggers by name. Weights & Biases never prompts and works offline."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ __all__ = [
 
 LOGGERS = ("wandb", "csv", "tensorboard", "none")
 WANDB_ID = "wandb-id.txt"
-"""File in the run directory by which a run that goes on is the same run on the server."""
+"""File in the run directory with the W&B run id, so that a resumed run stays the same run."""
 
 
 def make_logger(
@@ -51,10 +51,10 @@ def make_logger(
         name: ``wandb``, ``csv``, ``tensorboard`` or ``none``.
         folder: The run directory.
         run_name: Name of the run.
-        config: The run's configuration in plain containers.
+        config: Configuration of the run in plain containers.
         project: W&B project.
         group: W&B group.
-        entity: W&B user or team; the default one when ``None``.
+        entity: W&B user or team; ``None`` for the default.
         tags: W&B tags.
 
     Raises:
@@ -63,7 +63,7 @@ def make_logger(
     if name == "none":
         return None
     if name == "csv":
-        # Lightning's logger removes what lies in its folder: what a crash left gets another name.
+        # Lightning's logger deletes its folder: rename what an interrupted run left there.
         _set_aside(folder / "csv")
         logger: Logger = CSVLogger(folder, name="csv", version="")
     elif name == "tensorboard":
@@ -93,12 +93,12 @@ def _wandb_run(
     entity: str | None,
     tags: list[str] | None,
 ) -> Any:
-    """A W&B run; one that went on after a crash is the same run for the server."""
-    import wandb  # slow to import, and other loggers do without
+    """Start a W&B run, or continue it after a crash."""
+    import wandb  # slow to import
 
     known = folder / WANDB_ID
     id_ = known.read_text(encoding="utf-8").strip() if known.is_file() else None
-    # Made here and not by Lightning, which passes an argument that W&B warns of.
+    # Not created by Lightning, which passes a deprecated argument.
     run = wandb.init(
         name=name,
         dir=folder,
@@ -116,12 +116,12 @@ def _wandb_run(
 
 
 def log_histograms(logger: Logger, values: Mapping[str, Tensor], step: int) -> None:
-    """Log the distribution of tensors, where the logger has room for distributions.
+    """Log histograms of tensors, if the logger supports them.
 
     Args:
         logger: From :func:`make_logger`.
         values: Tensors of any shape by name.
-        step: Optimizer steps done.
+        step: Number of optimizer steps.
     """
     if isinstance(logger, WandbLogger):
         import wandb
@@ -153,18 +153,18 @@ def log_results(
     figures: Mapping[str, Any] | None = None,
     files: Sequence[Path] = (),
 ) -> None:
-    """Log what a finished run found out: figures by the names of docs/metrics.md, and the rest.
+    """Log the results of a finished run under the names of docs/metrics.md.
 
-    Every logger gets the numbers. W&B also gets them, and the texts, as the run's summary; the
-    table of layers, the plots, and the files as one artifact, ``student-ID`` of type ``model``.
+    All loggers get the numbers. W&B also gets numbers and strings in the run's summary, the table
+    of layers, the plots, and the files as one artifact ``student-ID`` of type ``model``.
 
     Args:
         logger: From :func:`make_logger`.
         metrics: Content of metrics.json.
-        step: Optimizer steps done.
-        table: A CSV file with a row per quantizer.
-        figures: Plots by name, in Plotly's plain form {data, layout}.
-        files: What the artifact holds.
+        step: Number of optimizer steps.
+        table: CSV file with one row per quantizer.
+        figures: Plotly figures {data, layout} by name.
+        files: Files of the artifact.
     """
     logger.log_metrics(flatten(metrics), step=step)
     if not isinstance(logger, WandbLogger):
@@ -187,7 +187,7 @@ def log_results(
     if content:
         run.log({**content, "trainer/global_step": step})
     if files:
-        # Nested as they are: W&B refuses more than a hundred keys, of which an export has more.
+        # Nested: W&B rejects more than a hundred keys, and an export has more.
         artifact = wandb.Artifact(f"student-{run.id}", type="model", metadata=dict(metrics))
         for path in files:
             artifact.add_file(str(path))
@@ -195,14 +195,14 @@ def log_results(
 
 
 def finish(logger: Logger) -> None:
-    """Close a logger at the end of a run, so that a next run in this process gets its own."""
+    """Close a logger at the end of a run, so that the next run in this process gets a new one."""
     logger.finalize("success")
     if isinstance(logger, WandbLogger):
         logger.experiment.finish()
 
 
 def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The numbers and texts of a nested mapping by dotted name; what is missing is left out.
+    """Return the numbers and strings of a nested mapping by dotted name.
 
     Examples:
         >>> leaves({"trained": {"top1": 90.0, "top5": None}, "model": "x"})
@@ -218,7 +218,7 @@ def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flatten(nested: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a nested mapping by dotted name.
+    """Return the numbers of a nested mapping by dotted name.
 
     Examples:
         >>> flatten({"trained": {"top1": 90.0, "top5": None}, "model": "x"})
@@ -248,10 +248,10 @@ def _set_aside(folder: Path) -> None:
 
 
 def wandb_mode() -> Any:
-    """``WANDB_MODE`` where it is set; else online when there is a key, otherwise offline."""
-    asked = os.environ.get("WANDB_MODE")
-    if asked:
-        return asked
+    """Return ``WANDB_MODE`` if it is set, otherwise online with an API key and offline without."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode:
+        return mode
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -262,7 +262,7 @@ def wandb_mode() -> Any:
 
 
 def sync_command(logger: Logger | None) -> str | None:
-    """The line that uploads an offline W&B run, or ``None`` where there is nothing to upload."""
+    """Return the command that uploads an offline W&B run, ``None`` for other runs."""
     if not isinstance(logger, WandbLogger) or wandb_mode() != "offline":
         return None
     return f"wandb sync {Path(logger.experiment.dir).parent}"

@@ -1,7 +1,7 @@
-"""What training makes small: how far the student is from its teacher.
+"""Training losses.
 
-The distances between logits stand in ``LOSSES`` by name. Two terms may be added to them: one
-between what the networks' blocks give, and one that uses labels.
+``LOSSES`` holds the losses between the logits of teacher and student by name. Two terms may be
+added: one between the outputs of the networks' blocks, and one that uses labels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ AUTHORS_EPSILON = 1e-5
 
 
 def rmse(teacher: Tensor, student: Tensor) -> Tensor:
-    """√(mean (z_T − z_A)²) over all images and classes; the gradient at equal logits is 0, not NaN.
+    """Compute √(mean (z_T − z_A)²) over all images and classes.
+
+    The gradient at equal logits is 0, not NaN.
 
     Args:
         teacher: Logits z_T [N, classes] before softmax.
@@ -52,7 +54,7 @@ def rmse(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def authors_code(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean over the batch of Σ_classes √(Δ² + 1e-5), what the authors' TensorFlow code uses.
+    """Compute the mean over images of Σ_classes √(Δ² + 1e-5), as in the authors' TensorFlow code.
 
     Args:
         teacher: Logits [N, classes].
@@ -65,9 +67,10 @@ def authors_code(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def mse(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean of (z_T − z_A)² over all images and classes.
+    """Compute the mean of (z_T − z_A)² over all images and classes.
 
-    Unlike :func:`rmse`, whose gradient keeps its length, this one fades as the logits meet.
+    Unlike the gradient of :func:`rmse`, which has a constant norm, its gradient vanishes as the
+    logits converge.
 
     Args:
         teacher: Logits z_T [N, classes].
@@ -80,15 +83,15 @@ def mse(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² times the mean over images of KL(softmax(z_T / T) ‖ softmax(z_A / T)).
+    """Compute T² times the mean over images of KL(softmax(z_T / T) ‖ softmax(z_A / T)).
 
-    T² keeps the gradient's size when T changes. A constant added to all logits of an image changes
-    nothing.
+    T² keeps the scale of the gradient independent of T. The loss is invariant to a constant added
+    to all logits of an image.
 
     Args:
         teacher: Logits z_T [N, classes].
         student: Logits z_A [N, classes].
-        temperature: T; the larger, the more the improbable classes count.
+        temperature: T; larger values give more weight to improbable classes.
 
     Returns:
         0-dim tensor, in nats.
@@ -98,18 +101,18 @@ def kl(teacher: Tensor, student: Tensor, temperature: float = 1.0) -> Tensor:
     log_p = F.log_softmax(teacher / temperature, dim=1)
     log_q = F.log_softmax(student / temperature, dim=1)
     p, q = log_p.exp(), log_q.exp()
-    # q − p sums to 0 over the classes. With it no term is negative, and at equal logits the
-    # gradient is 0 to the last bit.
+    # q − p sums to 0 over the classes. Adding it makes every term non-negative, and the gradient
+    # at equal logits exactly 0.
     terms = p * (log_p - log_q) + (q - p)
     return temperature**2 * terms.sum(dim=1).mean()
 
 
 def cosine(teacher: Tensor, student: Tensor) -> Tensor:
-    """Mean over images of 1 − cos(z_T, z_A).
+    """Compute the mean over images of 1 − cos(z_T, z_A).
 
-    It is blind to the scale of an image's logits: a student whose logits are the teacher's times
-    any positive number has loss 0. The order of the classes does not suffer by that, calibrated
-    probabilities do.
+    It is invariant to the scale of an image's logits: a student whose logits are a positive
+    multiple of the teacher's has loss 0. The order of the classes is unaffected by that, calibrated
+    probabilities are not.
 
     Args:
         teacher: Logits z_T [N, classes].
@@ -118,7 +121,7 @@ def cosine(teacher: Tensor, student: Tensor) -> Tensor:
     Returns:
         0-dim tensor, 0…2.
     """
-    # ½‖u − v‖² is 1 − u·v for unit vectors, without taking the difference of numbers close to 1.
+    # ½‖u − v‖² is 1 − u·v for unit vectors, without cancellation close to 1.
     difference = F.normalize(teacher, dim=1) - F.normalize(student, dim=1)
     return 0.5 * difference.square().sum(dim=1).mean()
 
@@ -133,11 +136,11 @@ LOSSES: dict[LossName, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def make_loss(name: LossName, temperature: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of that name, a function of (z_T, z_A).
+    """Return a loss by name, a function of (z_T, z_A).
 
     Args:
         name: A key of ``LOSSES``.
-        temperature: For ``kl``; the others have none.
+        temperature: Temperature of ``kl``; ignored by the others.
     """
     return partial(kl, temperature=temperature) if name == "kl" else LOSSES[name]
 
@@ -147,18 +150,19 @@ def relative_error(
     student: Sequence[Tensor],
     total: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Tensor:
-    """Mean over places of ‖f_T − f_A‖² / ‖f_T‖², each norm over the batch.
+    """Compute the mean over tensors of ‖f_T − f_A‖² / ‖f_T‖², each norm over the batch.
 
-    Relative, so that places count alike however large their values and however many they are.
+    Relative errors give all tensors the same weight, whatever their magnitude and size.
 
     Args:
-        teacher: A tensor f_T per place, of any shape.
-        student: A tensor f_A per place, of the same shapes.
-        total: Sums over processes, each of which has a part of the batch. ``total(‖f_T‖²)`` is what
-            the errors are taken relative to; the error itself stays this process's own part.
+        teacher: Tensors f_T of any shape.
+        student: Tensors f_A of the same shapes.
+        total: Sum over processes, each of which has a part of the batch. The norms ‖f_T‖² are
+            summed; the errors are those of this process, so that the sum over processes is the
+            error of the batch.
 
     Returns:
-        0-dim float32 tensor without unit.
+        0-dim float32 tensor, dimensionless.
 
     Examples:
         >>> ones = [torch.ones(2, 3), 100 * torch.ones(4)]
@@ -167,24 +171,24 @@ def relative_error(
     """
     errors = []
     for exact, given in zip(teacher, student, strict=True):
-        exact, given = exact.float(), given.float()  # the squares leave half precision's range
+        exact, given = exact.float(), given.float()  # squares overflow in half precision
         power = total(exact.square().sum()) / exact.numel()
         errors.append((exact - given).square().mean() / power.clamp_min(1e-12))
     return torch.stack(errors).mean()
 
 
 def label_loss(student: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of softmax(z_A) with the labels: the mean over the images whose label is known.
+    """Compute the mean cross-entropy over the images with a known label.
 
     Args:
         student: Logits z_A [N, classes].
-        labels: int64 [N]; below 0 where unknown.
+        labels: int64 [N]; negative if unknown.
 
     Returns:
-        0-dim tensor, in nats; 0, with a gradient of 0, where no label is known.
+        0-dim tensor, in nats; 0, with a gradient of 0, if no label is known.
 
     Raises:
-        FatError: If a label is no class of the network.
+        FatError: If a label is not a class of the network.
     """
     largest, classes = int(labels.max()), student.shape[1]
     if largest >= classes:

@@ -1,10 +1,9 @@
-"""The LightningModule that trains a student's thresholds to give its teacher's logits."""
+"""LightningModule that trains a student to reproduce the logits of its teacher."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -16,37 +15,37 @@ from fat.training.config import TrainSpec
 from fat.training.losses import label_loss, make_loss, relative_error
 from fat.training.parameter_groups import parameter_groups
 from fat.training.schedule import learning_rate, starts_cycle
+from fat.training.trainer import RestoresRandomStates
 from fat.utils import distributed
 from fat.utils.batches import AnyBatch, split
 from fat.utils.distributed import all_sum, gather_batch
 from fat.utils.errors import FatError
-from fat.utils.random import random_states, set_random_states
+from fat.utils.random import random_states
 
 __all__ = ["NO_LABELS", "DistillModule"]
 
 NO_LABELS = (
     "optim.label_weight is above 0, but no training image has a label. Type optim.label_weight=0, "
-    "or give labelled images: data=folder data.root=DIR with a subfolder per class, or batches of "
+    "or use labeled images: data=folder data.root=DIR with a subfolder per class, or batches of "
     "(images, labels)."
 )
 
 
-class DistillModule(pl.LightningModule):
-    """Distillation from the float teacher; only the student's factors are trained.
+class DistillModule(RestoresRandomStates):
+    """Distillation of a student from its float teacher.
 
-    Made small is the loss between the logits, plus ``feature_weight`` times the relative error of
-    the blocks' outputs, plus ``label_weight`` times the cross-entropy with labels. Each is logged
-    apart and unweighted, as ``train/loss``, ``train/features`` and ``train/labels``. Validation
-    looks at the loss between the logits alone, so the terms guide the training and do not change
-    what is called best.
+    The training loss is the loss between the logits, plus ``feature_weight`` times the relative
+    error of the blocks' outputs, plus ``label_weight`` times the cross-entropy with labels. The
+    terms are logged separately and unweighted, as ``train/loss``, ``train/features`` and
+    ``train/labels``. The validation loss is the loss between the logits alone.
 
     Args:
-        student: Calibrated student; trained in place.
+        student: Calibrated student, trained in place.
         spec: Loss, optimizer and schedule.
 
     Raises:
-        FatError: If the blocks' outputs are asked for and the network has none. While training, if
-            labels are asked for and a whole epoch had none.
+        FatError: If ``feature_weight`` is above 0 and the network has no blocks. During training,
+            if ``label_weight`` is above 0 and an epoch had no labels.
     """
 
     def __init__(self, student: Student, spec: TrainSpec) -> None:
@@ -57,14 +56,13 @@ class DistillModule(pl.LightningModule):
         self.comparison = Comparison()
         self._validation_loss: list[tuple[int, Tensor]] = []
         self._blocks = BlockOutputs(student) if spec.feature_weight else None
-        self._labelled = 0
-        self._random: dict[str, Any] | None = None
+        self._labeled = 0
 
-    # Processes may have no batch of the validation images at all.
+    # A process may have no batch of the validation images.
     allow_zero_length_dataloader_with_multiple_devices = True
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
-        """Loss of one batch, with the terms that are asked for."""
+        """Compute the loss of one batch."""
         images, labels = split(batch)
         terms: dict[str, Tensor] = {}
         if self._blocks is None:
@@ -72,17 +70,17 @@ class DistillModule(pl.LightningModule):
         else:
             teacher, student, wanted, given = self._blocks(images)
             part = relative_error(wanted, given, all_sum)
-        # Of all processes' images: a loss need not be a mean over images. See gather_batch.
+        # Of the images of all processes, as a loss need not be a mean over images.
         teacher, student = gather_batch(teacher), gather_batch(student)
         loss = total = self.loss(teacher, student)
         if self._blocks is not None:
-            # Of this process's images, relative to all: the parts of all processes add up.
+            # Of the images of this process; the sum over processes is the error of the batch.
             total = total + self.spec.feature_weight * part
             terms["features"] = all_sum(part)
         if self.spec.label_weight:
             labels = gather_batch(labels)
             terms["labels"] = label_loss(student, labels)
-            self._labelled += int((labels >= 0).sum())
+            self._labeled += int((labels >= 0).sum())
             total = total + self.spec.label_weight * terms["labels"]
         total = total * distributed.size()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
@@ -91,37 +89,37 @@ class DistillModule(pl.LightningModule):
         return total
 
     def on_train_epoch_end(self) -> None:
-        """Stop where labels were asked for and none came."""
-        if self.spec.label_weight and not self._labelled:
+        """Raise a FatError if labels are required and none came."""
+        if self.spec.label_weight and not self._labeled:
             raise FatError(NO_LABELS)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation."""
+        """Reset the metrics."""
         self._validation_loss.clear()
         self.comparison.reset()
 
     def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
         """Compare student and teacher on one batch."""
         images, labels = split(batch)
-        self.select(images)  # the first time before any bias is corrected
+        self.select(images)  # first called before biases are corrected
         teacher, student = self.student.float_logits(images), self.student(images)
         self._validation_loss.append((len(images), self.loss(teacher, student)))
         self.comparison.update(student, teacher, labels)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss`` and the comparison's figures."""
+        """Log ``val/loss`` and the metrics of the comparison."""
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for count, loss in self._validation_loss:
             sums += torch.stack([count * loss.double(), sums.new_tensor(count)])
         total, images = all_sum(sums).unbind()
         self.log("val/loss", (total / images).float(), prog_bar=True)
-        figures = self.comparison.compute()
+        metrics = self.comparison.compute()
         self.log_dict(
-            {f"val/{name}": value for name, value in figures.items() if value is not None}
+            {f"val/{name}": value for name, value in metrics.items() if value is not None}
         )
 
     def configure_optimizers(self) -> Optimizer:
-        """Adam over everything that is trained."""
+        """Create Adam over all trained parameters."""
         groups = parameter_groups([self.student], self.spec)
         if not groups:
             raise FatError(
@@ -133,43 +131,37 @@ class DistillModule(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """One step at the schedule's rate; factors that left their range come back to its edge."""
+        """Make one step at the scheduled learning rate, and clamp the factors to their range."""
         step = self.global_step
         rate = learning_rate(self.spec, step, int(self.trainer.estimated_stepping_batches))
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
         if self.spec.reset_optimizer and starts_cycle(self.spec, step):
-            # In place, because Lightning wraps the optimizer and keeps a reference to its state.
+            # In place, as Lightning's wrapper shares the state.
             optimizer.optimizer.state.clear()
         optimizer.step(closure=optimizer_closure)
         self.student.project()
         self.log("train/lr", rate)
 
     def select(self, images: Tensor) -> None:
-        """Have the blocks that are compared chosen on images [N, 3, H, W]; once, and if asked for.
+        """Select the blocks of the feature loss on images [N, 3, H, W], if it is used; only once.
 
-        To be called while the student is as it was calibrated.
+        Has to be called before the calibrated student is changed.
         """
         if self._blocks is not None:
             self._blocks.select(images)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note, in plain values, whose thresholds these are, and all random states."""
+        """Save the options and the origin of the student, and the random states."""
         checkpoint["fat"] = {
             "spec": self.student.spec.to_dict(),
             "origin": self.student.origin,
-            "labelled": self._labelled,
+            "labelled": self._labeled,
             "random": random_states(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over what :meth:`on_save_checkpoint` noted."""
-        noted = checkpoint["fat"]
-        self._labelled = noted.get("labelled", 0)
-        self._random = noted.get("random")
-
-    def on_train_start(self) -> None:
-        """Random states last: loading a checkpoint may have drawn from them."""
-        if self._random is not None:
-            set_random_states(self._random)
-            self._random = None
+        """Load the content of :meth:`on_save_checkpoint`."""
+        saved = checkpoint["fat"]
+        self._labeled = saved.get("labelled", 0)
+        self._random = saved.get("random")

@@ -1,4 +1,4 @@
-"""What an optimizer gets: everything that is trained, each kind at its own rate."""
+"""Parameter groups of the optimizer, with a learning rate for each kind of parameter."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ __all__ = ["parameter_groups"]
 
 
 def parameter_groups(modules: Iterable[nn.Module], spec: TrainSpec) -> list[dict[str, Any]]:
-    """Groups of parameters with ``share``, their rate as a multiple of ``spec.lr``.
+    """Collect the trained parameters in groups.
 
     Args:
         modules: Quantized layers and activation quantizers.
-        spec: The rates.
+        spec: The learning rates.
+
+    Returns:
+        Groups with the key ``share``: their learning rate as a multiple of ``spec.lr``. The name is
+        part of checkpoints.
     """
     thresholds: list[nn.Parameter] = []
     factors: dict[Adjust, list[nn.Parameter]] = {kind: [] for kind in Adjust}

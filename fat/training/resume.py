@@ -1,4 +1,4 @@
-"""What a training keeps on disk so that it can go on after a crash, as data that loads no code."""
+"""Files from which a training resumes after a crash. They are loaded with ``weights_only``."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ __all__ = ["LAST", "RECONSTRUCTION", "START", "TrainingState", "clear_starts"]
 LAST = "last.ckpt"
 """Lightning's checkpoint: student, optimizer, loops, data loader, random states."""
 START = "start.pt"
-"""The student that gradient descent over the whole network starts from."""
+"""The student at the first step of the end-to-end training."""
 RECONSTRUCTION = "reconstruction.pt"
-"""The student after the last block that was reconstructed."""
+"""The student after the last reconstructed block."""
 
 
 def clear_starts(folder: Path) -> None:
-    """Remove what a training needed before its first step; one that is finished never goes back.
+    """Remove files that are needed until the first step only.
 
     Args:
-        folder: Where its files are; it need not exist.
+        folder: Folder of the training; it need not exist.
     """
     for name in (START, RECONSTRUCTION):
         (folder / name).unlink(missing_ok=True)
 
 
 class TrainingState:
-    """The files of one training in a folder.
+    """Files of one training in a folder.
 
     Args:
-        folder: Where they are; ``None`` keeps nothing and finds nothing.
-        student: Whose training it is.
-        spec: Its recipe. Another one finds no file of this one.
+        folder: The folder; if ``None``, nothing is saved or found.
+        student: The student that is trained.
+        spec: Training options. Files of a training with other options are rejected.
     """
 
     def __init__(
@@ -53,70 +53,71 @@ class TrainingState:
         self._whose = {"quantization": student.spec.to_dict(), "recipe": asdict(spec)}
 
     def clear(self) -> None:
-        """Remove what an earlier training left here."""
+        """Remove the files of an earlier training."""
         if self.folder is not None and distributed.is_main_process():
             for path in [*self.folder.glob("*.ckpt"), *self.folder.glob("*.pt")]:
                 path.unlink()
 
     def path(self, name: str) -> Path | None:
-        """Where a file is, ``None`` where there is none."""
+        """Return the path of a file, ``None`` if it does not exist."""
         if self.folder is None or not (self.folder / name).is_file():
             return None
         return self.folder / name
 
     def save(self, name: str, content: Mapping[str, Any]) -> None:
-        """Keep tensors and plain values; of several processes the first does."""
+        """Save tensors and plain values, on the main process."""
         if self.folder is not None and distributed.is_main_process():
-            kept = {"whose": self._whose, "content": dict(content)}
-            write_atomic(self.folder / name, lambda path: torch.save(kept, path))
+            saved = {"whose": self._whose, "content": dict(content)}
+            write_atomic(self.folder / name, lambda path: torch.save(saved, path))
 
     def damaged(self, path: Path, error: BaseException) -> FatError:
-        """What to say of a file that cannot be gone on from."""
+        """Build the error for a file that cannot be resumed from."""
         return FatError(
-            f"{path} cannot be gone on from: {first_line(error)[:200]} It is damaged, or was "
-            "changed. Remove it, and the training begins anew from the calibrated student: "
+            f"Cannot resume from {path}: {first_line(error)[:200].rstrip('.')}. The file is "
+            "damaged or was modified. Delete it to restart training from the calibrated student: "
             f"rm '{path}'"
         )
 
     def check(self, path: Path) -> None:
-        """Raise a FatError if a file's checksums say that it is damaged."""
+        """Raise a FatError if the checksums of a file do not match."""
         try:
-            _check_whole(path)
+            _check_sums(path)
         except ValueError as error:
             raise self.damaged(path, error) from error
 
     def load(self, name: str) -> dict[str, Any] | None:
-        """What was kept, ``None`` where nothing was.
+        """Load the content of a file, ``None`` if it does not exist.
 
         Raises:
-            FatError: If the file is damaged, or of another training.
+            FatError: If the file is damaged or belongs to another training.
         """
         path = self.path(name)
         if path is None:
             return None
         try:
-            _check_whole(path)
-            kept = torch.load(path, map_location="cpu", weights_only=True)
-            whose, content = kept["whose"], kept["content"]
-            whose = {  # an earlier version has other names and fewer options
+            _check_sums(path)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            whose, content = saved["whose"], saved["content"]
+            whose = {  # files of earlier versions have other names and fewer options
                 "quantization": QuantSpec.from_dict(whose["quantization"]).to_dict(),
                 "recipe": TrainSpec.from_dict(whose["recipe"]).to_dict(),
             }
-        except Exception as error:  # torch.load raises nearly anything on a damaged file
+        except Exception as error:  # torch.load raises many types on a damaged file
             raise FatError(
-                f"{path} cannot be read: {first_line(error)}. Remove {path.parent} to train anew."
+                f"Cannot read {path}: {first_line(error).rstrip('.')}. Delete {path.parent} to "
+                "restart training."
             ) from error
         for what, options in self._whose.items():
             if whose[what] != options:
                 raise FatError(
-                    f"{path} is of a training with another {what}. Go on with the options it had, "
-                    "or train anew in another folder."
+                    f"{path} belongs to a training with another {what}. Resume with the same "
+                    "options, or train in another folder."
                 )
         found: dict[str, Any] = content
         return found
 
 
-def _check_whole(path: Path) -> None:
+def _check_sums(path: Path) -> None:
     part = torn_part(path)
     if part:
         raise ValueError(f"its part {part} is damaged")

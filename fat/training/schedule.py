@@ -1,4 +1,4 @@
-"""Learning rates as pure functions of the step, and where a cycle starts anew."""
+"""Learning rate schedules as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ AUTHORS_FLOOR = 1e-7
 
 
 def learning_rate(spec: TrainSpec, step: int, total: int) -> float:
-    """Learning rate of one step.
+    """Compute the learning rate of one step.
 
-    With d steps since the start of the cycle and P = ``spec.period``, or ``total`` without one:
+    With d steps since the start of the cycle, and P = ``spec.period`` or, if that is ``None``,
+    ``total``:
 
-    * ``cosine``: lr · ½(1 + cos(π·d/P)), annealed to 0 and restarted (the paper);
+    * ``cosine``: lr · ½(1 + cos(π·d/P)), annealed to 0 and restarted (as in the paper);
     * ``authors_code``: lr · exp(−1e-4·step) · abs(cos(π·d/(4·P))) + 1e-7;
     * ``constant``: lr.
 
     Args:
-        spec: What is asked for.
-        step: Optimizer steps done before this one.
-        total: Steps of the whole training.
+        spec: Schedule, period and initial rate.
+        step: Number of optimizer steps before this one.
+        total: Number of steps of the whole training.
 
     Examples:
         >>> learning_rate(TrainSpec(lr=1.0, period=10), 15, 100)
@@ -42,5 +43,5 @@ def learning_rate(spec: TrainSpec, step: int, total: int) -> float:
 
 
 def starts_cycle(spec: TrainSpec, step: int) -> bool:
-    """Whether a new cycle starts with this step (the first one does not: nothing came before)."""
+    """Return whether a cycle other than the first starts with this step."""
     return spec.period is not None and step > 0 and step % spec.period == 0

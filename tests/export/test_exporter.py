@@ -15,10 +15,10 @@ from onnx import numpy_helper
 
 import fat
 from fat import FatError, Student
-from fat.export import onnx as onnx_module
 from fat.export.base import Kernels, Program
 from fat.export.exporter import export
 from fat.export.onnx import Onnx, OnnxRuntime
+from fat.utils.io import write_atomic
 from tests.export.students import structured, tiny_student
 
 
@@ -161,7 +161,9 @@ class WrongFloat(Onnx):
 
 
 def test_a_float_file_that_is_wrong_is_not_compared_with(tiny: Student, tmp_path: Path) -> None:
-    with pytest.raises(FatError, match=r"computes the float network to -?[\d.]+ dB only"):
+    with pytest.raises(
+        FatError, match=r"computes the float network with an SQNR of -?[\d.]+ dB only"
+    ):
         export(tiny, tmp_path / "student.onnx", WrongFloat())
     assert content(tmp_path) == {}
 
@@ -174,7 +176,7 @@ class FullDisk(Onnx):
             temporary.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        onnx_module.write_atomic(path, half)
+        write_atomic(path, half)
 
 
 def test_a_full_disk_leaves_nothing_behind(tiny: Student, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Written:
         self.program = program_of(self.student, **{"fat.model": "tiny", "fat.classes": '["é"]'})
         self.target, self.path, self.tapped = target, folder / "x.tflite", folder / "t.tflite"
         target.write(self.program, self.path)
-        target.write_tapped(self.program, self.path, self.tapped)
+        target.write_with_integers(self.program, self.path, self.tapped)
 
     def check(self) -> None:
         """The file's integers are the student's, and so are its logits."""
@@ -100,7 +100,7 @@ def test_everything_that_stands_between_layers_equals_the_students(
     images, student = structured(4, 32, 1), student_of(network(), QuantSpec(bits=bits))
     program, target = program_of(student, images), LiteRT()
     target.write(program, tmp_path / "x.tflite")
-    target.write_tapped(program, tmp_path / "x.tflite", tmp_path / "t.tflite")
+    target.write_with_integers(program, tmp_path / "x.tflite", tmp_path / "t.tflite")
     tapped = target.open(tmp_path / "t.tflite", threads=1)
     check_layers(compare_layers(student, tapped, program.tensors, images), target.tolerance)
     check_kernels(target.open(tmp_path / "x.tflite").kernels(), student)

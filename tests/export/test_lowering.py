@@ -9,7 +9,7 @@ from torch import fx, nn
 
 import fat
 from fat import FatError, QuantSpec, Student
-from fat.export.lowering import INT32, Lowered, Style, lower, stored_grid
+from fat.export.lowering import INT32, Lowered, LoweringStyle, lower, stored_grid
 from fat.models.integer_inference import IntegerInterpreter, IntegerTensor, run_integers
 from tests.export.students import (
     NAMES,
@@ -22,9 +22,9 @@ from tests.export.students import (
 )
 
 STYLES = {
-    "onnx": Style(torch.uint8, channel_clip="sums"),
-    "int8": Style(torch.int8, padding="quantized"),
-    "float": Style(torch.int8, bias="float", clip="float"),
+    "onnx": LoweringStyle(torch.uint8, channel_clip="sums"),
+    "int8": LoweringStyle(torch.int8, padding="quantized"),
+    "float": LoweringStyle(torch.int8, bias="float", clip="float"),
 }
 
 
@@ -48,7 +48,7 @@ def held(lowered: Lowered, name: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
-def test_the_lowered_network_computes_the_student(spec: QuantSpec, style: Style) -> None:
+def test_the_lowered_network_computes_the_student(spec: QuantSpec, style: LoweringStyle) -> None:
     student, images = student_of(Everything(), spec), structured(4, 32, 1)
     lowered = lower(student, images, style)
     with torch.no_grad():
@@ -68,7 +68,9 @@ def test_the_lowered_network_computes_the_student(spec: QuantSpec, style: Style)
 @pytest.mark.parametrize("style", STYLES.values(), ids=STYLES)
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
 @pytest.mark.parametrize("bits", [8, 4])
-def test_channels_are_clipped_at_their_own_bounds(bits: int, scheme: str, style: Style) -> None:
+def test_channels_are_clipped_at_their_own_bounds(
+    bits: int, scheme: str, style: LoweringStyle
+) -> None:
     student = clipped_student(activation_bits=bits, scheme=scheme)
     lowered = lower(student, structured(4, 16, 1), style)
     with torch.no_grad():
@@ -185,8 +187,8 @@ class Routed(nn.Module):
 
 
 def test_filters_for_each_image_are_refused() -> None:
-    with pytest.raises(FatError, match=r"'mixed\.conv2d' is a convolution with filters of its own"):
-        lower(student_of(Routed()), structured(4, 32, 1), Style(torch.uint8))
+    with pytest.raises(FatError, match=r"'mixed\.conv2d' is a convolution with separate filters"):
+        lower(student_of(Routed()), structured(4, 32, 1), LoweringStyle(torch.uint8))
 
 
 def test_a_broken_threshold_is_named(tiny: Student) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fat import FatError, Student
 from fat.export.base import Kernels, Tolerance
-from fat.export.lowering import Integers, Style, lower
+from fat.export.lowering import LoweringStyle, StoredGrid, lower
 from fat.export.verify import (
     LayerDifference,
     check_kernels,
@@ -43,7 +43,7 @@ class Simulated:
 
     def run(self, images: Tensor) -> list[Tensor]:
         self.calls += 1
-        lowered = lower(self.student, images, Style(torch.uint8))
+        lowered = lower(self.student, images, LoweringStyle(torch.uint8))
         with torch.no_grad():
             _, *integers = lowered.network(images)
             logits = self.student(images)
@@ -59,8 +59,8 @@ class Simulated:
     def kernels(self) -> Kernels:
         return Kernels({}, len(self.student.layers()), (), 0)
 
-    def tensors(self, images: Tensor) -> tuple[Integers, ...]:
-        return lower(self.student, images, Style(torch.uint8)).tensors
+    def tensors(self, images: Tensor) -> tuple[StoredGrid, ...]:
+        return lower(self.student, images, LoweringStyle(torch.uint8)).tensors
 
 
 def test_equal_logits_have_no_distance(tiny: Student) -> None:
@@ -110,7 +110,7 @@ def test_pixels_in_the_middle_between_two_integers_may_go_to_either(tiny: Studen
         told = [results[0], other.to(torch.uint8), *results[2:]]
         runtime.run = lambda _, told=told: told  # type: ignore[method-assign, misc]
         found = compare_layers(tiny, runtime, tensors, images, ties=ties)
-        assert found[0].share == 0.0 if right else found[0].share > 0.8
+        assert found[0].fraction == 0.0 if right else found[0].fraction > 0.8
         assert found[0].tied > 0.8 if right else found[0].tied == 0.0
         del runtime.run
 
@@ -140,7 +140,9 @@ def test_logits_are_held_to_what_the_target_promises() -> None:
     assert falls_short({"sqnr_db": 3.0, "agreement": 1.0}, Tolerance(off_by_one=0.0)) == ""
     assert falls_short({"sqnr_db": 200.0, "agreement": 99.0}, TOLERANCE).startswith("99.0 % agree")
     short = falls_short({"sqnr_db": 39.9, "agreement": 100.0}, TOLERANCE)
-    with pytest.raises(FatError, match=r"39\.9 dB of the student's \(at least 40 "):
+    with pytest.raises(
+        FatError, match=r"have an SQNR of 39\.9 dB against the student's \(required: at least 40\)"
+    ):
         check_logits(short)
     check_logits("")
 

@@ -96,7 +96,7 @@ def test_a_job_that_is_queued_again_goes_on(tmp_path: Path) -> None:
     assert [row["status"] for row in rows(place)] == ["finished", "failed"]
     log = "".join(path.read_text() for path in (place / ".submitit").glob("*/*_log.out"))
     assert "Requeued job" in log
-    assert "Going on from" in log
+    assert "Resuming from" in log
     assert log.count("Before training") == 1  # the second start did not judge again
 
 

@@ -141,7 +141,7 @@ def outputs_float(network: nn.Sequential, images: Tensor, index: int) -> Tensor:
 
 
 def test_no_images_and_no_thresholds_are_refused(tiny: nn.Module, images: Tensor) -> None:
-    with pytest.raises(FatError, match="No images"):
+    with pytest.raises(FatError, match="There are no images"):
         correct_biases(prepared(tiny, images), [])
     with pytest.raises(FatError, match="not calibrated"):
         correct_biases(fat.prepare(tiny, images), images)

@@ -109,7 +109,7 @@ def test_an_uncalibrated_student_and_no_images_are_refused(
     student = fat.prepare(tiny, batches[0])
     with pytest.raises(FatError, match="not calibrated"):
         reconstruct(student, batches, batches, recipe(steps=1), progress=False)
-    with pytest.raises(FatError, match="No images"):
+    with pytest.raises(FatError, match="There are no images"):
         reconstruct(student_of(tiny, batches[0]), [], batches, recipe(steps=1), progress=False)
 
 

@@ -127,27 +127,27 @@ def test_the_best_epoch_is_kept_and_waiting_ends(
 def test_labels_that_are_no_class(source: FloatNetwork, label: int) -> None:
     batches = coloured(32, 0)
     batches[1][1][5] = label
-    with pytest.raises(FatError, match=rf"label {label}; with 3 classes allowed are 0 to 2"):
+    with pytest.raises(FatError, match=rf"label {label}; allowed are 0 to 2 for 3 classes"):
         finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
 
 
 def test_too_high_a_rate_is_named(source: FloatNetwork) -> None:
     batches = [(images * float("nan"), labels) for images, labels in coloured(32, 0)]
-    with pytest.raises(FatError, match=r"became nan in epoch 1. Type .*teacher.lr=0.0003 "):
+    with pytest.raises(FatError, match=r"became nan in epoch 1\. Type .*teacher.lr=0.0003 "):
         finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
 
 
 def test_too_high_a_rate_is_named_also_after_the_last_step(source: FloatNetwork) -> None:
     spec = replace(SPEC, epochs=1, head_epochs=0, lr=1e30, head_lr=1e30)
-    with pytest.raises(FatError, match=r"became (nan|inf) in epoch 1. Type .*teacher.lr=1e\+29 "):
+    with pytest.raises(FatError, match=r"became (nan|inf) in epoch 1\. Type .*teacher.lr=1e\+29 "):
         finetune(source, coloured(16, 0), coloured(16, 1), spec, classes=CLASSES, progress=False)
 
 
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (torch.zeros(16), r"torch.float32 \[16\]; wanted .* int64 \[16\]"),
-        (torch.zeros(16, 3, dtype=torch.int64), r"torch.int64 \[16, 3\]; wanted"),
+        (torch.zeros(16), r"torch.float32 \[16\]; required: .* int64 \[16\]"),
+        (torch.zeros(16, 3, dtype=torch.int64), r"torch.int64 \[16, 3\]; required"),
     ],
 )
 def test_labels_of_another_kind(source: FloatNetwork, labels: Tensor, says: str) -> None:
@@ -258,7 +258,7 @@ def test_the_second_time_it_is_there(
     caplog.set_level(logging.INFO)
     second, hit = cached(source, tmp_path)
     assert hit
-    assert "Fine-tuned in an earlier run" in caplog.text
+    assert "Fine-tuned network from the cache" in caplog.text
     assert equal(state(first.network), state(second.network))
     assert second.weights == first.weights
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
@@ -298,7 +298,7 @@ def test_a_damaged_file_is_made_anew(
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     again, hit = cached(source, tmp_path)
     assert not hit
-    assert "cannot be used" in caplog.text
+    assert "Cannot use" in caplog.text
     assert equal(state(first.network), state(again.network))
     assert cached(source, tmp_path)[1]
 

@@ -208,7 +208,7 @@ def test_features_that_are_off_cost_nothing(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("not asked for")
 
-    for name in ("Blocks", "relative_error", "label_loss"):
+    for name in ("BlockOutputs", "relative_error", "label_loss"):
         monkeypatch.setattr(f"fat.training.module.{name}", forbidden)
     fat.fit(student, batches, validation=batches[:1], epochs=1, **QUIET)
     assert calls == {"student": 4 + 2, "teacher": 4 + 2}  # steps and two validations
@@ -275,7 +275,7 @@ def test_blocks_that_equalization_rescaled_are_left_out(
 
     student = rescaled(student, "features.5", "features.6")
     fat.calibrate(student, images)
-    with pytest.raises(FatError, match=r"No block .*optim\.feature_weight=0"):
+    with pytest.raises(FatError, match=r"outputs of all blocks.*optim\.feature_weight=0"):
         fat.fit(student, images, feature_weight=1.0, epochs=1, **QUIET)
 
 

@@ -205,7 +205,7 @@ def test_a_training_of_other_options_is_not_gone_on_with(
     if what == "quantization":
         student, options = fat.prepare(tiny, batches, QuantSpec(bits=5)), {}
         fat.calibrate(student, batches)
-    with pytest.raises(FatError, match=f"start.pt is of a training with another {what}"):
+    with pytest.raises(FatError, match=f"start.pt belongs to a training with another {what}"):
         train(student, batches, tmp_path, resume=True, **options)
 
 
@@ -302,7 +302,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(
             content["whose"] = torch.load(path, weights_only=True)["whose"]
         torch.save(content, path)
     before = checkpoints(tmp_path)
-    with pytest.raises(FatError, match=f"{name} cannot be"):
+    with pytest.raises(FatError, match=f"Cannot (resume from|read) .*{name}"):
         train(calibrated, batches, tmp_path, epochs=1, resume=True)
     assert checkpoints(tmp_path) == before
 

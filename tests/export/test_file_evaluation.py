@@ -1,4 +1,4 @@
-"""Files judged as students are, ours and others'."""
+"""Files of FAT and other tools are evaluated with the metrics of students."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import fat
 from fat import FatError, Student
 from fat.experiment.evaluate import _stored_target
 from fat.export.base import Program
-from fat.export.evaluate_file import judge
+from fat.export.file_evaluation import evaluate_file
 from fat.export.onnx import Onnx, OnnxRuntime
 from tests.export.students import structured, tiny_student
 
@@ -57,7 +57,10 @@ def labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def test_our_file_has_the_students_figures(ours: OnnxRuntime, tiny: Student) -> None:
-    figures, expected = judge(ours, labelled(), tiny.teacher), fat.evaluate(tiny, labelled())
+    figures, expected = (
+        evaluate_file(ours, labelled(), tiny.teacher),
+        fat.evaluate(tiny, labelled()),
+    )
     assert figures["quantized"] == expected["quantized"]
     assert figures["float"] == expected["float"]
     assert figures["accuracy_drop"] == expected["accuracy_drop"]
@@ -65,7 +68,7 @@ def test_our_file_has_the_students_figures(ours: OnnxRuntime, tiny: Student) -> 
 
 
 def test_anothers_file_is_judged_by_the_same_measures(theirs: OnnxRuntime, tiny: Student) -> None:
-    figures = judge(theirs, labelled(), tiny.teacher)
+    figures = evaluate_file(theirs, labelled(), tiny.teacher)
     assert set(figures["quantized"]) == {"top1", "top5", "agreement", "sqnr_db", "rmse"}
     assert 5.0 < figures["quantized"]["sqnr_db"] < 60.0
     kernels = theirs.kernels()
@@ -75,7 +78,7 @@ def test_anothers_file_is_judged_by_the_same_measures(theirs: OnnxRuntime, tiny:
 
 
 def test_without_a_float_network_only_accuracies_are_told(ours: OnnxRuntime) -> None:
-    figures = judge(ours, labelled())
+    figures = evaluate_file(ours, labelled())
     assert figures["quantized"]["top1"] is not None
     assert figures["quantized"]["agreement"] is None
     assert figures["quantized"]["sqnr_db"] is None
@@ -86,20 +89,20 @@ def test_without_a_float_network_only_accuracies_are_told(ours: OnnxRuntime) -> 
 def test_images_without_labels_are_compared_with_the_float_network(
     ours: OnnxRuntime, tiny: Student
 ) -> None:
-    figures = judge(ours, structured(8, 16, 5), tiny.teacher)
+    figures = evaluate_file(ours, structured(8, 16, 5), tiny.teacher)
     assert figures["quantized"]["top1"] is None
     assert figures["quantized"]["agreement"] is not None
 
 
 def test_images_of_another_size_are_refused(ours: OnnxRuntime) -> None:
     with pytest.raises(FatError, match=r"\[3, 16, 16\], these are \[3, 24, 24\].*image_size=16"):
-        judge(ours, structured(4, 24))
+        evaluate_file(ours, structured(4, 24))
 
 
 def test_a_float_network_of_other_classes_is_refused(ours: OnnxRuntime) -> None:
     other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 7)).eval()
     with pytest.raises(FatError, match=r"\[4, 10\], the float network \[4, 7\]"):
-        judge(ours, structured(4, 16), other)
+        evaluate_file(ours, structured(4, 16), other)
 
 
 def test_a_file_that_gives_no_logits_is_refused(ours: OnnxRuntime, tmp_path: Path) -> None:
@@ -109,13 +112,13 @@ def test_a_file_that_gives_no_logits_is_refused(ours: OnnxRuntime, tmp_path: Pat
         onnx.helper.make_tensor_value_info(features.output[0], onnx.TensorProto.UINT8, None)
     )
     onnx.save(model, tmp_path / "features.onnx")
-    with pytest.raises(FatError, match=r"gives torch.uint8 \[4, 3, 16, 16\] for 4"):
-        judge(OnnxRuntime(tmp_path / "features.onnx"), structured(4, 16))
+    with pytest.raises(FatError, match=r"returns torch.uint8 \[4, 3, 16, 16\] for 4"):
+        evaluate_file(OnnxRuntime(tmp_path / "features.onnx"), structured(4, 16))
 
 
 def test_classes_beyond_the_logits_are_refused(ours: OnnxRuntime) -> None:
-    with pytest.raises(FatError, match="have the class 10, and the file gives 10 logits"):
-        judge(ours, [(structured(4, 16), torch.arange(7, 11))])
+    with pytest.raises(FatError, match="have the class 10, but the file returns 10 logits"):
+        evaluate_file(ours, [(structured(4, 16), torch.arange(7, 11))])
 
 
 @pytest.mark.parametrize(

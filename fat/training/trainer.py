@@ -1,0 +1,76 @@
+"""Setup of Lightning's trainer that distillation and fine-tuning share."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytorch_lightning as pl
+
+from fat.utils.random import set_random_states
+
+__all__ = [
+    "RestoresRandomStates",
+    "ignore_warnings",
+    "keep_interrupt_handler",
+    "trainer_options_with_defaults",
+]
+
+
+def trainer_options_with_defaults(
+    trainer_options: dict[str, Any] | None, **options: Any
+) -> dict[str, Any]:
+    """Merge arguments of :class:`pytorch_lightning.Trainer`: FAT's defaults, then the user's.
+
+    Args:
+        trainer_options: Arguments from the user, which take precedence.
+        **options: Arguments of this training.
+    """
+    return {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **options,
+        **(trainer_options or {}),
+    }
+
+
+@contextlib.contextmanager
+def keep_interrupt_handler() -> Iterator[None]:
+    """Restore the handler of Ctrl-C, which Lightning leaves disabled after an interrupt."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def ignore_warnings(*patterns: str) -> Iterator[None]:
+    """Ignore warnings whose messages match one of the regular expressions."""
+    with warnings.catch_warnings():
+        for pattern in patterns:
+            warnings.filterwarnings("ignore", pattern)
+        yield
+
+
+class RestoresRandomStates(pl.LightningModule):
+    """Module that restores the random states of a checkpoint, given as ``_random``, last.
+
+    Loading a checkpoint may draw from them.
+    """
+
+    _random: dict[str, Any] | None = None
+
+    def on_train_start(self) -> None:
+        """Restore the random states of a checkpoint."""
+        if self._random is not None:
+            set_random_states(self._random)
+            self._random = None
