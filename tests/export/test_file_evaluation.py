@@ -129,7 +129,7 @@ def test_classes_beyond_the_logits_are_refused(ours: OnnxRuntime) -> None:
         ({"fat.classes": "{}"}, "fat.classes is '{}'"),
         ({"fat.preprocessing": "{"}, "property name"),
         ({"fat.preprocessing": "[" * 100_000}, "recursion"),
-        ({"fat.preprocessing": "3"}, "is a mapping of fields"),
+        ({"fat.preprocessing": "3"}, "must be a mapping of fields"),
     ],
 )
 def test_texts_in_a_file_are_checked(texts: dict[str, str], wanted: str) -> None:
