@@ -49,94 +49,33 @@ PRESERVING_MODULES = (
     nn.Unfold,
     nn.ChannelShuffle,
 )
+# Operations that torch has as functions and as methods.
+_RESHAPE = {"flatten", "movedim", "permute", "reshape", "squeeze", "swapaxes", "transpose"}
+_SELECT = {"chunk", "flip", "narrow", "repeat_interleave", "roll", "select", "split", "unbind"}
+_MOVE = _RESHAPE | _SELECT | {"unsqueeze"}
 PRESERVING_FUNCTIONS: frozenset[Any] = frozenset(
-    {
-        torch.flatten,
-        torch.reshape,
-        torch.permute,
-        torch.transpose,
-        torch.squeeze,
-        torch.unsqueeze,
-        torch.chunk,
-        torch.split,
-        operator.getitem,
-        torch.flip,
-        torch.movedim,
-        torch.narrow,
-        torch.repeat_interleave,
-        torch.roll,
-        torch.select,
-        torch.swapaxes,
-        torch.unbind,
-        F.max_pool2d,
-        F.adaptive_max_pool2d,
-        F.pixel_shuffle,
-        F.pixel_unshuffle,
-        F.unfold,
-    }
+    {getattr(torch, name) for name in _MOVE}
+    | {operator.getitem, F.max_pool2d, F.adaptive_max_pool2d}
+    | {F.pixel_shuffle, F.pixel_unshuffle, F.unfold}
 )
 PRESERVING_METHODS = frozenset(
-    {
-        "chunk",
-        "clone",
-        "contiguous",
-        "expand",
-        "expand_as",
-        "flatten",
-        "flip",
-        "float",
-        "movedim",
-        "narrow",
-        "permute",
-        "repeat",
-        "repeat_interleave",
-        "reshape",
-        "reshape_as",
-        "roll",
-        "select",
-        "split",
-        "squeeze",
-        "swapaxes",
-        "tile",
-        "to",
-        "transpose",
-        "unbind",
-        "unflatten",
-        "unfold",
-        "unsqueeze",
-        "view",
-    }
+    _MOVE
+    | {"clone", "contiguous", "float", "to"}
+    | {"expand", "expand_as", "repeat", "tile"}
+    | {"reshape_as", "unflatten", "unfold", "view"}
 )
 PRESERVING_ATTRIBUTES = frozenset({"T", "mT"})
 SOFTMAX = frozenset({torch.softmax, F.softmax, "softmax"})
 DIVISIONS = frozenset({operator.truediv, torch.div, "div", "div_"})
 RECIPROCAL_ROOTS = frozenset({torch.rsqrt, "rsqrt"})
 PRODUCTS = frozenset({operator.mul, torch.mul, "mul"})
-STATISTICS = PRODUCTS | {
-    operator.add,
-    operator.sub,
-    operator.pow,
-    torch.add,
-    torch.clamp,
-    torch.mean,
-    torch.norm,
-    torch.pow,
-    torch.sqrt,
-    torch.square,
-    torch.sub,
-    torch.sum,
-    "abs",
-    "add",
-    "clamp",
-    "clamp_min",
-    "mean",
-    "norm",
-    "pow",
-    "sqrt",
-    "square",
-    "sub",
-    "sum",
-}
+_REDUCE = {"add", "clamp", "mean", "norm", "pow", "sqrt", "square", "sub", "sum"}
+STATISTICS: frozenset[Any] = frozenset(
+    PRODUCTS
+    | _REDUCE
+    | {getattr(torch, name) for name in _REDUCE}
+    | {operator.add, operator.sub, operator.pow, "abs", "clamp_min"}
+)
 """Operations by which a norm computes its divisor."""
 POSITIVE_MODULES = (
     nn.ReLU,

@@ -297,6 +297,7 @@ class _FusedWeight(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, factor, steps = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_factor: Tensor | None
         grad_factor, grad_scale = kernels.backward_rows(
             weight,
             factor,
@@ -306,8 +307,9 @@ class _FusedWeight(Function):
         )
         if ctx.shared:  # type: ignore[attr-defined]
             grad_scale = grad_scale.sum()
-        wanted = ctx.needs_input_grad[1]  # type: ignore[attr-defined]
-        return None, grad_factor if wanted else None, grad_scale, None, None, None
+        if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            grad_factor = None
+        return None, grad_factor, grad_scale, None, None, None
 
 
 def fake_quantize_weight(
@@ -333,9 +335,9 @@ def fake_quantize_weight(
     """
     if factor is None or adjust is Adjust.NOTHING:
         factor, adjust = None, Adjust.NOTHING
-    given = weight if factor is None else factor
-    if kernels.usable(weight, given):
-        fused: Tensor = _FusedWeight.apply(weight, given, scale, qmax, adjust, bounds)
+    factors = weight if factor is None else factor  # the kernels ignore the weight
+    if kernels.usable(weight, factors):
+        fused: Tensor = _FusedWeight.apply(weight, factors, scale, qmax, adjust, bounds)
         return fused
     step = _per_filter(scale, weight)
     adjusted = adjust_weight(weight, scale, factor, adjust, bounds)

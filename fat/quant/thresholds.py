@@ -239,8 +239,8 @@ class Thresholds(nn.Module):
         Returns:
             Two tensors of the thresholds' shape.
         """
-        given = (self.low, self._extent()) if calibrated else self._adjusted()
-        scale, zero_point = self._steps(*given)
+        limits = (self.low, self._extent()) if calibrated else self._adjusted()
+        scale, zero_point = self._steps(*limits)
         return (self.grid.qmin - zero_point) * scale, (self.grid.qmax - zero_point) * scale
 
     @torch.no_grad()

@@ -48,14 +48,14 @@ class ChannelStatistics:
 class _Recorder(fx.Interpreter):
     """Interpreter that keeps the results of given nodes."""
 
-    def __init__(self, module: fx.GraphModule, wanted: set[str]) -> None:
+    def __init__(self, module: fx.GraphModule, names: set[str]) -> None:
         super().__init__(module)
-        self._wanted = wanted
+        self._names = names
         self.values: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if n.name in self._wanted:
+        if n.name in self._names:
             self.values[n.name] = result
         return result
 
@@ -119,7 +119,7 @@ def gather_statistics(
     found = ChannelStatistics({}, {}, {}, {}, {})
     generator = torch.Generator().manual_seed(0)
     count = 0
-    wanted = {name: weight.requires_grad for name, weight in weights.items()}
+    required_grad = {name: weight.requires_grad for name, weight in weights.items()}
     try:
         for batch in images:
             for image in torch.split(batch, 1):
@@ -146,7 +146,7 @@ def gather_statistics(
                     _widen(found, name, value.detach())
     finally:
         for name, weight in weights.items():
-            weight.requires_grad_(wanted[name])
+            weight.requires_grad_(required_grad[name])
     for sums in (found.activation, found.weight, found.shift):
         for name in sums:
             sums[name] /= max(count, 1)

@@ -147,8 +147,7 @@ def depthwise_scales(
     chosen = ranges[locked] if bool(locked.any()) else ranges[~dead]
     if len(chosen) == 0:
         return torch.ones_like(ranges), locked
-    wanted = chosen.mean() / ranges.clamp(min=DEAD)
-    scales, _ = lock_and_cap(wanted, maxima, cap, options)
+    scales, _ = lock_and_cap(chosen.mean() / ranges.clamp(min=DEAD), maxima, cap, options)
     return torch.where(dead, torch.ones_like(scales), scales), locked
 
 
@@ -224,12 +223,12 @@ def _cross_layer(
                 filter_ranges(module.get_submodule(pair.first[0])),
                 column_ranges(module.get_submodule(pair.following[0])),
             )
-            wanted, fixed = lock_and_cap(
+            limited, fixed = lock_and_cap(
                 scales[pair] * step, maxima[pair.first[0]].double(), _cap(pair), spec.equalize
             )
-            step = wanted / scales[pair]
+            step = limited / scales[pair]
             rescale(module, pair, step)
-            scales[pair], locked[index] = wanted, int(fixed.sum())
+            scales[pair], locked[index] = limited, int(fixed.sum())
             moved = max(moved, float(step.log().abs().max()))
         if moved < TOLERANCE:
             break

@@ -123,11 +123,11 @@ def plain_call(module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | nn.Linear |
     if node.target in MATRIX_PRODUCTS:
         matrix = constant_of(module, node.args[1] if len(node.args) > 1 else None)
         return None if matrix is None or matrix.dim() != 2 else _linear(matrix.T, None)
-    given = _by_name(node.args, node.kwargs)
-    tensors = {key: constant_of(module, given.get(key)) for key in PARAMETERS}
-    geometry = {key: given[key] for key in GEOMETRY if key in given}
+    arguments = _by_name(node.args, node.kwargs)
+    tensors = {key: constant_of(module, arguments.get(key)) for key in PARAMETERS}
+    geometry = {key: arguments[key] for key in GEOMETRY if key in arguments}
     weight, bias = tensors["weight"], tensors["bias"]
-    if weight is None or (bias is None and given.get("bias") is not None):
+    if weight is None or (bias is None and arguments.get("bias") is not None):
         return None
     if any(isinstance(value, fx.Node) for value in geometry.values()):
         return None

@@ -143,8 +143,9 @@ class SizeTracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """Create a proxy for the images; other arguments, such as masks, keep their defaults."""
         parameters = list(inspect.signature(root_fn).parameters.values())
-        given = int(is_module) + 1
-        if len(parameters) <= given or parameters[given].default is inspect.Parameter.empty:
+        images = int(is_module)
+        others = parameters[images + 1 :]
+        if not others or others[0].default is inspect.Parameter.empty:
             return super().create_args_for_root(root_fn, is_module, concrete_args)
 
         def images_alone(self: nn.Module, x: Any) -> Any:
