@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fat.report.html import Column, format_number, render_page
 from fat.report.records import (
+    CONFIG,
     Run,
     dig,
     finite,
@@ -127,14 +130,17 @@ def run_page(directory: Path) -> str:
         problems=problems,
         absent=[file for file, content in read.items() if not content],
         present=[file for file in LINKED if (directory / file).is_file()],
-        config=_text(directory / "config.yaml"),
+        config=_config(run),
         **_metrics(run),
     )
 
 
-def _text(file: Path) -> str | None:
+def _config(run: Run) -> str | None:
+    """The configuration with today's names; a damaged file as it is."""
+    if run.config:
+        return yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True, width=1000)
     try:
-        return file.read_text(encoding="utf-8", errors="replace")
+        return (run.directory / CONFIG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
 

@@ -420,6 +420,21 @@ def test_loose_runs_are_compared_one_below_the_other(tmp_path: Path) -> None:
     assert "calibrated only" in [trace.get("name") for trace in page.figures[0]["data"]]
 
 
+def test_pages_of_version_0_1_are_those_of_todays_names(tmp_path: Path) -> None:
+    now = fake_sweep(tmp_path / "now/sweep")
+    then = Path(shutil.copytree(now, tmp_path / "then/sweep"))
+    changed = 0
+    for file in [*then.rglob("*.json"), *then.rglob("*.yaml")]:
+        text = file.read_text()
+        earlier = text.replace("per_channel", "vector").replace("per_tensor", "scalar")
+        changed += earlier != text
+        file.write_text(earlier)
+    assert changed > 60
+    assert sweep_page(read_sweep(then)) == sweep_page(read_sweep(now))
+    assert sweep_table(read_sweep(then)) == sweep_table(read_sweep(now))
+    assert run_page(then / "1-mobilenet_v2") == run_page(now / "1-mobilenet_v2")
+
+
 def test_nothing_to_compare(tmp_path: Path) -> None:
     with pytest.raises(FatError, match="no run to compare"):
         combine([], tmp_path)
