@@ -24,17 +24,7 @@ from markupsafe import Markup
 
 from fat.report.records import dig, finite, word
 
-__all__ = [
-    "Column",
-    "Sorted",
-    "embed",
-    "escape",
-    "format_number",
-    "render",
-    "render_page",
-    "short",
-    "slug",
-]
+__all__ = ["Column", "Sorted", "embed", "escape", "format_number", "render", "short", "slug"]
 
 MACROS = (
     "cell",
@@ -174,20 +164,13 @@ class Sorted(NamedTuple):
     key: object
 
 
-def render_page(template: str | jinja2.Template, title: str, **context: Any) -> str:
-    """Render a page as one self-contained file: no other file and no network is needed.
-
-    Args:
-        template: A template that extends ``page.html.j2``, or its name.
-        title: Title of the browser window.
-        **context: Variables of the template. ``data`` is what page.js shows of a run when a point
-            of a plot is selected.
-    """
-    return render(template, title=title, **context)
-
-
 def render(template: str | jinja2.Template, **context: Any) -> str:
-    """Render a template of this package; those of HTML pages escape their variables."""
+    """Render a template of this package; those of HTML pages escape their variables.
+
+    A template that extends ``page.html.j2`` gives a self-contained page: one file that needs no
+    other file and no network. Its variables are ``title``, that of the browser window, and
+    optionally ``data``, what page.js shows of a run when a point of a plot is selected.
+    """
     return _environment().get_template(template).render(**context)
 
 

@@ -1,16 +1,16 @@
-// What makes a report page move: plots drawn when they come into view, tables that are sorted and
-// filtered, commands that are copied, and the run behind a cell or a point.
+// Behavior of the report pages: draws plots when they come into view, sorts and filters tables,
+// copies commands, and shows the run of a cell or a point.
 "use strict";
 
 // ---------------------------------------------------------------- tables
 
-// What a cell is sorted by: its data-sort, or its text.
+// Sort key of a cell: its data-sort, or its text.
 function sortKey(row, column) {
   const cell = row.cells[column];
   return cell.dataset.sort !== undefined ? cell.dataset.sort : cell.textContent.trim();
 }
 
-// Numbers by value, other texts as people order them; what is empty comes last either way.
+// Numbers are compared by value, other texts in natural order; empty cells always come last.
 function compareKeys(a, b, direction) {
   if (a === "" || b === "") return (a === "") - (b === "");
   const x = Number(a), y = Number(b);
@@ -37,7 +37,7 @@ for (const table of document.querySelectorAll("table[data-sortable]")) {
   });
 }
 
-// Rows that hold every word of the box stay; all of a row's text counts, its command included.
+// Shows the rows that contain every word of the box, anywhere in their text.
 function filterTable(box) {
   const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
   const rows = [...document.getElementById(box.dataset.filter).tBodies[0].rows];
@@ -62,7 +62,7 @@ async function copy(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // Browsers keep the clipboard from pages opened as files; the old way still works there.
+    // Browsers deny pages opened as files the clipboard API; execCommand still works there.
     const area = document.createElement("textarea");
     area.value = text;
     area.style.position = "fixed";
@@ -78,11 +78,11 @@ async function copy(text) {
 document.addEventListener("click", async (event) => {
   const button = event.target.closest("button.copy");
   if (!button) return;
-  button.textContent = (await copy(button.dataset.copy)) ? "Copied" : "Select it";
+  button.textContent = (await copy(button.dataset.copy)) ? "Copied" : "Failed";
   setTimeout(() => { button.textContent = "Copy"; }, 1500);
 });
 
-// ---------------------------------------------------------------- the run behind a cell or a point
+// ---------------------------------------------------------------- runs of cells and points
 
 const runsData = document.getElementById("runs");
 const runs = runsData ? JSON.parse(runsData.textContent) : [];
@@ -110,11 +110,11 @@ function describe(place) {
   }
   const links = element("p", undefined, "small");
   if (run.link) {
-    const page = element("a", "The run's page");
+    const page = element("a", "Run page");
     page.href = run.link;
     links.append(page, " · ");
   }
-  const row = element("a", "Its row in the table");
+  const row = element("a", "Row in the table");
   row.href = "#run-" + place;
   row.addEventListener("click", () => showRow(place));
   links.append(row);
@@ -122,7 +122,7 @@ function describe(place) {
   return entry;
 }
 
-// A row that the filter has hidden comes back before one is led to it.
+// Clears the filter if it hides the row.
 function showRow(place) {
   const row = document.getElementById("run-" + place);
   if (!row || !row.hidden) return;
@@ -136,7 +136,7 @@ function pick(places) {
   if (!panel) {
     panel = element("aside");
     panel.id = "pick";
-    panel.setAttribute("aria-label", "The chosen run");
+    panel.setAttribute("aria-label", "Selected run");
     panel.setAttribute("aria-live", "polite");
     document.body.append(panel);
   }
@@ -154,13 +154,13 @@ document.addEventListener("keydown", (event) => {
 
 const hovers = matchMedia("(hover: hover) and (min-width: 700px)").matches;
 
-// The runs that an event of a plot is about.
+// Places of the runs that a plot event is about.
 function placesOf(event) {
   const chosen = event.points[0].customdata;
   return runs.length && typeof chosen === "string" && chosen ? chosen.split(" ").map(Number) : [];
 }
 
-// What is shown of a run beside the pointer, on this side of the window's edges.
+// The tooltip of a run beside the pointer, kept inside the window.
 const tip = element("div");
 tip.id = "tip";
 tip.hidden = true;
@@ -185,7 +185,7 @@ function draw(canvas) {
   canvas.dataset.drawn = "yes";
   const { data, layout } = JSON.parse(canvas.closest("figure").querySelector("script").textContent);
   layout.autosize = true;
-  // A finger that scrolls over a plot scrolls the page.
+  // On touch screens, dragging over a plot scrolls the page.
   layout.dragmode = hovers ? "zoom" : false;
   const still = layout.xaxis?.fixedrange;
   const options = { responsive: true, displaylogo: false,

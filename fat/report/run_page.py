@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from fat.report.html import Column, format_number, render_page
+from fat.report.html import Column, format_number, render
 from fat.report.records import (
     CONFIG,
     Run,
@@ -107,9 +107,9 @@ def run_page(directory: Path) -> str:
         word(metrics, "scheme") or word(run.config, "quant.scheme"),
         f"init {label.init}" if label.init else "",
     )
-    return render_page(
+    return render(
         "run.html.j2",
-        f"{name} · {run.status}",
+        title=f"{name} · {run.status}",
         run=run,
         metrics=metrics,
         name=name,

@@ -1,4 +1,7 @@
-"""Contents of a run page's sections about the network: training, thresholds, layers, images."""
+"""Contents of a run page's sections about the network: training, thresholds, layers, images.
+
+``details`` is the content of details.json; the rows of a CSV file are ``None`` without the file.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,7 @@ IMAGE = re.compile(r"data:image/(?:jpeg|png|webp|gif);base64,[A-Za-z0-9+/=]+")
 
 
 def training_section(run: Run, history: Sequence[Mapping[str, str]] | None) -> dict[str, Any]:
-    """Return loss curves, the learning rate, and the step that was kept.
-
-    Args:
-        run: The run.
-        history: Rows of history.csv, ``None`` without the file.
-    """
+    """Return loss curves, the learning rate, and the step that was kept."""
     training = run.metrics.get("training")
     entries = [
         (name, format_number(number(training, key), digits))
@@ -103,11 +101,7 @@ def _numbers(value: object, least: int = 1) -> list[float] | None:
 
 
 def threshold_section(details: object) -> list[str]:
-    """Return histograms of the worst tensors with their thresholds before and after training.
-
-    Args:
-        details: Content of details.json.
-    """
+    """Return histograms of the worst tensors with their thresholds before and after training."""
     plots: list[str] = []
     for entry in _listed(details, "histograms"):
         edges, counts = _numbers(entry.get("edges"), 2), _numbers(entry.get("counts"))
@@ -133,13 +127,7 @@ def threshold_section(details: object) -> list[str]:
 def filter_section(
     run: Run, details: object, pairs: Sequence[Mapping[str, str]] | None
 ) -> dict[str, Any]:
-    """Return the ranges of filters before and after equalization.
-
-    Args:
-        run: The run.
-        details: Content of details.json.
-        pairs: Rows of equalization.csv, ``None`` without the file.
-    """
+    """Return the ranges of filters before and after equalization."""
     drawn = []
     for entry in _listed(details, "filters"):
         before, after = _numbers(entry.get("before")), _numbers(entry.get("after"))
@@ -194,12 +182,7 @@ BAR_TITLES = {
 def layer_section(
     layers: Sequence[Mapping[str, str]] | None, thresholds: Sequence[Mapping[str, str]] | None
 ) -> dict[str, Any]:
-    """Return bars and a table of the errors of all layers.
-
-    Args:
-        layers: Rows of layers.csv, ``None`` without the file.
-        thresholds: Rows of thresholds.csv, shown instead.
-    """
+    """Return bars and a table of layers.csv or, without it, a table of thresholds.csv."""
     if not layers:
         return {
             "intro": "From thresholds.csv: there is no layers.csv with errors of the layers.",
@@ -245,12 +228,7 @@ def _csv_table(rows: Sequence[Mapping[str, str]]) -> tuple[list[Column], list[li
 
 
 def sensitivity_section(directory: Path, problems: list[str]) -> dict[str, Any] | None:
-    """Return the error of the logits per quantized tensor; ``None`` if it was not measured.
-
-    Args:
-        directory: The run directory.
-        problems: A sentence is added if the measurement is damaged.
-    """
+    """Return the error of the logits per quantized tensor; ``None`` if it was not measured."""
     if not (directory / SENSITIVITY).is_file():
         return None
     try:
@@ -273,11 +251,7 @@ def sensitivity_section(directory: Path, problems: list[str]) -> dict[str, Any] 
 
 
 def example_section(details: object) -> dict[str, Any]:
-    """Return test images for which the networks differ, with the top classes of both.
-
-    Args:
-        details: Content of details.json.
-    """
+    """Return test images for which the networks differ, with the top classes of both."""
     cards = []
     for entry in _listed(details, "examples")[:MOST_EXAMPLES]:
         image = word(entry, "image") or ""

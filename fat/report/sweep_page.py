@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from fat.report import html
-from fat.report.html import Column, Sorted, format_number, render_page
+from fat.report.html import Column, Sorted, format_number, render
 from fat.report.plots import SCALE, Dot, before_after, heat_map, scale_top, trade_off
 from fat.report.records import (
     Run,
@@ -164,9 +164,9 @@ def sweep_page(sweep: Sweep, table_name: str | None = None) -> str:
         for name, values in view.varied.items()
     ]
     picks = [_pick(view, place) for place in range(len(runs))]
-    return render_page(
+    return render(
         "sweep.html.j2",
-        f"{sweep.title} · sweep",
+        title=f"{sweep.title} · sweep",
         sweep=sweep,
         counts=f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {counted}",
         best=_best(view, counts),

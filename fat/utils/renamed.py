@@ -136,7 +136,7 @@ NAMES = {
     "kept.Kept": "TrainingState",
     "memo.LogitsMemo": "TeacherLogitsCache",
     "report.page.figure_cell": "number_cell",
-    "report.page.page": "render_page",
+    "report.page.page": "render",
     "report.page.plain": "format_number",
     "report.run.format_figures": "format_metrics",
 }

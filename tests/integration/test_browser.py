@@ -242,10 +242,10 @@ def test_a_cell_leads_to_its_run(browser: Any, pages: Path, size: dict[str, int]
         panel.wait_for()
         command = "python train.py " + " ".join(jobs[32]["overrides"])
         assert panel.locator("code").inner_text() == command
-        assert panel.get_by_text("The run's page").get_attribute("href") == (
+        assert panel.get_by_text("Run page").get_attribute("href") == (
             "32-efficientnet_lite0/report.html"
         )
-        panel.get_by_text("Its row in the table").click()
+        panel.get_by_text("Row in the table").click()
         assert page.locator("#run-32").is_visible()
         page.keyboard.press("Escape")
         assert panel.count() == 0

@@ -24,7 +24,7 @@ from fat.report.html import (
     format_number,
     number_cell,
     plot,
-    render_page,
+    render,
     section,
     short,
     table,
@@ -136,7 +136,7 @@ def scripts(text: str) -> list[str]:
 
 def rendered(body: str, title: str = "t", **context: object) -> str:
     source = '{% extends "page.html.j2" %}{% block main %}{{ body }}{% endblock %}'
-    return render_page(_environment().from_string(source), title, body=body, **context)
+    return render(_environment().from_string(source), title=title, body=body, **context)
 
 
 def test_a_page_allows_its_own_scripts_alone() -> None:
