@@ -1,15 +1,15 @@
-"""A one-time cache of images made small, so that an epoch no longer waits for the JPEG decoder.
+"""Cache of decoded and resized images in a single file, which saves the cost of decoding JPEGs.
 
-One file holds everything. While it is being built it is called ``*.part`` and only ever grows by
-whole records, each with its checksum; so a build that was killed goes on where it stopped. The
-file gets its final name once it is whole and on the disk:
+While the file is being built its name ends in ``.part`` and it only grows by whole records, each
+with a checksum, so that an interrupted build can be resumed. It gets its final name when it is
+complete and written to disk:
 
-=========  ==========================================================================
+=========  ================================================================================
 head       magic, key (sha256)
-records    per image: crc32 of the rest, kind, width, height, bytes; then these bytes
-offsets    uint64 [N + 1]: where each record starts, and where the last one ends
+records    per image: crc32 of the rest, kind, width, height, size in bytes, then the bytes
+offsets    uint64 [N + 1]: start of each record, and end of the last one
 foot       sha256 of head and offsets, magic
-=========  ==========================================================================
+=========  ================================================================================
 """
 
 from __future__ import annotations
@@ -42,48 +42,48 @@ from fat.utils.errors import FatError, unknown_name
 
 __all__ = ["MODES", "CachedSource", "Stamped", "build_cache"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MODES = ("jpeg", "pixels", "squares")
 
 Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
 Offsets = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
-_MAGIC = b"FATIMG02"  # its number goes up whenever pixels or layout change
+_MAGIC = b"FATIMG02"  # to be increased whenever the pixels or the layout change
 _HEAD = struct.Struct("<8s32s")
 _RECORD = struct.Struct("<5I")
 _FOOT = struct.Struct("<32s8s")
 _UNREADABLE, _JPEG, _PIXELS, _SQUARE = range(4)
-# Colours at full resolution: nothing but the quantization of the DCT is lost.
+# No chroma subsampling: the only loss is the quantization of the DCT.
 _JPEG_QUALITY, _JPEG_SUBSAMPLING = 92, 0
-_SAMPLE = 32  # images that the size is estimated from
-_CHUNK = 8  # images that a worker hands over at a time
-_MARGIN = 1.05  # what a sample may be wrong by
+_SAMPLE = 32  # images from which the size is estimated
+_CHUNK = 8  # images that a worker returns at a time
+_MARGIN = 1.05  # safety factor of the estimated size
 
 
 @runtime_checkable
 class Stamped(Protocol):
-    """A source that can tell whether an image changed without reading it."""
+    """A source that can detect changes of an image without reading it."""
 
     def stamp(self, index: int) -> bytes:
-        """Return what changes whenever the image does, such as its file's size and time."""
+        """Return bytes that change whenever the image does, such as its file's size and time."""
         ...
 
 
 class CachedSource:
-    """Some images of another source, read from a cache file. Labels and names are the source's.
+    """Images of another source, read from a cache file. Labels and names are those of the source.
 
-    The file is mapped into memory, once in each process. There an image's checksum is compared the
-    first time it is read: each time would cost a sixth of the speed that decoded pixels are for.
+    Each process maps the file into memory and verifies an image's checksum the first time that it
+    reads the image; verifying every read would take a sixth of the speed.
 
     Args:
-        source: Where the images came from; it is asked for labels and names only.
-        indices: Which of its images the file holds; any order.
-        file: The cache, as :func:`build_cache` made it.
-        key: What it was made for, 32 bytes.
+        source: The source of the images, used for labels and names only.
+        indices: Indices of the cached images in the source, in any order.
+        file: The cache file, from :func:`build_cache`.
+        key: Key of the content, 32 bytes.
 
     Raises:
-        FatError: If the file is damaged, or not a cache of just these images.
+        FatError: If the file is damaged, or does not hold exactly these images.
     """
 
     def __init__(
@@ -102,20 +102,20 @@ class CachedSource:
 
     @property
     def labelled(self) -> bool:
-        """Whether the images have labels."""
+        """``True`` if the images have labels."""
         return self.source.labelled
 
     def __len__(self) -> int:
-        """Return the number of images of the source, whether cached or not."""
+        """Return the number of images of the source, cached or not."""
         return len(self.source)
 
     def load(self, index: int, short_side: int | None = None) -> Image.Image:
-        """Return the small image.
+        """Return the resized image.
 
         Raises:
-            IndexError: If the cache does not hold the image.
+            IndexError: If the image is not in the cache.
             UnreadableImage: If it could not be decoded when the cache was built.
-            FatError: If the file is damaged here.
+            FatError: If its record is damaged.
         """
         place = int(np.searchsorted(self.indices, index))
         if place == len(self.indices) or self.indices[place] != index:
@@ -140,15 +140,15 @@ class CachedSource:
         return square
 
     def label(self, index: int) -> int:
-        """Return the class index, -1 if it is not known."""
+        """Return the class index, −1 if unknown."""
         return self.source.label(index)
 
     def name(self, index: int) -> str:
-        """Return what the source calls the image."""
+        """Return the source's name of the image."""
         return self.source.name(index)
 
     def content(self, index: int) -> bytes:
-        """Return what the source has stored of the image."""
+        """Return the source's bytes of the image."""
         return self.source.content(index)
 
     def _open(self) -> _Mapped:
@@ -173,37 +173,36 @@ def build_cache(
     workers: int = 0,
     progress: bool = True,
 ) -> CachedSource:
-    """Open the cache of some images, after building it if it is not there.
+    """Open the cache of some images, and build it first if it does not exist.
 
-    An image is decoded (a large JPEG at a fraction of its size, see
-    :func:`fat.data.sources.decoding.open_image`) and resized by a bicubic filter until its shorter
-    side has
-    ``short_side`` pixels; smaller images stay as they are. A random crop that takes less than
-    (input size / short_side)² of an image is therefore enlarged. What cannot be read is kept as
-    such, with the reason.
+    Images are decoded (large JPEGs at reduced size, see
+    :func:`fat.data.sources.decoding.open_image`) and resized with a bicubic filter to
+    ``short_side`` pixels on the shorter side; smaller images keep their size. Random crops of less
+    than (input size / short_side)² of an image are therefore upsampled. Unreadable images are
+    recorded with the reason.
 
-    The file is named by a key over what its content follows from: the names of the images and
-    their stamps (:class:`Stamped`; a source that has none tells its images apart by name alone),
-    ``mode``, ``short_side`` and the version of the format. So a changed data set gets another
-    cache. The content is the same for any number of workers, and after any number of interrupted
-    builds. If another process is building the same cache, this one waits for it.
+    The file is named after a hash of everything that its content depends on: the names of the
+    images and their stamps (:class:`Stamped`; without stamps, the names alone), ``mode``,
+    ``short_side`` and the version of the format, so that a changed data set gets a new cache. The
+    content does not depend on the number of workers or on interruptions. If another process is
+    building the same cache, this one waits for it.
 
     Args:
-        source: Where the images come from.
-        indices: Which of them.
-        mode: ``"jpeg"``: encoded again, quality 92, colours at full resolution; about 40 kB an
-            image at 256 pixels. ``"pixels"``: decoded, 8 bits; about 260 kB. ``"squares"``: the
-            same, squashed to a square with its shape noted, 197 kB: all that is left to do for
-            :class:`fat.data.transforms.DeviceCropTransform`, and of no use for other transforms.
-        short_side: Pixels of the shorter side.
-        folder: Where caches lie; it is made.
-        key: What stands for the images in place of names and stamps, such as a digest of theirs.
-        workers: Processes that decode; 0 decodes in this one.
-        progress: Whether to show a bar.
+        source: Source of the images.
+        indices: Indices of the images to cache.
+        mode: ``"jpeg"``: JPEG of quality 92 without chroma subsampling, about 40 kB per image at
+            256 pixels. ``"pixels"``: decoded 8-bit pixels, about 260 kB. ``"squares"``: decoded
+            pixels resized to a square, with the original shape, 197 kB; only for
+            :class:`fat.data.transforms.DeviceCropTransform`.
+        short_side: Length of the shorter side, pixels.
+        folder: Folder of the caches; it is created if necessary.
+        key: Identifies the images in place of their names and stamps, such as a digest of these.
+        workers: Number of decoding processes; 0 decodes in this one.
+        progress: If ``True``, show a progress bar.
 
     Raises:
-        FatError: If an option is unknown or out of range, there is no image, the disk has too
-            little room or cannot be written, or a cache that is there is damaged.
+        FatError: If an option is invalid, there are no images, the disk is full or not writable, or
+            an existing cache is damaged.
     """
     if mode not in MODES:
         raise unknown_name("data.cache", mode, ("none", *MODES))
@@ -211,7 +210,7 @@ def build_cache(
         raise FatError(f"data.cache_side is {short_side}; it must be at least 1 pixel.")
     chosen = _sorted(indices)
     if len(chosen) == 0:
-        raise FatError("There is no image to cache. Type data.cache=none.")
+        raise FatError("There are no images to cache. Type data.cache=none.")
     digest = _key(source, chosen, mode, short_side, key)
     file = folder / f"{mode}-{short_side}-{digest.hex()[:16]}.cache"
     small = _SmallImages(source, chosen, mode, short_side)
@@ -220,22 +219,22 @@ def build_cache(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with _locked(file):
-                if not file.exists():  # the process that was waited for has built it
+                if not file.exists():  # another process may have built it meanwhile
                     _build(small, file, digest, workers, progress)
         except OSError as error:
             raise FatError(
                 f"Cannot write the image cache {file}: {error.strerror or error}. Type "
-                "data.cache_dir=DIR with another folder, or data.cache=none. What was written so "
-                "far is kept and will be used."
+                "data.cache_dir=DIR with another folder, or data.cache=none. The images written so "
+                "far are kept, and the next run resumes from them."
             ) from error
-    log.info("%d images come from the cache %s.", len(chosen), file)
+    logger.info("Reading %d images from the cache %s.", len(chosen), file)
     return CachedSource(source, chosen, file, digest)
 
 
 class _Mapped(NamedTuple):
     view: memoryview
     offsets: Offsets
-    checked: np.ndarray[tuple[int], np.dtype[np.bool_]]  # whose checksum was compared
+    checked: np.ndarray[tuple[int], np.dtype[np.bool_]]  # images whose checksum was verified
 
 
 class _Record(NamedTuple):
@@ -246,7 +245,7 @@ class _Record(NamedTuple):
 
 
 class _SmallImages(Dataset[bytes]):
-    """The records of a cache, made one by one."""
+    """Dataset that computes the records of a cache."""
 
     def __init__(self, source: ImageSource, indices: Indices, mode: str, short_side: int) -> None:
         self.source = source
@@ -275,7 +274,7 @@ class _SmallImages(Dataset[bytes]):
             "JPEG",
             quality=_JPEG_QUALITY,
             subsampling=_JPEG_SUBSAMPLING,
-            comment=b"",  # else the source's, of any length
+            comment=b"",  # otherwise the source's is copied, which may be long
         )
         return _pack(_JPEG, *image.size, stream.getvalue())
 
@@ -298,7 +297,7 @@ def _read(view: memoryview, start: int, *, check: bool = True) -> _Record:
     """Return the record that starts here.
 
     Raises:
-        ValueError: If it is not whole; whether its checksum is right is known after a ``check``.
+        ValueError: If it is truncated, or (with ``check``) its checksum does not match.
     """
     body = start + _RECORD.size
     if body > len(view):
@@ -313,7 +312,7 @@ def _read(view: memoryview, start: int, *, check: bool = True) -> _Record:
 
 
 def _ends(view: memoryview, start: int, most: int) -> Iterator[int]:
-    """Yield where the whole records end, up to the first that is not."""
+    """Yield the ends of the records, up to the first that is incomplete or damaged."""
     for _ in range(most):
         try:
             record = _read(view, start)
@@ -329,10 +328,10 @@ def _offsets_and_foot(head: bytes, offsets: Sequence[int] | Offsets) -> bytes:
 
 
 def _read_offsets(view: memoryview, count: int, key: bytes) -> Offsets:
-    """Return where the records start, and the last one's end, uint64 [count + 1].
+    """Return the starts of the records and the end of the last one, uint64 [count + 1].
 
     Raises:
-        ValueError: If the file is not whole, or was made for other images.
+        ValueError: If the file is damaged, or was made for other images.
     """
     table = len(view) - _FOOT.size - 8 * (count + 1)
     if table < _HEAD.size:
@@ -354,10 +353,10 @@ def _map(file: Path) -> memoryview:
         raise _damaged(file, str(error)) from error
 
 
-def _damaged(file: Path, what: str) -> FatError:
+def _damaged(file: Path, reason: str) -> FatError:
     return FatError(
-        f"The image cache {file} is damaged: {what}. Delete it and start again to have it rebuilt, "
-        "or type data.cache=none."
+        f"The image cache {file} is damaged: {reason}. Delete it to have it rebuilt, or type "
+        "data.cache=none."
     )
 
 
@@ -368,7 +367,7 @@ def _sorted(indices: Sequence[int] | Indices) -> Indices:
 def _key(
     source: ImageSource, indices: Indices, mode: str, short_side: int, images: str | None
 ) -> bytes:
-    """Return the sha256 of everything that a cache's content follows from."""
+    """Return the sha256 of everything that a cache's content depends on."""
     digest = hashlib.sha256(f"{_MAGIC!r} {mode} {short_side} {len(indices)}".encode())
     if images is not None:
         digest.update(images.encode())
@@ -381,10 +380,10 @@ def _key(
 
 
 def _announce(small: _SmallImages, file: Path) -> None:
-    """Say how large the cache will be.
+    """Log the estimated size of the cache.
 
     Raises:
-        FatError: If the disk has less room. Nothing was written.
+        FatError: If the disk has too little free space.
     """
     sample = np.unique(np.linspace(0, len(small) - 1, _SAMPLE).round().astype(int)).tolist()
     size = len(small) * sum(len(small[place]) for place in sample) / len(sample)
@@ -392,15 +391,15 @@ def _announce(small: _SmallImages, file: Path) -> None:
     missing = size - (part.stat().st_size if part.exists() else 0)
     place = next(folder for folder in file.absolute().parents if folder.exists())
     free = shutil.disk_usage(place).free
-    told = f"{len(small)} images at {small.short_side} pixels as {small.mode}: about {_gb(size)}"
+    task = f"{len(small)} images at {small.short_side} pixels as {small.mode}: about {_gb(size)}"
     if missing * _MARGIN > free:
-        smaller = "data.cache=jpeg (a sixth), " if small.mode != "jpeg" else ""
+        smaller = "data.cache=jpeg (a sixth of the size), " if small.mode != "jpeg" else ""
         raise FatError(
-            f"The image cache needs more room than there is. {told}, but {place} has {_gb(free)} "
-            f"free. Type data.cache_dir=DIR with a folder on another disk, {smaller}a smaller "
-            "data.cache_side, or data.cache=none."
+            f"There is too little disk space for the image cache. {task}, but {place} has "
+            f"{_gb(free)} free. Type data.cache_dir=DIR with a folder on another disk, {smaller}a "
+            "smaller data.cache_side, or data.cache=none."
         )
-    log.info("Caching %s in %s (%s free).", told, file.parent, _gb(free))
+    logger.info("Caching %s in %s (%s free).", task, file.parent, _gb(free))
 
 
 def _gb(size: float) -> str:
@@ -413,12 +412,12 @@ def _part(file: Path) -> Path:
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Let one process at a time build this file. The system ends the lock of a killed process."""
+    """Lock the file, so that one process at a time builds it."""
     lock = FileLock(file.with_suffix(".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.info("Another process is building %s; waiting for it.", file)
+        logger.info("Another process is building %s; waiting for it.", file)
         lock.acquire()
     try:
         yield
@@ -427,7 +426,7 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 def _build(small: _SmallImages, file: Path, key: bytes, workers: int, progress: bool) -> None:
-    """Write all records that are missing and put the file in its place."""
+    """Write all missing records, then rename the file."""
     part, head = _part(file), _HEAD.pack(_MAGIC, key)
     offsets = _resume(part, head, len(small))
     done = len(offsets) - 1
@@ -437,7 +436,7 @@ def _build(small: _SmallImages, file: Path, key: bytes, workers: int, progress: 
         sampler=range(done, len(small)),
         collate_fn=b"".join,
         num_workers=workers,
-        # Otherwise it would advance the global random state by one draw.
+        # Without a generator it would advance the global random state.
         generator=torch.Generator(),
     )
     bar = tqdm(
@@ -446,7 +445,7 @@ def _build(small: _SmallImages, file: Path, key: bytes, workers: int, progress: 
     with part.open("ab") as stream, bar:
         for chunk in chunks:
             stream.write(chunk)
-            stream.flush()  # what the system has survives the end of this process
+            stream.flush()  # survives if this process is killed
             start = offsets[-1]
             ends = list(_ends(memoryview(chunk), 0, _CHUNK))
             offsets += [start + end for end in ends]
@@ -458,10 +457,10 @@ def _build(small: _SmallImages, file: Path, key: bytes, workers: int, progress: 
 
 
 def _resume(part: Path, head: bytes, count: int) -> list[int]:
-    """Cut an unfinished file after its last whole record; begin one if there is none.
+    """Truncate an unfinished file after its last complete record, or begin a new one.
 
     Returns:
-        Where its records start, and where the last one ends.
+        The starts of its records and the end of the last one.
     """
     offsets = [_HEAD.size]
     if part.exists() and part.stat().st_size >= _HEAD.size:
@@ -471,6 +470,6 @@ def _resume(part: Path, head: bytes, count: int) -> list[int]:
     if len(offsets) == 1:
         part.write_bytes(head)
     else:
-        log.info("%d of the %d images are in %s already.", len(offsets) - 1, count, part)
+        logger.info("Resuming: %d of %d images are in %s.", len(offsets) - 1, count, part)
         os.truncate(part, offsets[-1])
     return offsets

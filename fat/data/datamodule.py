@@ -28,7 +28,7 @@ from fat.data.dataset import (
 from fat.data.sources.base import ImageSource, PhotoSource
 from fat.data.sources.decoding import UnreadableImage
 from fat.data.sources.folder import FolderSource
-from fat.data.sources.manifest import PHOTO_TESTS, ImageIndex, some
+from fat.data.sources.manifest import PHOTO_TESTS, ImageIndex
 from fat.data.splits import (
     CALIBRATION_DRAW,
     SPLIT_DRAW,
@@ -39,7 +39,7 @@ from fat.data.splits import (
 )
 from fat.data.transforms import DeviceCropTransform
 from fat.utils import distributed
-from fat.utils.errors import FatError, unknown_name
+from fat.utils.errors import FatError, abbreviated, unknown_name
 from fat.utils.io import cache_folder
 from fat.utils.random import generator
 
@@ -409,7 +409,7 @@ class FatDataModule(pl.LightningDataModule):
             log.warning(
                 "Left out %d images whose copies are in a split that judges: %s.",
                 len(copies),
-                some([record.name for record in copies]),
+                abbreviated([record.name for record in copies]),
             )
             gone = {(record.split, record.name) for record in copies}
             for name, data in splits.items():

@@ -1,4 +1,4 @@
-"""A split: which images of a source, cut how, and which of them could not be read."""
+"""Datasets, samplers and loaders for the images of a split."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fat.data.sources.base import ImageSource
 from fat.data.sources.decoding import UnreadableImage
 from fat.data.transforms import Parts, Transform
 from fat.utils import distributed
-from fat.utils.errors import FatError
+from fat.utils.errors import FatError, abbreviated
 from fat.utils.random import generator
 
 __all__ = [
@@ -29,80 +29,78 @@ __all__ = [
     "collate",
 ]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor]  # images float32 [N, 3, H, W], labels int64 [N]
 Item = tuple[Parts, int] | FatError
 Key = int | tuple[int, int]
 
-MAX_UNREADABLE = 0.05  # share of a split above which going on would judge by other images
+MAX_UNREADABLE = 0.05
+"""Largest accepted fraction of unreadable images of a split."""
 
 
 class SkippedImages:
-    """Which images of a split could not be read. Kept by the main process only.
+    """The unreadable images of a split, collected in the main process.
 
     Args:
-        split: What the split is called.
-        total: Number of images in it.
+        split: Name of the split.
+        total: Number of images in the split.
     """
 
     def __init__(self, split: str, total: int) -> None:
         self.split = split
         self.total = total
         self.reasons: dict[str, str] = {}  # by name, in the order of discovery
-        self._told = 0
+        self._reported = 0
 
     def __len__(self) -> int:
         return len(self.reasons)
 
     def add(self, skipped: Sequence[tuple[str, str]]) -> None:
-        """Note names and reasons; an image that is met again in a later epoch counts once.
+        """Add pairs of name and reason; repeated images count once.
 
         Raises:
-            FatError: As soon as more than 5 % of the split are unreadable.
+            FatError: If more than 5 % of the split are unreadable.
         """
         self.reasons.update(skipped)
         if len(self) > MAX_UNREADABLE * self.total:
             raise FatError(
                 f"At least {len(self)} of the {self.total} {self.split} images cannot be read, "
-                f"more than {MAX_UNREADABLE:.0%}: {self.first()}. Repair or remove them, or type "
+                f"more than {MAX_UNREADABLE:.0%}: {self.summary()}. Repair or remove them, or type "
                 "data.root=DIR with another folder."
             )
 
-    def tell(self) -> None:
-        """Warn of the images that were skipped, if there are any the last warning had not."""
-        if len(self) > self._told:
-            self._told = len(self)
-            log.warning(
+    def warn(self) -> None:
+        """Log a warning if images were added since the last warning."""
+        if len(self) > self._reported:
+            self._reported = len(self)
+            logger.warning(
                 "Skipped %d of the %d %s images, which cannot be read: %s.",
                 len(self),
                 self.total,
                 self.split,
-                self.first(),
+                self.summary(),
             )
 
-    def first(self, count: int = 5) -> str:
-        """Return the first names with their reasons, for people."""
-        named = [f"{name} ({reason})" for name, reason in list(self.reasons.items())[:count]]
-        more = f" and {len(self) - count} more" if len(self) > count else ""
-        return ", ".join(named) + more
+    def summary(self) -> str:
+        """Return the first names with their reasons as text."""
+        return abbreviated([f"{name} ({reason})" for name, reason in self.reasons.items()])
 
 
 class ImageDataset(Dataset[Item]):
-    """Some images of a source, transformed with draws that depend on (seed, epoch, index) alone.
+    """Images of a source, transformed with random draws that depend only on (seed, epoch, index).
 
-    A key is a position 0…len-1, or a pair (epoch, position): the pair lets a sampler tell workers
-    that live through several epochs which one it is.
+    A key is a position, or a pair (epoch, position), by which persistent workers learn the epoch.
 
     Args:
-        source: Where the images come from.
-        indices: Which of them, by index in the source; all of them by default.
-        transform: Image and random generator to 8-bit pixels, and those to the network's input.
-        split: What the split is called in messages.
-        seed: First part of the key of the draws.
+        source: Source of the images.
+        indices: Indices of the images in the source; all by default.
+        transform: Transform to the network's input.
+        split: Name of the split in messages.
+        seed: Seed of the random draws.
 
     Raises:
-        FatError: If there is no image, or the seed is negative.
+        FatError: If there are no images, or the seed is negative.
     """
 
     def __init__(
@@ -122,7 +120,7 @@ class ImageDataset(Dataset[Item]):
         self.seed = seed
         self.epoch = 0
         if len(self.indices) == 0:
-            raise FatError(f"The {split} split has no image; give more images to choose from.")
+            raise FatError(f"The {split} split has no images. Give more images to choose from.")
         if seed < 0:
             raise FatError(f"The seed is {seed}; it must not be negative.")
         self.skipped = SkippedImages(split, len(self.indices))
@@ -131,35 +129,32 @@ class ImageDataset(Dataset[Item]):
         return len(self.indices)
 
     def keep(self, wanted: Sequence[bool]) -> None:
-        """Leave images out for good.
+        """Remove images permanently.
 
         Args:
-            wanted: For each position whether its image stays.
+            wanted: For each position, ``True`` to keep its image.
 
         Raises:
-            FatError: If none stays.
+            FatError: If no image remains.
         """
         self.indices = self.indices[np.asarray(wanted, dtype=bool)]
         if len(self.indices) == 0:
-            raise FatError(f"No {self.split} image is left; give more images to choose from.")
+            raise FatError(f"No {self.split} image is left. Give more images to choose from.")
         self.skipped = SkippedImages(self.split, len(self.indices))
 
     def readable_names(self) -> list[str]:
-        """Names of the images in the order of a loader that does not shuffle.
-
-        Images that could not be read are left out, as far as a pass over them has found out.
-        """
+        """Return the names of the images in order, without those found to be unreadable so far."""
         names = (self.source.name(int(index)) for index in self.indices)
         return [name for name in names if name not in self.skipped.reasons]
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of keys that are plain positions. Workers already running do not see it."""
+        """Set the epoch of keys that are plain positions. It does not reach running workers."""
         self.epoch = epoch
 
     def __getitem__(self, key: Key) -> Item:
         """Return tensors and label, or the error as a value.
 
-        Raised in a worker, it would end it, and come as a traceback of another process.
+        An error raised in a worker would end it and arrive as another process's traceback.
         """
         epoch, position = key if isinstance(key, tuple) else (self.epoch, key)
         index = int(self.indices[position])
@@ -172,13 +167,13 @@ class ImageDataset(Dataset[Item]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Every position once, in an order that depends on (seed, epoch) alone.
+    """Samples every position once, in an order that depends only on (seed, epoch).
 
-    Lightning's loop calls `set_epoch`; so must any other loop over epochs.
+    Call :meth:`set_epoch` before each epoch, as Lightning does.
 
     Args:
         length: Number of positions.
-        seed: First part of the order's key.
+        seed: Seed of the order.
     """
 
     def __init__(self, length: int, seed: int) -> None:
@@ -187,7 +182,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order, and the crops, of the next pass."""
+        """Set the epoch, which determines the order and the crops of the next pass."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -201,17 +196,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of training images, of each of which every process has its share.
+    """Batches of training images, each split among the processes.
 
-    What the processes have of a step is together the batch that one process would have had.
+    Together, the processes see in each step the batch that a single process would see.
 
     Args:
-        sampler: The order.
-        batch_size: Images of a step, a multiple of the number of processes.
-        drop_last: Whether a short last batch is left out.
+        sampler: Sampler of the order.
+        batch_size: Images per step over all processes, a multiple of their number.
+        drop_last: If ``True``, drop a short last batch.
 
     Attributes:
-        skip: So many batches of the next pass, and only of that, are left out.
+        skip: Number of batches to skip at the start of the next pass only.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int, *, drop_last: bool) -> None:
@@ -225,7 +220,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         """Yield lists of (epoch, position)."""
         skip, self.skip = self.skip, 0
-        # Asked for when it is needed: a loader is often built before the processes know each other.
+        # Here and not in __init__, because loaders are often built before the process group.
         rank, size = distributed.rank(), distributed.size()
         order = list(self.sampler)
         for number in range(skip, len(self)):
@@ -234,10 +229,10 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 
 class WholeBatches(Sampler[list[int]]):
-    """The positions of whole batches in a fixed order, every n-th of which is one process's.
+    """Batches in a fixed order, assigned to the processes in turn.
 
-    No image comes twice and none is left out, whether or not the batches can be shared evenly, and
-    each batch is one that a single process would have.
+    Every image is seen exactly once, also when the number of batches is not a multiple of the
+    number of processes, and all batches are those of a single process.
 
     Args:
         length: Number of positions.
@@ -261,13 +256,13 @@ class WholeBatches(Sampler[list[int]]):
 
 
 def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]], str]:
-    """Stack the readable items; list the names and reasons of the others.
+    """Stack the readable items, and list the names and reasons of the others.
 
     Returns:
-        The stacked parts of N images, none where N is 0; labels int64 [N]; the unreadable; and the
-        text of an error that none of the images is to blame for, ``""`` without one.
+        The stacked tensors of N images (an empty tuple if N is 0); labels int64 [N]; name and
+        reason of each unreadable image; and the text of any other error, or ``""``.
     """
-    # The exceptions go on as text: pinning memory walks through a batch's containers.
+    # Exceptions are passed as text, because pinning memory walks through a batch's containers.
     skipped = [(item.name, item.reason) for item in items if isinstance(item, UnreadableImage)]
     others = [item for item in items if isinstance(item, FatError)]
     fatal = [str(error) for error in others if not isinstance(error, UnreadableImage)]
@@ -282,26 +277,26 @@ def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]]
 
 
 class ImageLoader(DataLoader[Any]):
-    """A DataLoader over an ImageDataset that yields ``(images, labels)`` and counts the rest.
+    """DataLoader of an :class:`ImageDataset` that yields ``(images, labels)``.
 
-    The second half of the transform runs here, once for a batch. A batch in which nothing could be
-    read is left out. To be built with ``collate_fn=collate``.
+    It applies the second part of the transform to whole batches, and skips batches without a
+    readable image. Requires ``collate_fn=collate``.
     """
 
     device = torch.device("cpu")
     drawn = 0
-    """How many batches of this pass were drawn so far, empty ones included."""
+    """Number of batches drawn in this pass, including empty ones."""
     _start = 0
 
     def start_at(self, batch: int) -> None:
-        """Begin the next pass, and only that, with a later batch; loads none of those before."""
+        """Start the next pass (only) at a later batch, without loading the earlier ones."""
         if not isinstance(self.batch_sampler, StepBatches):
             raise FatError("Only a loader of training images can start in the middle of a pass.")
         self.batch_sampler.skip = batch
         self._start = batch
 
     def to(self, device: torch.device | str) -> ImageLoader:
-        """Have the batches finished on a device, where they stay. Returns the loader itself."""
+        """Move batches to a device, where the transform is finished. Returns the loader itself."""
         self.device = torch.device(device)
         return self
 
@@ -309,8 +304,8 @@ class ImageLoader(DataLoader[Any]):
         """Yield the batches.
 
         Raises:
-            FatError: As soon as more than 5 % of the split's images are unreadable, or an image is
-                not what it should be.
+            FatError: If more than 5 % of the split's images are unreadable, or an image differs
+                from the recorded one.
         """
         dataset = self.dataset
         assert isinstance(dataset, ImageDataset)
@@ -321,14 +316,14 @@ class ImageLoader(DataLoader[Any]):
             if fatal:
                 raise FatError(fatal)
             dataset.skipped.add(skipped)
-            if number == batches:  # now, as a caller that counts batches never asks for the end
-                dataset.skipped.tell()
+            if number == batches:  # before the last yield, as a caller may not exhaust the iterator
+                dataset.skipped.warn()
             shared = distributed.size() > 1 and isinstance(self.batch_sampler, StepBatches)
             if shared and not len(labels):
                 raise FatError(
-                    "None of the images that one process had of a training step can be read, and "
-                    f"the others would wait for it: {dataset.skipped.first()}. Repair them, or "
-                    "train in one process."
+                    "One process cannot read any of its images of a training step, and the others "
+                    f"would wait for it: {dataset.skipped.summary()}. Repair them, or train in one "
+                    "process."
                 )
             if len(labels):
                 moved = (part.to(self.device, non_blocking=True) for part in parts)

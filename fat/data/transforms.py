@@ -1,8 +1,7 @@
-"""From an RGB image to the network's input: for evaluation, and randomly for training.
+"""Transforms from RGB images to the network's input, for evaluation and for training.
 
-A transform has two halves. The first runs for one image where it is decoded, in a worker, and
-gives 8-bit pixels; the second, `finish`, runs once for a batch, on the device that the batch is
-on. Between the two an image takes a quarter of the memory that it takes as float32.
+A transform has two parts. The first processes one image in a worker and returns 8-bit pixels, which
+take a quarter of the memory of float32. The second, ``finish``, processes a batch on its device.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DeviceCropTransform",
     "EvalTransform",
-    "Normalise",
+    "Normalize",
     "RandomCropTransform",
     "Transform",
     "apply",
@@ -35,47 +34,47 @@ __all__ = [
 ]
 
 CROP_MODES = ("center", "squash", "border")
-# What torch resizes with antialiasing, in one pass over 8-bit pixels.
+# The filters with which torch resizes 8-bit pixels with antialiasing.
 _TORCH_FILTERS = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 SHAPE = "fat.shape"
-"""Key in a squashed image's ``info``: the width and height that it had."""
+"""Key of the original width and height in the ``info`` of an image resized to a square."""
 
 Parts = tuple[Tensor, ...]
-"""What a worker hands over for one image: 8-bit pixels, and what `finish` needs beside them."""
+"""Tensors that a worker returns for an image: 8-bit pixels, and other arguments of ``finish``."""
 
 
 class Transform(Protocol):
-    """What turns RGB images into float32 [N, 3, H, W], drawing from ``rng`` alone."""
+    """Converts RGB images to float32 [N, 3, H, W]."""
 
     @property
     def short_side(self) -> int | None:
-        """Pixels that an image's shorter side must keep, None for all: a decoder may save work."""
+        """Pixels that a decoder must keep along the shorter side; ``None`` for full size."""
         ...
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
-        """Return the tensors of one image."""
+        """Return the tensors of one image; ``rng`` is the only source of randomness."""
         ...
 
     def finish(self, *parts: Tensor) -> Tensor:
-        """Return float32 [N, 3, H, W] from the stacked parts of N images."""
+        """Return float32 [N, 3, H, W] from the stacked tensors of N images."""
         ...
 
     def settings(self) -> dict[str, Any]:
-        """Return everything that the result depends on beside the image and ``rng``."""
+        """Return all options that the result depends on."""
         ...
 
 
 def apply(
     transform: Transform, image: Image.Image, rng: np.random.Generator | None = None
 ) -> Tensor:
-    """Both halves of a transform for one image: float32 [3, H, W]."""
+    """Apply both parts of a transform to one image, and return float32 [3, H, W]."""
     rng = generator(0) if rng is None else rng
     return transform.finish(*(part[None] for part in transform(image, rng)))[0]
 
 
-class Normalise:
-    """(pixels / 255 − mean) / std, with timm's order of operations and so its very bits.
+class Normalize:
+    """Normalization (pixels / 255 − mean) / std, bit for bit as in timm.
 
     Args:
         preprocessing: Mean and std of the network, for pixels scaled to 0…1.
@@ -89,13 +88,17 @@ class Normalise:
         """Return float32 from uint8 or float pixels 0…255 [N, 3, H, W], on their device."""
         mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-        if scaled is pixels:  # the caller's own
+        if scaled is pixels:  # do not change the caller's tensor
             scaled = scaled.clone()
         return scaled.div_(255).sub_(mean).div_(std)
 
 
+Normalise = Normalize
+"""The name in FAT 0.1."""
+
+
 class EvalTransform:
-    """Resize, crop the middle, scale to 0…1 and normalise, as timm does for the same config.
+    """Resize, center crop, scale to 0…1 and normalize, as timm does for the same configuration.
 
     Args:
         preprocessing: Size, filter, crop, mean and std of the network.
@@ -104,13 +107,13 @@ class EvalTransform:
         FatError: If the filter or the crop mode is unknown.
     """
 
-    # Every pixel is decoded: the figures are those that timm would give, to the bit.
+    # Images are decoded at full size, so that results equal timm's bit for bit.
     short_side = None
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self._filter = _filter(preprocessing)
-        self._normalise = Normalise(preprocessing)
+        self._normalize = Normalize(preprocessing)
         if preprocessing.crop_mode not in CROP_MODES:
             raise unknown_name("crop mode", preprocessing.crop_mode, CROP_MODES)
         height, width = preprocessing.size
@@ -118,7 +121,7 @@ class EvalTransform:
         self._scaled = (math.floor(height / pct), math.floor(width / pct))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Parts:
-        """Return the uint8 tensor [3, H, W]. Nothing is drawn at random."""
+        """Return the uint8 tensor [3, H, W]. ``rng`` is not used."""
         size, mode = list(self.preprocessing.size), self.preprocessing.crop_mode
         height, width = self._scaled
         if mode == "squash":
@@ -135,15 +138,15 @@ class EvalTransform:
         return (_pixels(F.center_crop(image, size)),)
 
     def finish(self, *parts: Tensor) -> Tensor:
-        """Normalise a batch."""
-        return self._normalise(parts[0])
+        """Normalize a batch."""
+        return self._normalize(parts[0])
 
     def settings(self) -> dict[str, Any]:
         """Return the preprocessing."""
         return {"kind": "eval", **self.preprocessing.to_dict()}
 
     def _pad(self, image: Image.Image) -> Image.Image:
-        """Fill up to the network's size with the mean colour."""
+        """Pad to the network's size with the mean color."""
         height, width = self.preprocessing.size
         down, right = max(height - image.height, 0), max(width - image.width, 0)
         padding = [right // 2, down // 2, (right + 1) // 2, (down + 1) // 2]
@@ -153,7 +156,7 @@ class EvalTransform:
 
 
 class _RandomCrop:
-    """What the two random crops share: which part of an image is taken, and mirrored or not."""
+    """Base of the random crops: draws a box and a horizontal flip."""
 
     def __init__(
         self,
@@ -167,13 +170,13 @@ class _RandomCrop:
         if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
             raise FatError(f"The crop's ratio is {ratio}; allowed: 0 < least <= most.")
         if not 0 <= flip <= 1:
-            raise FatError(f"The probability of mirroring is {flip}; allowed: 0 to 1.")
+            raise FatError(f"The probability of a flip is {flip}; allowed: 0 to 1.")
         self.preprocessing = preprocessing
         self.scale = (float(scale[0]), float(scale[1]))
         self.ratio = (float(ratio[0]), float(ratio[1]))
         self.flip = flip
         self._filter = _filter(preprocessing)
-        self._normalise = Normalise(preprocessing)
+        self._normalize = Normalize(preprocessing)
 
     def settings(self) -> dict[str, Any]:
         """Return the preprocessing and the ranges of the crops."""
@@ -193,15 +196,15 @@ class _RandomCrop:
 
 
 class RandomCropTransform(_RandomCrop):
-    """A random part of the image, resized to the network's size and mirrored half of the time.
+    """Random crop, resized to the network's size and flipped horizontally at random.
 
     Args:
         preprocessing: Size, filter, mean and std of the network.
-        scale: Smallest and largest share of the image's area, 0…1. The default stays nearer to the
-            evaluation crop (about 0.77) than classification training's 0.08: what is trained here
-            are ranges of activations, which very small crops would shift.
-        ratio: Smallest and largest width / height of the part.
-        flip: Probability of mirroring, 0…1.
+        scale: Smallest and largest fraction of the image's area, 0…1. The default is closer to the
+            evaluation crop (about 0.77) than the 0.08 of classification training, because very
+            small crops would shift the ranges of activations.
+        ratio: Smallest and largest width / height of the crop.
+        flip: Probability of a horizontal flip, 0…1.
 
     Raises:
         FatError: If a range is empty or outside its bounds, or the filter is unknown.
@@ -209,35 +212,34 @@ class RandomCropTransform(_RandomCrop):
 
     @property
     def short_side(self) -> int | None:
-        """So many that even the smallest part has as many pixels as the network's input."""
+        """Pixels for which even the smallest crop is as large as the network's input."""
         return math.ceil(max(self.preprocessing.size) / math.sqrt(self.scale[0]))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
-        """Return the uint8 tensor [3, H, W] of the part that ``rng`` picks."""
+        """Return the uint8 tensor [3, H, W] of a random crop."""
         (left, top, width, height), mirror = self._draw(image.width, image.height, rng)
         part = image.crop((left, top, left + width, top + height))
         pixels = _resized(part, self.preprocessing.size, self._filter)
         return (pixels.flip(-1) if mirror else pixels,)
 
     def finish(self, *parts: Tensor) -> Tensor:
-        """Normalise a batch."""
-        return self._normalise(parts[0])
+        """Normalize a batch."""
+        return self._normalize(parts[0])
 
 
 class DeviceCropTransform(_RandomCrop):
-    """The same random parts, cut on the device that the batch is on.
+    """Random crop on the device of the batch, for machines whose processor is the bottleneck.
 
-    A worker only squashes the whole image to a square, the same for all, and draws the part; the
-    device cuts it out by bilinear interpolation, which undoes the squashing too. For machines
-    whose device waits for its processor. An image that is a square already and has its shape noted
-    (:mod:`fat.data.cache`) is taken as it is.
+    A worker only resizes the whole image to a square and draws the box. The device then samples the
+    box bilinearly, which also restores the aspect ratio. Images that are already squares with a
+    recorded shape (:mod:`fat.data.cache`) are not resized.
 
     Args:
         preprocessing: Size, filter, mean and std of the network.
-        scale: Smallest and largest share of the image's area, 0…1.
-        ratio: Smallest and largest width / height of the part.
-        flip: Probability of mirroring, 0…1.
-        side: Pixels of the square; by default 8/7 of the network's larger side (256 for 224).
+        scale: Smallest and largest fraction of the image's area, 0…1.
+        ratio: Smallest and largest width / height of the crop.
+        flip: Probability of a horizontal flip, 0…1.
+        side: Side of the square, pixels; by default 8/7 of the network's larger side (256 for 224).
 
     Raises:
         FatError: If a range is empty or outside its bounds, the filter is unknown, or the square
@@ -263,7 +265,7 @@ class DeviceCropTransform(_RandomCrop):
         return self.side
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Parts:
-        """Return uint8 [side, side, 3], and the part as an affine map, float32 [2, 3]."""
+        """Return uint8 [side, side, 3], and the crop as an affine map, float32 [2, 3]."""
         shape = image.info.get(SHAPE)
         wide, high = shape or image.size
         (left, top, width, height), mirror = self._draw(wide, high, rng)
@@ -273,12 +275,12 @@ class DeviceCropTransform(_RandomCrop):
         place = torch.tensor([[-across if mirror else across, 0.0, x], [0.0, down, y]])
         if shape is not None:
             return torch.from_numpy(np.array(image)), place
-        # Channels last, as an image's memory is: the device does what turning it would cost here.
+        # Channels last, the memory layout of an image; the device transposes it faster.
         square = _resized(image, (self.side, self.side), self._filter)
         return square.permute(1, 2, 0).contiguous(), place
 
     def finish(self, *parts: Tensor) -> Tensor:
-        """Cut the parts out of a batch and normalise."""
+        """Crop a batch and normalize it."""
         pixels, places = parts
         squares = pixels.permute(0, 3, 1, 2)
         height, width = self.preprocessing.size
@@ -288,7 +290,7 @@ class DeviceCropTransform(_RandomCrop):
         cut = torch.nn.functional.grid_sample(
             squares.float(), grid, padding_mode="border", align_corners=False
         )
-        return self._normalise(cut)
+        return self._normalize(cut)
 
 
 def crop_box(
@@ -298,18 +300,18 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[int, int, int, int]:
-    """Draw a part of the image: area uniform in ``scale``, log(width / height) in ``ratio``.
+    """Draw a box inside the image, with uniform area and uniform log(width / height).
 
     Args:
-        width: Image's width, pixels.
-        height: Image's height, pixels.
-        rng: What the draws come from.
-        scale: Smallest and largest share of the area.
+        width: Width of the image, pixels.
+        height: Height of the image, pixels.
+        rng: Random generator.
+        scale: Smallest and largest fraction of the area.
         ratio: Smallest and largest width / height.
 
     Returns:
-        Left, top, width, height in pixels, inside the image. After ten draws that did not fit,
-        the largest middle part whose ratio is allowed.
+        Left, top, width and height in pixels. After ten draws that do not fit, the largest centered
+        box with an allowed ratio.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -335,11 +337,11 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _resized(image: Image.Image, size: tuple[int, int], mode: InterpolationMode) -> Tensor:
-    """Return uint8 [3, H, W]; torch's antialiased filters take a third of Pillow's time."""
+    """Resize to uint8 [3, H, W]. torch's antialiased filters take a third of Pillow's time."""
     if mode not in _TORCH_FILTERS:
         return _pixels(F.resize(image, list(size), mode))
-    # Channels last, as the image's memory is: the layout that torch resizes fastest.
+    # Channels last, the memory layout of an image, which torch resizes fastest.
     last: Any = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    # Not torchvision's resize, which goes by float32 and takes four times as long.
+    # Not torchvision's resize, which converts to float32 and takes four times as long.
     resized = interpolate(last[None], size, mode=mode.value, antialias=True)
     return resized[0].contiguous()

@@ -224,7 +224,7 @@ def _imagenet(request: _Request) -> FatDataModule:
         )
     if config.validation_images is None:
         raise FatError("data=imagenet needs a number: type data.validation_images=1000.")
-    root = hub.fetch(config.root) if hub.asked_for(config.root) else request.root()
+    root = hub.fetch(config.root) if hub.is_hub_root(config.root) else request.root()
     index = choose(
         root,
         classes=names,
@@ -304,7 +304,7 @@ def _distilled(request: _Request) -> FatDataModule:
     )
 
 
-_READY: dict[str, Callable[[str | None], ready.LabelledSet]] = {
+_READY: dict[str, Callable[[str | None], ready.LabeledSet]] = {
     "digits": lambda root: ready.digits(),
     "cifar10": ready.cifar10,
 }

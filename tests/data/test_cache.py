@@ -452,7 +452,7 @@ def test_a_file_that_is_not_whole_is_refused(
 ) -> None:
     file = build(source, tmp_path / "cache").file
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(FatError, match=f"{re.escape(str(file))} is damaged: .*Delete it and start"):
+    with pytest.raises(FatError, match=f"{re.escape(str(file))} is damaged: .*Delete it to have"):
         build(source, tmp_path / "cache")
 
 
@@ -500,7 +500,7 @@ def test_what_is_there_already_counts_as_room(
         build(source, tmp_path / "cache")
     source.after = -1
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=size // 2))
-    with pytest.raises(FatError, match="needs more room"):
+    with pytest.raises(FatError, match="too little disk space"):
         build(source, tmp_path / "another")
     build(source, tmp_path / "cache")
 
@@ -526,7 +526,7 @@ def test_a_disk_that_fills_up_keeps_what_was_written(
         ({"mode": "pixel"}, "Unknown data.cache 'pixel'. Did you mean 'pixels'?"),
         ({"mode": "off"}, "Allowed: none, jpeg, pixels, squares."),
         ({"short_side": 0}, "data.cache_side is 0; it must be at least 1 pixel."),
-        ({"indices": []}, "There is no image to cache. Type data.cache=none."),
+        ({"indices": []}, "There are no images to cache. Type data.cache=none."),
     ],
 )
 def test_wrong_options_are_answered(

@@ -13,7 +13,7 @@ from PIL import Image
 from fat.data.transforms import (
     DeviceCropTransform,
     EvalTransform,
-    Normalise,
+    Normalize,
     RandomCropTransform,
     apply,
     crop_box,
@@ -77,7 +77,7 @@ def test_unknown_options() -> None:
             RandomCropTransform(PREPROCESSING, scale)
     with pytest.raises(FatError, match=r"crop's ratio is .*allowed"):
         RandomCropTransform(PREPROCESSING, ratio=(2.0, 1.0))
-    with pytest.raises(FatError, match=r"mirroring is 2"):
+    with pytest.raises(FatError, match=r"probability of a flip is 2"):
         RandomCropTransform(PREPROCESSING, flip=2)
 
 
@@ -155,7 +155,7 @@ def test_the_decoder_may_leave_out_what_no_crop_needs() -> None:
 
 def test_normalising_leaves_its_argument_alone() -> None:
     pixels = torch.full((1, 3, 2, 2), 255.0)
-    result = Normalise(PREPROCESSING)(pixels)
+    result = Normalize(PREPROCESSING)(pixels)
     assert pixels.unique().tolist() == [255.0]
     expected = (1 - torch.tensor(PREPROCESSING.mean)) / torch.tensor(PREPROCESSING.std)
     assert torch.allclose(result[0, :, 0, 0], expected)

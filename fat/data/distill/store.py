@@ -1,4 +1,4 @@
-"""A folder of computed images that can be interrupted, continued, and trusted afterwards."""
+"""Folder of computed images, written batch by batch with checksums so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from fat.utils.errors import FatError
+from fat.utils.errors import FatError, abbreviated
 from fat.utils.io import write_atomic, write_json
 
 __all__ = ["ImageStore"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SHEET_IMAGES, SHEET_SIDE, SHEET_COLUMNS = 256, 96, 16
 REQUEST, SHEET = "request.json", "contact_sheet.png"
 
 
 class ImageStore:
-    """Images that are computed batch by batch, kept as PNG files ``images/00000.png`` ….
+    """Folder of images that are computed batch by batch, as PNG files ``images/00000.png`` ….
 
-    ``request.json`` says what the images are computed from. A batch counts as there once its
-    record, ``batches/0000.json``, stands beside its images and holds their checksums. Every write
-    is atomic, so that processes with the same request may share the folder.
+    ``request.json`` holds the inputs of the computation. A batch is complete once its record,
+    ``batches/0000.json``, holds the checksums of its images. Every write is atomic, so that
+    processes with the same request can share the folder.
 
     Args:
-        root: The folder; made by `claim`.
-        report: Name of the file that says, in the end, that the set is whole.
-        batches: Numbers of the images of each batch.
+        root: The folder; :meth:`claim` creates it.
+        report: Name of the file that is written last, when all images are complete.
+        batches: Indices of the images of each batch.
 
     Attributes:
-        images: The folder of the images, and nothing else.
-        sheet: The file with small copies of all.
+        images: The folder that holds only the images.
+        sheet: The file with thumbnails of the images.
     """
 
     def __init__(self, root: Path, report: str, batches: Sequence[range]) -> None:
@@ -47,11 +47,11 @@ class ImageStore:
 
     @property
     def complete(self) -> bool:
-        """Whether `finish` has been called; `missing` says whether everything is there still."""
+        """``True`` once :meth:`finish` was called."""
         return self._report.is_file() and self.sheet.is_file()
 
     def claim(self, request: dict[str, Any]) -> None:
-        """Write down what will be in the folder, or see that it says so already.
+        """Write the request, or check that the folder has the same one.
 
         Raises:
             FatError: If the folder holds anything else, or cannot be written.
@@ -65,28 +65,30 @@ class ImageStore:
                     f"{self.root} holds images computed from another network or with other "
                     "settings. Choose another folder, or remove it."
                 )
-            self._refuse_strangers()
+            self._refuse_other_files()
             return
-        # What is hidden may be another process's temporary files.
+        # Hidden files may be the temporary files of another process.
         if self.root.is_dir() and any(not x.name.startswith(".") for x in self.root.iterdir()):
             raise FatError(
-                f"{self.root} holds other files; computed images need a folder of their own. "
-                "Choose another folder."
+                f"{self.root} holds other files; computed images need an empty folder. Choose "
+                "another folder."
             )
         write_json(path, request)
 
     def missing(self) -> list[int]:
-        """Numbers of the batches that are not there, or not as they were written."""
-        found = [number for number in range(len(self.batches)) if not self.has(number)]
-        damaged = [number for number in found if self._record(number).exists()]
+        """Return the batches that are missing or damaged."""
+        missing = [number for number in range(len(self.batches)) if not self.has(number)]
+        damaged = [number for number in missing if self._record(number).exists()]
         if damaged:
-            log.warning("Images in %s are damaged, batches %s: made again.", self.images, damaged)
-        if found:
+            logger.warning(
+                "Recomputing batches %s of %s: their images are damaged.", damaged, self.images
+            )
+        if missing:
             self._report.unlink(missing_ok=True)
-        return found
+        return missing
 
     def has(self, number: int) -> bool:
-        """Whether the batch is there, every byte as it was written."""
+        """Return whether the batch is complete and undamaged."""
         record = _read_json(self._record(number))
         return isinstance(record, dict) and record.get("sha256") == self._checksums(number)
 
@@ -94,20 +96,20 @@ class ImageStore:
         """Write the images of a batch, then their record.
 
         Args:
-            number: Which batch.
+            number: Index of the batch.
             images: uint8 [N, 3, H, W] on the CPU.
-            facts: What else the record shall hold; see `facts`.
+            facts: Further values for the record.
         """
         for index, image in zip(self.batches[number], images, strict=True):
             _write_png(self._image(index), image)
         write_json(self._record(number), {"sha256": self._checksums(number), **facts})
 
     def facts(self) -> list[dict[str, Any]]:
-        """The records of all batches, which must be there."""
+        """Return the records of all batches, which must be complete."""
         return [json.loads(self._record(i).read_text("utf-8")) for i in range(len(self.batches))]
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Draw the contact sheet and write, last of all, the report."""
+        """Write the contact sheet, and then the report."""
         write_atomic(self.sheet, lambda path: self._contact_sheet().save(path, "PNG"))
         write_json(self._report, report)
 
@@ -123,7 +125,7 @@ class ImageStore:
             sheet.paste(small, (column * SHEET_SIDE, row * SHEET_SIDE))
         return sheet
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_other_files(self) -> None:
         if not self.images.is_dir():
             return
         own = {self._image(index).name for batch in self.batches for index in batch}
@@ -131,8 +133,8 @@ class ImageStore:
         others = [name for name in names if name not in own and not name.startswith(".")]
         if others:
             raise FatError(
-                f"{self.images} holds {', '.join(others[:5])}, which FAT did not put there. Move "
-                "such files away: the folder is read as a whole."
+                f"{self.images} holds files that FAT did not write: {abbreviated(others)}. Move "
+                "them elsewhere, because all images in the folder are used."
             )
 
     def _checksums(self, number: int) -> list[str | None]:

@@ -1,14 +1,14 @@
-"""Images from nothing but a float network: what its batch norms remember of the training images.
+"""Data-free images, synthesized from the batch-norm statistics of a float network.
 
-Every batch norm holds the mean μ and the variance σ² that its input had in training. Noise is
-turned into images by gradient descent on
+Every batch norm holds the mean μ and variance σ² of its input in training. Starting from noise,
+images are optimized by gradient descent on
 
     mean over layers and channels of ((μ_batch − μ) / σ)² + (σ_batch / σ − 1)²
     + smoothness · total variation + class_weight · cross-entropy with a random class,
 
-where the pixels count as one more layer, whose statistics are those of photographs. Sources: ZeroQ
+where the pixels count as one more layer with the statistics of photographs. Sources: ZeroQ
 (arXiv 2001.00281) for the statistics, DeepInversion (arXiv 1912.08795) for the other two terms.
-Most steps work at half the network's resolution, where they take a quarter of the time.
+Most steps run at half the network's resolution, where they take a quarter of the time.
 """
 
 from __future__ import annotations
@@ -43,28 +43,28 @@ if TYPE_CHECKING:
 
 __all__ = ["DistillSpec", "DistilledBatch", "distill", "distilled_folder"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cached folders; also to be raised when other pixels come from the same spec
-# Over all pixels (scaled to 0…1) of ImageNet's photographs, per channel R, G, B.
+FORMAT = 1  # of the cached folders; increase it also when the same spec gives other pixels
+# Statistics of all pixels (scaled to 0…1) of ImageNet's photographs, per channel R, G, B.
 PHOTO_MEAN = (0.485, 0.456, 0.406)
 PHOTO_STD = (0.275, 0.269, 0.270)
-GREY = 0.95  # what the channels of the first noise share: photographs are mostly grey
-# The crops that training draws (RandomCropTransform), so that images are good at these scales too.
-ZOOM_SCALE, ZOOM_RATIO, ZOOM_SHARE = (0.35, 1.0), (3 / 4, 4 / 3), 0.5
-FULL_COST = 4  # a step at full resolution takes so many times as long as one at half
+GRAY = 0.95  # correlation of the channels of the initial noise: photographs are mostly gray
+# The random crops of training (RandomCropTransform), and the fraction of steps that use them.
+ZOOM_SCALE, ZOOM_RATIO, ZOOM_FRACTION = (0.35, 1.0), (3 / 4, 4 / 3), 0.5
+FULL_COST = 4  # cost of a step at full resolution, in steps at half resolution
 
 
 @dataclass(frozen=True)
 class DistilledBatch:
-    """Images that were made together.
+    """A batch of synthesized images.
 
     Attributes:
-        images: uint8 [N, 3, H, W] on the CPU; H and W are what the evaluation transform resizes
-            to, so that its crop takes the pixels as they are.
-        error_before: How far the statistics of the first noise were from the batch norms', in the
-            evaluation crop: mean over layers and channels of ((μ_batch − μ)/σ)² + (σ_batch/σ − 1)².
-        error: The same of the images.
+        images: uint8 [N, 3, H, W] on the CPU; H and W are the size to which the evaluation
+            transform resizes, so that it only crops them.
+        error_before: Error of the initial noise's statistics in the evaluation crop, the mean over
+            layers and channels of ((μ_batch − μ)/σ)² + (σ_batch/σ − 1)².
+        error: Error of the images' statistics, likewise.
     """
 
     images: Tensor
@@ -81,26 +81,26 @@ def distill(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Iterator[DistilledBatch]:
-    """Make images batch by batch, from the batch norms of a network.
+    """Synthesize images batch by batch from the batch norms of a network.
 
-    A batch depends on the network, the preprocessing, the spec, the seed and its own number, on
-    nothing else. The network is copied, and so left as it is.
+    A batch depends only on the network, the preprocessing, the spec, the seed and its own index.
+    The network does not change.
 
     Args:
-        network: Float network with batch norms, not folded: image batches [N, 3, H, W] → logits
+        network: Float network with batch norms that are not folded, [N, 3, H, W] → logits
             [N, classes].
         preprocessing: Size, mean and std of the network's images.
-        spec: How many images, and how.
+        spec: Options.
         seed: Seed of the noise, the crops and the classes.
-        device: Where to compute; where the network is by default.
-        progress: Whether to show a progress bar with the time left.
+        device: Device to compute on; the network's by default.
+        progress: If ``True``, show a progress bar with an ETA.
 
     Returns:
-        The batches, each made when it is asked for.
+        Iterator that computes the batches.
 
     Raises:
-        FatError: If the network has no batch norm with statistics, cannot take images of half its
-            size, or gives numbers that are not finite.
+        FatError: If the network has no batch norm with statistics, does not accept images of half
+            its size, or gives values that are not finite.
 
     Examples:
         >>> from fat.models import Preprocessing
@@ -132,29 +132,27 @@ def distilled_folder(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Path:
-    """Make the images of :func:`distill` once, and keep them as PNG files.
+    """Run :func:`distill` once and save the images as PNG files.
 
-    Beside the folder with the images stand ``contact_sheet.png`` for the eye, ``request.json``
-    (what the images are made from), ``batches/`` (a checksum for each image) and, written last,
-    ``distilled.json`` (spec, seed and the errors of the statistics). A batch that is there and
-    intact is not made again, whether the run before was interrupted or finished.
+    Besides the folder of images, it writes ``contact_sheet.png`` (thumbnails), ``request.json``
+    (the inputs), ``batches/`` (a checksum for each image) and, last, ``distilled.json`` (spec, seed
+    and errors of the statistics). Batches that exist and are undamaged are not computed again.
 
     Args:
         network: As for :func:`distill`.
         preprocessing: As for :func:`distill`.
-        spec: How many images, and how.
+        spec: Options.
         seed: Seed of the noise, the crops and the classes.
-        folder: Where to; ``~/.cache/fat/distilled/KEY`` (``XDG_CACHE_HOME``) by default, where KEY
-            stands for the network's weights, the preprocessing, the spec and the seed.
-        device: Where to compute; where the network is by default.
-        progress: Whether to show a progress bar with the time left.
+        folder: Target folder; by default ``~/.cache/fat/distilled/KEY`` (``XDG_CACHE_HOME``), where
+            KEY is a hash of the network's weights, the preprocessing, the spec and the seed.
+        device: Device to compute on; the network's by default.
+        progress: If ``True``, show a progress bar with an ETA.
 
     Returns:
-        The folder that holds the images ``00000.png`` … and nothing else.
+        The folder with the images ``00000.png`` … and no other files.
 
     Raises:
-        FatError: As for :func:`distill`; or if ``folder`` holds anything else, or cannot be
-            written.
+        FatError: As for :func:`distill`, or if ``folder`` holds other files or cannot be written.
     """
     _check_batch_norms(network)
     started = time.perf_counter()
@@ -165,16 +163,16 @@ def distilled_folder(
     store.claim(request)
     missing = store.missing()
     if not missing and store.complete:
-        log.info("Distilled images, made before: %s. Have a look: %s", store.images, store.sheet)
+        logger.info("Using the distilled images in %s, shown in %s.", store.images, store.sheet)
         return store.images
     if missing:
-        log.info("Distilling %d images into %s.", spec.images, store.images)
+        logger.info("Distilling %d images into %s.", spec.images, store.images)
         _fill(store, missing, _Distiller(network, preprocessing, spec, seed, device), progress)
     errors = _mean_errors(store.facts(), spec)
     store.finish({"seed": seed, "spec": asdict(spec), **errors})
-    log.info(
-        "Distilled %d images in %.0f s; error of their statistics: %.3f, noise: %.3f. Have a look: "
-        "%s",
+    logger.info(
+        "Distilled %d images in %.0f s; error of their statistics: %.3f, of noise: %.3f. They are "
+        "shown in %s.",
         spec.images,
         time.perf_counter() - started,
         errors["error"],
@@ -189,7 +187,7 @@ def _fill(store: ImageStore, missing: list[int], distiller: _Distiller, progress
     with _bar(spec, sum(len(spec.batches[number]) for number in missing), progress) as bar:
         for number in missing:
             batch = distiller.batch(number, bar)
-            # Another process may have been faster; its record must go on fitting its images.
+            # Another process may have written it meanwhile, with a record that fits its images.
             if not store.has(number):
                 facts = {"error_before": batch.error_before, "error": batch.error}
                 store.put(number, batch.images, facts)
@@ -204,9 +202,9 @@ def _mean_errors(records: list[dict[str, Any]], spec: DistillSpec) -> dict[str, 
 
 
 def _key(network: nn.Module, preprocessing: Preprocessing, spec: DistillSpec, seed: int) -> str:
-    """A name for everything that the images depend on."""
+    """Return a hash of everything that the images depend on."""
     digest = hashlib.sha256()
-    # The types, since weights do not tell a ReLU from a ReLU6.
+    # Types are included because weights do not distinguish ReLU from ReLU6.
     types = [(name, type(module).__qualname__) for name, module in network.named_modules()]
     facts = [FORMAT, preprocessing.to_dict(), asdict(spec), seed, types]
     digest.update(json.dumps(facts, sort_keys=True).encode())
@@ -218,17 +216,17 @@ def _key(network: nn.Module, preprocessing: Preprocessing, spec: DistillSpec, se
 
 
 def _check_batch_norms(network: nn.Module) -> None:
-    """Raise a FatError unless the network has batch norms that know their statistics."""
+    """Raise a FatError unless the network has batch norms with running statistics."""
     if not _batch_norms(network):
         raise FatError(
             "Images are distilled from the running statistics of batch norms, but the network, "
-            f"{type(network).__name__}, has no batch norm that holds any (none at all, or they "
-            "are folded already). Type data=photos or data=folder data.root=DIR."
+            f"{type(network).__name__}, has none (or they are folded already). Type data=photos or "
+            "data=folder data.root=DIR."
         )
 
 
 class _Distiller:
-    """A copy of the network, with what makes one batch from it."""
+    """Copy of a network that synthesizes batches."""
 
     def __init__(
         self,
@@ -241,7 +239,7 @@ class _Distiller:
         _check_batch_norms(network)
         if device is None:
             device = next(network.buffers()).device
-        # A copy: hooks and flags on the caller's own would be seen between two batches.
+        # A copy, because the caller could see hooks and flags between two batches.
         self.network = copy.deepcopy(network).to(device, torch.float32)
         self.network.eval().requires_grad_(False)
         self.errors: list[Tensor] = []
@@ -249,7 +247,7 @@ class _Distiller:
             norm.register_forward_pre_hook(self._observe)
         self.spec, self.seed, self.device = spec, seed, torch.device(device)
         self.size = preprocessing.size
-        # What EvalTransform resizes to; its crop then takes the pixels as they are.
+        # The size to which EvalTransform resizes.
         height, width = (max(side, math.floor(side / preprocessing.crop_pct)) for side in self.size)
         self.canvas = height, width
         self.mean, self.std, self.photo_mean, self.photo_std = (
@@ -264,43 +262,43 @@ class _Distiller:
 
     @torch.no_grad()
     def _check(self, size: tuple[int, int], hint: str) -> None:
-        """Raise a FatError now if the network cannot take images of this size."""
+        """Raise a FatError if the network does not accept images of this size."""
         try:
             logits, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
         except (RuntimeError, AssertionError) as error:
             raise FatError(
-                f"The network takes no images [1, 3, {size[0]}, {size[1]}]: {error}.{hint}"
+                f"The network does not accept images [1, 3, {size[0]}, {size[1]}]: {error}.{hint}"
             ) from error
         if logits.dim() != 2:
             raise FatError(
-                f"The network gives {list(logits.shape)} for one image; wanted logits [1, classes]."
+                f"The network returns {list(logits.shape)} for one image, not logits [1, classes]."
             )
 
     def batch(self, number: int, bar: Any) -> DistilledBatch:
-        """Make batch ``number``."""
+        """Synthesize batch ``number``."""
         count = len(self.spec.batches[number])
         rng = generator(self.seed, number)
-        shares = torch.from_numpy(rng.random(count))  # of the classes: their number is not known
+        targets = torch.from_numpy(rng.random(count))  # class / number of classes
         canvas, size = self.canvas, self.size
         coarse = self.spec.coarse_steps > 0
         if coarse:
             canvas, size = _half(canvas), _half(size)
-        pixels = self._colour(pyramid_noise(count, *canvas, rng))
-        before = self._judge(_resized(pixels, self.canvas) if coarse else pixels)
+        pixels = self._colorize(pyramid_noise(count, *canvas, rng))
+        before = self._error(_resized(pixels, self.canvas) if coarse else pixels)
         if coarse:
-            pixels = self._optimise(pixels, size, self.spec.coarse_steps, shares, rng, bar, 1)
+            pixels = self._optimize(pixels, size, self.spec.coarse_steps, targets, rng, bar, 1)
             pixels = _resized(pixels, self.canvas)
-        pixels = self._optimise(pixels, self.size, self.spec.steps, shares, rng, bar, FULL_COST)
+        pixels = self._optimize(pixels, self.size, self.spec.steps, targets, rng, bar, FULL_COST)
         images = (pixels * 255.0).round()
-        after = self._judge(images / 255.0)
+        after = self._error(images / 255.0)
         return DistilledBatch(images.to("cpu", torch.uint8).contiguous(), before, after)
 
-    def _optimise(
+    def _optimize(
         self,
         pixels: Tensor,
         size: tuple[int, int],
         steps: int,
-        shares: Tensor,
+        targets: Tensor,
         rng: np.random.Generator,
         bar: Any,
         cost: int,
@@ -312,7 +310,7 @@ class _Distiller:
             for step in range(steps):
                 adam.param_groups[0]["lr"] = self.spec.lr * annealed(step, steps)
                 adam.zero_grad()
-                self._loss(pixels, size, shares, rng).backward()  # type: ignore[no-untyped-call]
+                self._loss(pixels, size, targets, rng).backward()  # type: ignore[no-untyped-call]
                 adam.step()
                 with torch.no_grad():
                     pixels.clamp_(0.0, 1.0)
@@ -320,10 +318,10 @@ class _Distiller:
         return pixels.detach()
 
     def _loss(
-        self, pixels: Tensor, size: tuple[int, int], shares: Tensor, rng: np.random.Generator
+        self, pixels: Tensor, size: tuple[int, int], targets: Tensor, rng: np.random.Generator
     ) -> Tensor:
         logits, error = self._forward(random_view(pixels, size, rng))
-        classes = (shares * logits.shape[1]).long().to(logits.device)
+        classes = (targets * logits.shape[1]).long().to(logits.device)
         return (
             error
             + self.spec.smoothness * total_variation(pixels)
@@ -331,7 +329,7 @@ class _Distiller:
         )
 
     def _forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits, and the error of the statistics."""
+        """Return the logits and the error of the statistics."""
         view, mean, mean_square = _moments(view)
         self.errors = [_mismatch(mean, mean_square, self.photo_mean, self.photo_std.square())]
         x = (view - self.mean.view(-1, 1, 1)) / self.std.view(-1, 1, 1)
@@ -340,25 +338,25 @@ class _Distiller:
         return logits, errors.mean()
 
     @torch.no_grad()
-    def _judge(self, pixels: Tensor) -> float:
-        """The error of the statistics of what the evaluation transform cuts out of the images."""
+    def _error(self, pixels: Tensor) -> float:
+        """Return the error of the statistics in the evaluation crop."""
         (height, width), (rows, columns) = self.size, self.canvas
         top, left = round((rows - height) / 2), round((columns - width) / 2)
         view = pixels[..., top : top + height, left : left + width]
         error = float(self._forward(view)[1])
         if not math.isfinite(error):
             raise FatError(
-                "Distilling images gave numbers that are not finite: the network's weights or "
-                "batch norms are damaged. Type model.weights=FILE for others, or take images: "
+                "Distilling images gave values that are not finite: the network's weights or "
+                "batch norms are damaged. Type model.weights=FILE with others, or use images: "
                 "data=photos or data=folder data.root=DIR."
             )
         return error
 
-    def _colour(self, noise: Tensor) -> Tensor:
+    def _colorize(self, noise: Tensor) -> Tensor:
         """Give noise [N, 3, H, W] of mean 0 and variance 1 the statistics of photographs."""
         noise = noise.to(self.device)
-        coloured = noise * self.photo_std.view(-1, 1, 1) + self.photo_mean.view(-1, 1, 1)
-        return coloured.clamp(0.0, 1.0)
+        colored = noise * self.photo_std.view(-1, 1, 1) + self.photo_mean.view(-1, 1, 1)
+        return colored.clamp(0.0, 1.0)
 
     def _observe(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         x, mean, mean_square = _moments(inputs[0])
@@ -370,7 +368,7 @@ class _Distiller:
 
 
 def pyramid_noise(count: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
-    """Noise with the spectrum of photographs: octaves added up, each half as strong as the coarser.
+    """Draw noise with the spectrum of photographs: octaves of half the amplitude of the coarser.
 
     Returns:
         float32 [count, 3, height, width]; each image has variance 1.
@@ -378,17 +376,17 @@ def pyramid_noise(count: int, height: int, width: int, rng: np.random.Generator)
     noise = torch.zeros(count, 3, height, width)
     rows, columns, strength = height, width, 1.0
     while min(rows, columns) >= 2:
-        octave = GREY * _normal(rng, count, 1, rows, columns)
-        octave = octave + math.sqrt(1 - GREY**2) * _normal(rng, count, 3, rows, columns)
+        octave = GRAY * _normal(rng, count, 1, rows, columns)
+        octave = octave + math.sqrt(1 - GRAY**2) * _normal(rng, count, 3, rows, columns)
         noise += strength * _bicubic(octave, (height, width))
         rows, columns, strength = rows // 2, columns // 2, strength * 2
     return noise / noise.std((1, 2, 3), keepdim=True).clamp_min(1e-6)
 
 
 def random_view(pixels: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    """A part of the images [N, 3, H, W] as training or evaluation would show it, maybe mirrored."""
+    """Crop images [N, 3, H, W] as in training or as in evaluation, and flip them, at random."""
     height, width = pixels.shape[2:]
-    if rng.random() < ZOOM_SHARE:
+    if rng.random() < ZOOM_FRACTION:
         left, top, columns, rows = crop_box(width, height, rng, ZOOM_SCALE, ZOOM_RATIO)
     else:
         rows, columns = size
@@ -401,22 +399,22 @@ def random_view(pixels: Tensor, size: tuple[int, int], rng: np.random.Generator)
 
 
 def total_variation(pixels: Tensor) -> Tensor:
-    """Mean absolute difference between neighbours, along the columns plus along the rows."""
+    """Return the mean absolute difference between neighbors, summed over columns and rows."""
     down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean()
     return down + (pixels[..., 1:] - pixels[..., :-1]).abs().mean()
 
 
 class _Moments(torch.autograd.Function):
-    """Mean and mean square per channel of x [N, C, H, W], with x itself handed on.
+    """Identity of x [N, C, H, W] that also returns its mean and mean square per channel.
 
-    torch.var_mean takes longer than the convolution before it; and since x comes through here,
-    its gradient is completed in place of being added up from three tensors.
+    torch.var_mean takes longer than the convolution before it. Returning x allows the backward pass
+    to compute its gradient in place instead of summing three tensors.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x)
-        # Over pixels first: this order is the fast one, and adds few large sums to small terms.
+        # Over pixels first, which is faster and more accurate.
         return x.view_as(x), x.mean((2, 3)).mean(0), x.square().mean((2, 3)).mean(0)
 
     @staticmethod
@@ -434,9 +432,9 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _mismatch(mean: Tensor, mean_square: Tensor, wanted: Tensor, variance: Tensor) -> Tensor:
-    """Mean over channels of ((μ_batch − μ)/σ)² + (σ_batch/σ − 1)²."""
+    """Return the mean over channels of ((μ_batch − μ)/σ)² + (σ_batch/σ − 1)²."""
     shift = (mean - wanted).square() / variance
-    # The floor keeps the root's gradient finite where a channel is constant.
+    # The minimum keeps the root's gradient finite for constant channels.
     ratio = ((mean_square - mean.square()) / variance).clamp_min(1e-6).sqrt()
     return (shift + (ratio - 1.0).square()).mean()
 
@@ -467,7 +465,7 @@ def _half(size: tuple[int, int]) -> tuple[int, int]:
 
 def _bar(spec: DistillSpec, images: int, progress: bool) -> Any:
     each = spec.coarse_steps + FULL_COST * spec.steps
-    # Steps differ in length, so the bar counts them by their cost: its estimate is then right.
+    # Steps are counted by their cost, for a correct ETA.
     form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     return tqdm(
         total=images * each, desc="Distill", bar_format=form, disable=not progress, leave=False

@@ -1,4 +1,4 @@
-"""What ImageNet's names and label files say: which image, and which class."""
+"""Names and label files of ImageNet's images."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ LABEL_FILES = (
     "ILSVRC2012_devkit_t12/data/ or ILSVRC2012_devkit_t12.tar.gz)",
     'val.txt with lines "ILSVRC2012_val_00000001.JPEG 65"',
     "LOC_val_solution.csv (Kaggle)",
-    "imagenet_2012_validation_synset_labels.txt with one wnid a line",
+    "imagenet_2012_validation_synset_labels.txt with one wnid per line",
 )
-"""The label files that flat validation images may have, for people."""
+"""Descriptions of the label files that flat validation images may have."""
 
 _DEVKIT = "ILSVRC2012_devkit_t12"
 _TRUTH, _META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
-_MOST_BYTES = 1 << 26  # a hundred times what the devkit's files have
+_MAX_BYTES = 1 << 26  # a hundred times the size of the devkit's files
 _WNID = re.compile(r"_n\d{8}$")
 
 Lines = Iterator[tuple[str, str]]  # stem and wnid (or class index) of each image
 
 
 def stem(name: str) -> str:
-    """Return what an image is called in every form of ImageNet.
+    """Return the name of an image that is the same in every form of ImageNet.
 
-    Folders, their suffix, and the wnid that the Hugging Face hub appends go.
+    Folders, the suffix, and the wnid that the Hugging Face hub appends are removed.
 
     Examples:
         >>> stem("train/n01440764/n01440764_10026.JPEG")
@@ -56,8 +56,8 @@ def find_labels(
     """Return the first label file in the folders, and the class of each stem in it.
 
     Args:
-        folders: Where to look.
-        index: wnid to class index.
+        folders: Folders to search.
+        index: Class index by wnid.
 
     Raises:
         FatError: If the file is damaged or names an unknown class.
@@ -89,7 +89,7 @@ def _labels(path: Path, read: Callable[[Path], Lines], index: Mapping[str, int])
                     f"ImageNet's wnids and indices from 0 to {len(index) - 1}."
                 )
             labels[name] = index[given] if given in index else int(given)
-    # Text in another encoding, a damaged tar.gz, or a meta.mat of other contents.
+    # Text in another encoding, a damaged tar.gz, or an unexpected meta.mat.
     except (
         OSError,
         EOFError,
@@ -103,7 +103,7 @@ def _labels(path: Path, read: Callable[[Path], Lines], index: Mapping[str, int])
     ) as error:
         raise FatError(
             f"The label file {path} cannot be read: {error or type(error).__name__}. Copy it "
-            "again, or remove it and bring another: " + "; ".join(LABEL_FILES) + "."
+            "again, or replace it by another: " + "; ".join(LABEL_FILES) + "."
         ) from error
     return labels
 
@@ -128,8 +128,8 @@ def _ground_truth(path: Path) -> Lines:
     meta = path.with_name(_META)
     if not meta.is_file():
         raise FatError(
-            f"{path} holds ILSVRC's own class numbers; the devkit's {_META}, which says what they "
-            f"mean, is not beside it. Copy it to {meta}."
+            f"{path} holds ILSVRC's own class numbers, but the devkit's {_META}, which maps them "
+            f"to wnids, is not in the same folder. Copy it to {meta}."
         )
     return _truth(path.read_text(encoding="utf-8"), meta)
 
@@ -140,8 +140,8 @@ def _packed_devkit(path: Path) -> Lines:
         assert truth is not None
         assert meta is not None
         for name in (_TRUTH, _META):
-            if tar.getmember(f"{_DEVKIT}/data/{name}").size > _MOST_BYTES:
-                raise ValueError(f"{name} in it is larger than the devkit's")
+            if tar.getmember(f"{_DEVKIT}/data/{name}").size > _MAX_BYTES:
+                raise ValueError(f"its {name} is larger than the devkit's")
         return _truth(truth.read().decode(), io.BytesIO(meta.read()))
 
 
@@ -151,11 +151,11 @@ def _truth(text: str, meta: Path | io.BytesIO) -> Lines:
 
 
 def _devkit_classes(meta: Path | io.BytesIO) -> dict[int, str]:
-    """The wnid of each of ILSVRC's class numbers (1 to 1000, in another order than the wnids)."""
+    """Return the wnid of each of ILSVRC's class numbers (1 to 1000, not in the order of wnids)."""
     try:
         synsets: Any = scipy.io.loadmat(meta, squeeze_me=True)["synsets"]
         numbers, wnids = (np.atleast_1d(synsets[key]) for key in ("ILSVRC2012_ID", "WNID"))
-    except Exception as error:  # scipy raises nearly anything on damaged files
+    except Exception as error:  # scipy raises nearly anything for damaged files
         raise ValueError(f"{_META} is not the devkit's: {error}") from error
     return {int(number): str(wnid) for number, wnid in zip(numbers, wnids, strict=True)}
 

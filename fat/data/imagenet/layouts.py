@@ -1,4 +1,4 @@
-"""The forms in which people have ImageNet, each known by what lies in its folder."""
+"""Layouts in which ImageNet is distributed, recognized by the files in its folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fat.data.imagenet.labels import LABEL_FILES, find_labels, stem
 from fat.data.sources.archives import Member, parquet_rows, tar_members
 from fat.data.sources.decoding import UNKNOWN, is_image
 from fat.data.sources.listing import Builder, Entry, Listing, list_folder
-from fat.utils.errors import FatError
+from fat.utils.errors import FatError, abbreviated
 
 __all__ = ["TRAINING_FORMS", "VALIDATION_FORMS", "Part", "find_training", "find_validation"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TRAINING_FORMS = (
     "class folders train/<wnid>/*.JPEG",
     "the original archive ILSVRC2012_img_train.tar",
-    "one archive a class, train/<wnid>.tar or <wnid>.tar",
+    "one archive per class, train/<wnid>.tar or <wnid>.tar",
     "parquet as on the Hugging Face hub, train-*.parquet, here or in a folder data/",
     "WebDataset shards *train*0000.tar and so on, with members .jpg and .cls",
 )
@@ -39,7 +39,7 @@ _TRAINING, _VALIDATION = ("train",), ("validation", "val")
 _KAGGLE = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")
 _WNID = re.compile(r"n\d{8}")
 _CLASS_TAR = re.compile(r"(n\d{8})\.tar")
-_OF = re.compile(r"-of-(\d+)")  # the hub's names say how many files a split has
+_OF = re.compile(r"-of-(\d+)")  # number of files of a split in the hub's file names
 
 Images = Callable[[Path], Iterator[Entry]]
 LabelOf = Callable[[Entry], int]
@@ -47,14 +47,14 @@ LabelOf = Callable[[Entry], int]
 
 @dataclass(frozen=True)
 class Part:
-    """Training or validation images in the form they were found in.
+    """Training or validation images in one layout.
 
     Attributes:
-        form: What the form is called, for people.
+        form: Name of the layout.
         base: Folder that entries of the listing are relative to.
-        label: Class of an entry; -1 if it has none.
-        archives: Files in ``base`` that hold the images; none if they are files themselves.
-        images: What is in an archive.
+        label: Function that returns the class of an entry, −1 if it has none.
+        archives: Files in ``base`` that hold the images; none if they are single files.
+        images: Function that yields the entries of an archive.
     """
 
     form: str
@@ -67,13 +67,13 @@ class Part:
         return f"{self.form} in {self.base}"
 
     def overlaps(self, other: Part) -> bool:
-        """Whether some images are in both."""
+        """Return whether both have images in common."""
         if self.base.resolve() != other.base.resolve():
             return False
         return bool(set(self.archives) & set(other.archives)) or self.archives == other.archives
 
     def listing(self, progress: bool = True) -> Listing:
-        """Return the images, listed now or by an earlier run.
+        """Return the listing of the images, from the cache if possible.
 
         Raises:
             FatError: If an archive is damaged, compressed, or holds something else.
@@ -105,14 +105,14 @@ class Part:
 
 
 def find_training(root: Path, classes: Sequence[str]) -> Part:
-    """Return the training images below a folder.
+    """Find the training images below a folder.
 
     Args:
         root: The folder.
         classes: wnids in the order of the logits.
 
     Raises:
-        FatError: If they are there in no form known here.
+        FatError: If there are none in a known layout.
     """
     index = _positions(classes)
     found = [
@@ -126,15 +126,15 @@ def find_training(root: Path, classes: Sequence[str]) -> Part:
 
 
 def find_validation(root: Path, classes: Sequence[str], val_root: Path | None = None) -> Part:
-    """Return the validation images.
+    """Find the validation images.
 
     Args:
-        root: The folder with all of ImageNet; label files are looked for here too.
+        root: The folder with all of ImageNet, which may also hold a label file.
         classes: wnids in the order of the logits.
-        val_root: The folder that holds the validation images, if that is another.
+        val_root: The folder with the validation images, if it is another.
 
     Raises:
-        FatError: If they are there in no form known here, or flat without a label file.
+        FatError: If there are none in a known layout, or a flat folder has no label file.
     """
     index = _positions(classes)
     place = root if val_root is None else val_root
@@ -167,24 +167,23 @@ def find_validation(root: Path, classes: Sequence[str], val_root: Path | None = 
 def _first(root: Path, found: Sequence[Part], what: str, forms: Sequence[str], option: str) -> Part:
     if not found:
         raise FatError(
-            f"{root} holds ImageNet's {what} images in no form known here; it holds: "
+            f"{root} holds no ImageNet {what} images in a known layout; it holds: "
             f"{_contents(root)}. Allowed: {'; '.join(forms)}. Type {option}."
         )
-    log.info("ImageNet's %s images: %s.", what, found[0])
+    logger.info("ImageNet %s images: %s.", what, found[0])
     for other in found[1:]:
-        log.info("Not used, as one form is enough: %s.", other)
+        logger.info("Ignoring a second copy: %s.", other)
     return found[0]
 
 
-def _contents(root: Path, most: int = 12) -> str:
+def _contents(root: Path) -> str:
     names = sorted(entry.name + "/" * entry.is_dir() for entry in _scan(root))
     packed = [name for name in names if name.endswith((".tar.gz", ".tgz", ".zip"))]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
     hint = f" (unpack {packed[0]}: single images cannot be read from it)" if packed else ""
-    return (", ".join(names[:most]) or "nothing") + more + hint
+    return (abbreviated(names, 12) or "nothing") + hint
 
 
-# ------------------------------------------------------------------------------- where and what
+# ------------------------------------------------------------------------------------ layouts
 
 
 def _training_forms(folder: Path, index: Mapping[str, int]) -> Iterator[Part]:
@@ -212,7 +211,7 @@ def _class_folders(folder: Path, index: Mapping[str, int]) -> Part:
 
 
 def _packed(root: Path, splits: Sequence[str]) -> list[Part]:
-    """Parquet files and shards of a split: in the root, or in the first folder in it with any."""
+    """Find parquet files and shards of a split in the root, or the first subfolder with any."""
     split = "|".join(splits)
     forms = (
         ("parquet files", re.compile(rf"(?:{split})[^a-z].*\.parquet"), r".*\.parquet", _rows),
@@ -223,7 +222,7 @@ def _packed(root: Path, splits: Sequence[str]) -> list[Part]:
     found = []
     for form, named, anything, images in forms:
         for folder in folders:
-            # In a folder named after the split, files need not be.
+            # In a folder named after the split, files may have other names.
             pattern = re.compile(anything) if folder.name in splits else named
             names = tuple(
                 name
@@ -231,20 +230,20 @@ def _packed(root: Path, splits: Sequence[str]) -> list[Part]:
                 if pattern.fullmatch(name) and not _CLASS_TAR.fullmatch(name)
             )
             if names:
-                _tell_missing(folder, names)
+                _warn_of_missing(folder, names)
                 found.append(Part(form, folder, _own_label, names, images))
                 break
     return found
 
 
-def _tell_missing(folder: Path, names: Sequence[str]) -> None:
-    said = {int(match[1]) for name in names if (match := _OF.search(name))}
-    if said and len(names) != max(said):
-        log.warning(
-            "%s has %d of the %d files that their names speak of; images are chosen among these.",
+def _warn_of_missing(folder: Path, names: Sequence[str]) -> None:
+    counts = {int(match[1]) for name in names if (match := _OF.search(name))}
+    if counts and len(names) != max(counts):
+        logger.warning(
+            "%s has only %d of %d files; images are chosen from these.",
             folder,
             len(names),
-            max(said),
+            max(counts),
         )
 
 
@@ -257,15 +256,15 @@ def _no_label(entry: Entry) -> int:
 
 
 def _labelled(part: Part, path: Path, labels: Mapping[str, int]) -> Part:
-    """Give a flat part the labels of a file."""
+    """Return a copy of a flat part with the labels of a file."""
 
     def label(entry: Entry) -> int:
         name = entry.member or entry.file
         if stem(name) not in labels:
             raise FatError(
-                f"{path} has no label for {name}; its {len(labels)} labels begin with that of "
-                f"{next(iter(labels), 'no image')}. Remove the image, or bring the label file "
-                "that belongs to these images."
+                f"{path} has no label for {name}; the first of its {len(labels)} labels is for "
+                f"{next(iter(labels), 'no image')}. Remove the image, or use the label file that "
+                "belongs to these images."
             )
         return labels[stem(name)]
 
@@ -306,14 +305,14 @@ def _archives(folder: Path) -> list[str]:
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield what is in a folder, nothing hidden."""
+    """Yield the entries of a folder that are not hidden."""
     try:
         with os.scandir(str(folder)) as scan:
             for entry in scan:
                 if not entry.name.startswith("."):
                     yield entry
     except OSError as error:
-        log.warning("The folder %s cannot be listed and is passed over: %s", folder, error)
+        logger.warning("Skipping the folder %s, which cannot be listed: %s", folder, error)
 
 
 # ------------------------------------------------------------------------------ inside archives
@@ -328,14 +327,14 @@ def _entry(path: Path, member: Member, folder: str = "", label: int = UNKNOWN) -
 
 
 def _members(path: Path) -> Iterator[Entry]:
-    """Images of a tar."""
+    """Yield the images of a tar."""
     for member in tar_members(path):
         if _wanted(member.name):
             yield _entry(path, member)
 
 
 def _nested_members(path: Path) -> Iterator[Entry]:
-    """Images of the tars in a tar."""
+    """Yield the images of the tars in a tar."""
     for inner in tar_members(path):
         if inner.name.endswith(".tar"):
             for member in tar_members(path, inner.offset, inner.size):
@@ -344,13 +343,13 @@ def _nested_members(path: Path) -> Iterator[Entry]:
 
 
 def _rows(path: Path) -> Iterator[Entry]:
-    """Images of a parquet file."""
+    """Yield the images of a parquet file."""
     for row, name, label in parquet_rows(path):
         yield Entry("", path.name, name or f"{path.stem}-{row}", row=row, label=label)
 
 
 def _samples(path: Path) -> Iterator[Entry]:
-    """Images of a WebDataset shard: neighbouring members that differ after the first dot only."""
+    """Yield the images of a WebDataset shard: adjacent members of one name up to the first dot."""
     with path.open("rb") as file:
         for key, sample in _grouped(path):
             images = [member for ending, member in sample.items() if is_image(f"{key}.{ending}")]
@@ -359,7 +358,7 @@ def _samples(path: Path) -> Iterator[Entry]:
             if "cls" not in sample:
                 raise FatError(
                     f"The image {key} in {path} has no class: it has "
-                    f"{', '.join(f'.{ending}' for ending in sample)}; wanted is .cls, a number."
+                    f"{', '.join(f'.{ending}' for ending in sample)}, but not .cls, a class index."
                 )
             label = sample["cls"]
             text = os.pread(file.fileno(), label.size, label.offset).decode("ascii", "replace")

@@ -1,4 +1,4 @@
-"""A class-balanced sample that depends on names and contents alone: pure functions."""
+"""Class-balanced sampling that depends only on names and contents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Digests = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
 
 def digest(seed: int, name: str) -> int:
-    """Return 64 bits that seem random, the same for the same seed and name everywhere.
+    """Return a 64-bit hash of the seed and the name, the same on all machines.
 
     Examples:
         >>> digest(0, "n01440764_10026") == digest(0, "n01440764_10026")
@@ -27,15 +27,15 @@ def digest(seed: int, name: str) -> int:
 
 
 def balanced_order(labels: Ints, digests: Digests, seed: int) -> Ints:
-    """Order images so that any stretch of the order has its classes as equal as can be.
+    """Order images so that the classes are balanced in every prefix.
 
-    Each round takes one image of every class that has any left: in each class the one with the
-    smallest digest, the classes in an order that follows the seed.
+    Each round takes one image of every class that has any left: the one with the smallest digest
+    of each class, with the classes in a random order that depends on the seed.
 
     Args:
         labels: Class of each image [N].
-        digests: Rank of each image within its class [N]; equal ones go by position.
-        seed: What the order of the classes follows.
+        digests: Rank of each image within its class [N]; ties keep their order.
+        seed: Seed of the order of the classes.
 
     Returns:
         Positions of the images [N].
@@ -61,20 +61,21 @@ def distinct(
     contents: Callable[[Sequence[int]], Mapping[int, str | None]],
     taken: Collection[str],
 ) -> tuple[list[int], list[int]]:
-    """Take the first images of the balanced order, each content once.
+    """Take the first images of the balanced order, without duplicates.
 
-    What is left out makes room for the next image of the same class, so the balance stays.
+    A duplicate or unreadable image is replaced by the next one of its class, which keeps the
+    balance.
 
     Args:
         labels: Class of each image [N].
         digests: Rank of each image within its class [N].
-        seed: What the order of the classes follows.
-        count: How many to take; fewer if there are fewer.
-        contents: Gives the content of each image asked for, None where it cannot be read.
-        taken: Contents that must not be taken.
+        seed: Seed of the order of the classes.
+        count: Maximum number of images.
+        contents: Function that returns the content of images, ``None`` for unreadable ones.
+        taken: Contents to exclude.
 
     Returns:
-        The images in balanced order, and those left out because their content was taken already.
+        The images in balanced order, and the duplicates that were left out.
     """
     alive = np.ones(len(labels), dtype=bool)
     repeated: list[int] = []

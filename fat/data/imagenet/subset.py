@@ -20,15 +20,15 @@ from fat.data.sources.archives import Place, Reader
 from fat.data.sources.decoding import UNKNOWN
 from fat.data.sources.folder import check_folder
 from fat.data.sources.listing import Entry, Hashes, Listing
-from fat.data.sources.manifest import ImageIndex, Record, check_labels, relative, some
-from fat.utils.errors import FatError
+from fat.data.sources.manifest import ImageIndex, Record, check_labels, relative
+from fat.utils.errors import FatError, abbreviated
 
 __all__ = ["choose"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-_COMMIT_EVERY = 100  # hashes that an interruption may cost
-_BAR_DELAY = 2.0  # seconds before a progress bar shows
+_COMMIT_EVERY = 100  # hashes that an interruption may lose
+_BAR_DELAY = 2.0  # seconds before a progress bar appears
 
 
 def choose(
@@ -45,32 +45,31 @@ def choose(
     val_root: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> ImageIndex:
-    """Choose a class-balanced sample of ImageNet, the same from every form it comes in.
+    """Choose a class-balanced sample of ImageNet that is the same for every layout.
 
     Within each class, images are ranked by a hash of the seed and their name, and classes take
-    turns. In this order first the calibration images are taken, then the validation images, then
-    the training images, all from ImageNet's training part. Test images are its validation part.
-    No content is taken twice.
+    turns. The calibration, validation and training images are taken in this order from ImageNet's
+    training images. Test images are its validation images. Duplicates are left out.
 
     Args:
-        root: The folder; :mod:`fat.data.imagenet.layouts` says in which forms.
+        root: The folder, in a layout of :mod:`fat.data.imagenet.layouts`.
         classes: wnids in the order of the logits.
         num_classes: Number of logits.
-        fraction: Share of the training part to train on, above 0, up to 1.
-        train_images: So many training images in place of the fraction.
-        calibration_images: Images for the first thresholds.
-        validation_images: Images to choose the best network by.
-        test_images: So many test images, balanced too; None takes all.
-        seed: What the choice follows.
-        val_root: Where the validation part lies, if not below the root.
-        progress: Whether to show progress bars for what takes longer than two seconds.
+        fraction: Fraction of ImageNet's training images to train on, above 0, up to 1.
+        train_images: Number of training images in place of the fraction.
+        calibration_images: Number of images for calibration.
+        validation_images: Number of images for choosing the best epoch.
+        test_images: Number of test images, class-balanced too; ``None`` takes all.
+        seed: Seed of the choice.
+        val_root: Folder of ImageNet's validation images, if not below the root.
+        progress: If ``True``, show progress bars for steps longer than two seconds.
 
     Returns:
-        The index; calibration, train and validation images in balanced order, test images in
-        the order in which they are stored.
+        The index: calibration, train and validation images in balanced order, test images in
+        storage order.
 
     Raises:
-        FatError: If a number is out of range, the images are in no form known here, an archive is
+        FatError: If a number is out of range, the images are in no known layout, an archive is
             damaged, there are too few images, or labels are outside the network's classes.
     """
     options = {
@@ -95,24 +94,24 @@ def choose(
             "Type data.test_root=DIR with ImageNet's validation images."
         )
     pool, held = (_Pool.of(part, num_classes, seed, progress) for part in parts)
-    _tell_missing_classes(held, classes)
+    _warn_of_missing_classes(held, classes)
     if val_place is not None and val_place.is_relative_to(place):
         val_place = None
 
-    aside = calibration_images + validation_images
+    held_out = calibration_images + validation_images
     wanted = max(1, round(fraction * pool.size)) if train_images is None else train_images
     hashes = Hashes()
     try:
         tests = held.take(test_images or held.size, "test", (), hashes, progress)
-        taken = pool.take(aside + wanted, "training", set(tests.values()), hashes, progress)
+        taken = pool.take(held_out + wanted, "training", set(tests.values()), hashes, progress)
     finally:
         hashes.close()
     _check_enough(pool, len(taken), calibration_images, validation_images, wanted)
     order = list(taken)
     splits = {
         "calibration": order[:calibration_images],
-        "train": order[aside:],
-        "validation": order[calibration_images:aside],
+        "train": order[held_out:],
+        "validation": order[calibration_images:held_out],
     }
     records = [
         record
@@ -126,13 +125,13 @@ def choose(
 
 @dataclass(frozen=True)
 class _Pool:
-    """The images of a part that can be chosen.
+    """The images of a part with a class.
 
     Attributes:
-        part: Where they are.
-        listing: All of the part.
-        seed: What the choice follows.
-        indices: Which of the listing have a class [N].
+        part: The part.
+        listing: All images of the part.
+        seed: Seed of the choice.
+        indices: Indices of the images in the listing [N].
         labels: Their classes [N].
         digests: Their ranks [N].
     """
@@ -147,9 +146,9 @@ class _Pool:
     @classmethod
     def of(cls, part: Part, num_classes: int, seed: int, progress: bool) -> _Pool:
         listing = part.listing(progress)
-        # 24 bytes an image, however long the names.
+        # Arrays, to need only 24 bytes per image.
         indices, labels, digests = array("q"), array("q"), array("Q")
-        passed, strange = 0, list[str]()
+        skipped, examples = 0, list[str]()
         bar = tqdm(
             listing.entries(),
             "Rank images",
@@ -161,8 +160,8 @@ class _Pool:
         for index, entry in enumerate(bar):
             label = part.label(entry)
             if label == UNKNOWN:
-                passed += 1
-                strange += [_name(entry)] if passed <= 5 else []
+                skipped += 1
+                examples += [_name(entry)] if skipped <= 5 else []
                 continue
             if not 0 <= label < num_classes:
                 check_labels([(_name(entry), label)], num_classes)
@@ -171,15 +170,15 @@ class _Pool:
             digests.append(digest(seed, stem(entry.member or entry.file)))
         if not indices:
             raise FatError(
-                f"The {part} hold no image that has a class; images without one: "
-                f"{passed} ({some(strange) or 'none'}). Type data.root=DIR."
+                f"The {part} hold no image with a class; images without one: "
+                f"{skipped} ({', '.join(examples) or 'none'}). Type data.root=DIR."
             )
-        if passed:
-            log.warning(
-                "%d images of the %s have no class and are passed over: %s.",
-                passed,
+        if skipped:
+            logger.warning(
+                "Skipping %d images of the %s, which have no class: %s.",
+                skipped,
                 part,
-                some(strange),
+                ", ".join(examples),
             )
         return cls(
             part,
@@ -192,46 +191,46 @@ class _Pool:
 
     @property
     def size(self) -> int:
-        """How many there are."""
+        """Number of images."""
         return len(self.indices)
 
     def entry(self, image: int) -> Entry:
-        """Where an image is."""
+        """Return the listing's entry of an image."""
         return self.listing.entry(int(self.indices[image]))
 
     def take(
         self, count: int, what: str, taken: Collection[str], hashes: Hashes, progress: bool
     ) -> dict[int, str]:
-        """Return the chosen images in balanced order, and the hashes of their contents."""
+        """Return the hashes of the chosen images' contents by image, in balanced order."""
         contents = _Contents(self, hashes, what, progress)
         chosen, repeated = distinct(self.labels, self.digests, self.seed, count, contents, taken)
         if repeated:
-            log.info(
-                "%d %s images repeat others, byte for byte, and are left out: %s.",
+            logger.info(
+                "Leaving out %d %s images, which are duplicates: %s.",
                 len(repeated),
                 what,
-                some([_name(self.entry(image)) for image in repeated]),
+                abbreviated([_name(self.entry(image)) for image in repeated]),
             )
         unreadable = [image for image, content in contents.known.items() if content is None]
         if unreadable:
-            log.warning(
-                "%d %s images are empty or cannot be read, and are left out: %s.",
+            logger.warning(
+                "Leaving out %d %s images, which are empty or cannot be read: %s.",
                 len(unreadable),
                 what,
-                some([_name(self.entry(image)) for image in unreadable]),
+                abbreviated([_name(self.entry(image)) for image in unreadable]),
             )
         return {image: str(contents.known[image]) for image in chosen}
 
     def records(
         self, split: str, images: Iterable[int], contents: Mapping[int, str], base: Path
     ) -> list[Record]:
-        """Return what the index holds of some images."""
-        found = []
+        """Return the index's records of images."""
+        records = []
         for image in images:
             entry = self.entry(image)
             place = entry.place
             path = relative(self.part.base / place.path, base)
-            found.append(
+            records.append(
                 Record(
                     split,
                     path,
@@ -244,11 +243,11 @@ class _Pool:
                     contents[image],
                 )
             )
-        return found
+        return records
 
 
 class _Contents:
-    """SHA-256 of images, None for those that are empty or cannot be read; each is read once."""
+    """SHA-256 of images, ``None`` for those that are empty or unreadable. Each is read once."""
 
     def __init__(self, pool: _Pool, hashes: Hashes, what: str, progress: bool) -> None:
         self.known: dict[int, str | None] = {}
@@ -260,7 +259,7 @@ class _Contents:
         self._reader = Reader(self._base)
 
     def __call__(self, images: Sequence[int]) -> Mapping[int, str | None]:
-        new = sorted(set(images) - self.known.keys())  # the order in which they are stored
+        new = sorted(set(images) - self.known.keys())  # storage order
         bar = tqdm(
             new,
             f"Hash {self._what} images",
@@ -303,7 +302,7 @@ def _folder(path: str | os.PathLike[str]) -> Path:
 
 def _check_options(fraction: float, seed: int, counts: Mapping[str, float | None]) -> None:
     if not 0 < fraction <= 1:
-        raise FatError(f"data.fraction is {fraction}; allowed: more than 0, up to 1.")
+        raise FatError(f"data.fraction is {fraction}; allowed: above 0, up to 1.")
     for key, value in counts.items():
         if value is not None and value < 1:
             raise FatError(f"data.{key} is {value}; it must be at least 1.")
@@ -320,22 +319,21 @@ def _check_enough(pool: _Pool, got: int, calibration: int, validation: int, want
             "numbers, or data.root=DIR with more images."
         )
     if left < wanted:
-        log.warning(
-            "Training on %d images: of the %d asked for, the others are set aside for calibration "
-            "and validation, or do not exist.",
+        logger.warning(
+            "Training on %d of %d requested images: there are no more besides those for "
+            "calibration and validation.",
             left,
             wanted,
         )
 
 
-def _tell_missing_classes(held: _Pool, classes: Sequence[str]) -> None:
+def _warn_of_missing_classes(held: _Pool, classes: Sequence[str]) -> None:
     missing = sorted(set(range(len(classes))) - set(held.labels.tolist()))
     if missing:
-        log.warning(
-            "The %s have no image of %d of the %d classes, so accuracies speak of the others "
-            "only; missing: %s.",
+        logger.warning(
+            "The %s have no images of %d of the %d classes, so that accuracies exclude these: %s.",
             held.part,
             len(missing),
             len(classes),
-            some([classes[k] for k in missing], 10),
+            abbreviated([classes[k] for k in missing], 10),
         )

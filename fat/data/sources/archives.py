@@ -1,4 +1,4 @@
-"""Single images out of tar and parquet files, which stay packed."""
+"""Reading of single images from tar and parquet files, without unpacking them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fat.utils.errors import FatError, first_line, missing_extra
 
 __all__ = ["Member", "Place", "Reader", "parquet_rows", "tar_members"]
 
-_OPEN_FILES = 32  # at most, for each process: a thousand class tars would pass the usual limit
+_MAX_OPEN = 32  # open archives per process, since a thousand class tars exceed the usual limit
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the bytes of an image lie; -1 is what does not apply.
+    """Location of an image's bytes; fields that do not apply are −1.
 
     Attributes:
         path: The file or archive, relative to a root.
@@ -41,7 +41,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A file inside a tar: its name there, its first byte in the outermost file, its bytes."""
+    """A file inside a tar: its name, its first byte in the outermost file, and its size."""
 
     name: str
     offset: int
@@ -49,15 +49,16 @@ class Member:
 
 
 def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator[Member]:
-    """Yield the files of a plain tar in their order, in constant memory.
+    """Yield the files of an uncompressed tar in order, in constant memory.
 
     Args:
         path: The tar.
-        start: Where in ``path`` the tar begins: the offset of a member that is a tar itself.
-        size: How long it is then.
+        start: First byte of the tar in ``path``, for a tar inside a tar.
+        size: Size of the tar inside a tar.
 
     Raises:
-        FatError: If it is compressed, no tar, or damaged; that comes after the members before.
+        FatError: If it is compressed, not a tar, or damaged (after yielding the members before the
+            damage).
         OSError: If it cannot be opened.
     """
     with path.open("rb") as file:
@@ -66,7 +67,7 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
         try:
             tar: Any = tarfile.TarFile(fileobj=file)
             while (found := tar.next()) is not None:
-                tar.members.clear()  # else it keeps every one
+                tar.members.clear()  # otherwise it keeps all of them in memory
                 if size is not None and found.offset_data + found.size > start + size:
                     raise tarfile.ReadError("it has no end")  # what follows is the outer tar's
                 count += 1
@@ -74,7 +75,7 @@ def tar_members(path: Path, start: int = 0, size: int | None = None) -> Iterator
                     yield Member(found.name, found.offset_data, found.size)
         except (tarfile.TarError, ValueError, OverflowError) as error:  # sizes beyond any file
             raise _damaged(path, start, count, str(error)) from error
-        # tarfile takes whatever is no header for the end.
+        # tarfile takes anything that is not a header for the end.
         file.seek(tar.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise _damaged(path, start, count, "it has no end")
@@ -97,13 +98,13 @@ def _damaged(path: Path, start: int, count: int, reason: str) -> FatError:
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, str, int]]:
-    """Yield row, file name ("" if there is none) and label (-1 if there is none), no images.
+    """Yield row, file name ("" if missing) and label (−1 if missing) of each image.
 
     The layout is that of the Hugging Face hub: a column ``image``, struct{bytes, path}, and an
     integer column ``label``.
 
     Raises:
-        FatError: If pyarrow is not installed, the file is damaged, or its columns are others.
+        FatError: If pyarrow is not installed, the file is damaged, or it has other columns.
     """
     arrow = _pyarrow()
     try:
@@ -132,7 +133,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_columns(schema: Any, path: Path) -> bool:
-    """Raise unless images and labels are there; return whether the images have names."""
+    """Raise a FatError unless there are images and labels; return whether images have names."""
     import pyarrow
 
     types = {field.name: field.type for field in schema}
@@ -145,8 +146,8 @@ def _check_columns(schema: Any, path: Path) -> bool:
     if "bytes" not in fields or label is None or not pyarrow.types.is_integer(label):
         found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
         raise FatError(
-            f"{path} has the columns {found}; wanted are image, a struct of bytes and path, and "
-            "label, an integer, as in the Hugging Face hub's imagenet-1k."
+            f"{path} has the columns {found}; expected are image, a struct of bytes and path, and "
+            "label, an integer, as in imagenet-1k on the Hugging Face hub."
         )
     return "path" in fields
 
@@ -166,26 +167,26 @@ def _arrow_errors() -> tuple[type[Exception], ...]:
 
 
 def _regular(path: Path) -> BinaryIO:
-    """Open a file; what a pipe or a device gives has no end, so these are refused."""
+    """Open a regular file, but not a pipe or device, which may be endless."""
     if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(f"{path} is no regular file")
+        raise OSError(f"{path} is not a regular file")
     return path.open("rb")
 
 
 class Reader:
-    """Reads images below a root wherever they lie. Archives stay open, a few for each process.
+    """Reads images from files and archives, and keeps a few archives open.
 
-    It may be pickled, used after a fork, and shared by threads.
+    It can be pickled, used after a fork, and shared by threads.
 
     Args:
-        root: What places are relative to.
+        root: Folder that paths are relative to.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._forget()
+        self._reset()
 
-    def _forget(self) -> None:
+    def _reset(self) -> None:
         self._process = os.getpid()
         self._files: OrderedDict[str, BinaryIO] = OrderedDict()
         self._groups: tuple[str, int, Any] | None = None  # path, first row, images of the group
@@ -195,23 +196,23 @@ class Reader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.root = state["root"]
-        self._forget()
+        self._reset()
 
     def read(self, place: Place) -> bytes:
-        """Return the image's bytes; fewer if the archive ends before.
+        """Return the image's bytes, fewer if the archive is truncated.
 
         Raises:
             OSError: If the file is missing or unreadable, or has no such row.
             FatError: If pyarrow is needed and not installed.
         """
-        if self._process != os.getpid():  # what libraries hold open does not outlive a fork
-            self._forget()
+        if self._process != os.getpid():  # open files must not be used after a fork
+            self._reset()
         if place.row >= 0:
             return self._row(place)
         if place.offset < 0:
             with _regular(self.root / place.path) as file:
                 return file.read()
-        # No position that threads, or processes after a fork, would share.
+        # pread, because threads and forked processes share the file position.
         archive = self._file(place.path).fileno()
         left = max(0, os.fstat(archive).st_size - place.offset)
         return os.pread(archive, min(place.size, left), place.offset) if left else b""
@@ -219,8 +220,8 @@ class Reader:
     def _file(self, path: str) -> BinaryIO:
         file = self._files.pop(path, None) or _regular(self.root / path)
         self._files[path] = file
-        if len(self._files) > _OPEN_FILES:
-            self._files.popitem(last=False)  # closed once no thread uses it any more
+        if len(self._files) > _MAX_OPEN:
+            self._files.popitem(last=False)  # closed when no thread uses it any more
         return file
 
     def _row(self, place: Place) -> bytes:
@@ -241,7 +242,7 @@ class Reader:
 
 
 def _row_group(arrow: Any, path: Path, row: int) -> tuple[int, Any]:
-    """The row group that holds a row: the number of its first row, and its images' bytes."""
+    """Return the first row of the row group that holds a row, and the bytes of its images."""
     with arrow.ParquetFile(path, pre_buffer=False) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = np.cumsum(sizes)

@@ -1,4 +1,4 @@
-"""Where images come from: an indexed collection that loads one image at a time."""
+"""Image sources: indexed collections that load one image at a time."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["ImageSource", "PhotoSource"]
 
 
 class ImageSource(Protocol):
-    """An indexed collection of images. It must survive pickling: workers get a copy."""
+    """An indexed collection of images. It must support pickling, since workers get a copy."""
 
     @property
     def labelled(self) -> bool:
-        """Whether the images have labels, which are indices of the network's logits."""
+        """``True`` if the images have labels, which are indices of the network's logits."""
         ...
 
     def __len__(self) -> int: ...
@@ -29,10 +29,9 @@ class ImageSource(Protocol):
         """Return the image in mode RGB.
 
         Args:
-            index: Which.
-            short_side: The image may come smaller than it is, as long as its shorter side keeps so
-                many pixels: see :func:`fat.data.sources.decoding.open_image`. None asks for all of
-                them.
+            index: Index of the image.
+            short_side: Allows a smaller version whose shorter side has at least this many pixels,
+                see :func:`fat.data.sources.decoding.open_image`. ``None`` requires full size.
 
         Raises:
             UnreadableImage: If it cannot be decoded.
@@ -40,15 +39,15 @@ class ImageSource(Protocol):
         ...
 
     def label(self, index: int) -> int:
-        """Return the class index, or -1 if it is not known."""
+        """Return the class index, −1 if unknown."""
         ...
 
     def name(self, index: int) -> str:
-        """Return what to call the image in messages, unique within the source."""
+        """Return the image's name in messages, unique within the source."""
         ...
 
     def content(self, index: int) -> bytes:
-        """Return bytes that tell this image from others: its file's, where there is one.
+        """Return bytes that identify the image: those of its file, if there is one.
 
         Raises:
             UnreadableImage: If they cannot be read.
@@ -57,24 +56,24 @@ class ImageSource(Protocol):
 
 
 class PhotoSource:
-    """Photographs that ship inside the scikit-image wheel, each repeated to be cropped many times.
+    """Photographs from the scikit-image wheel, each repeated for many random crops.
 
-    Index i is photograph i mod n, so that any run of n indices shows every photograph once. Nothing
-    is downloaded. The crops themselves are made by a random transform.
+    Index i is photograph i mod n. Nothing is downloaded. A random transform makes the crops.
 
     Args:
         names: File names in scikit-image's data folder, such as ``"chelsea.png"``.
-        count: Number of images that the source pretends to hold.
+        count: Length of the source.
 
     Raises:
-        FatError: If scikit-image or one of the files is not installed, or nothing is asked for.
+        FatError: If scikit-image or one of the files is not installed, or an argument is empty or
+            0.
     """
 
     labelled = False
 
     def __init__(self, names: Sequence[str], count: int) -> None:
         if not names or count < 1:
-            raise FatError(f"{len(names)} photographs, {count} crops: ask for at least one each.")
+            raise FatError(f"{len(names)} photographs, {count} crops: at least one each is needed.")
         folder = _photo_folder()
         self._files = [folder / name for name in names]
         missing = [file.name for file in self._files if not file.is_file()]
@@ -82,11 +81,11 @@ class PhotoSource:
             present = sorted(entry.name for entry in folder.iterdir() if is_image(entry.name))
             raise FatError(
                 f"The installed scikit-image has no photograph {', '.join(missing)}. It has: "
-                f"{', '.join(present)}. Type pip install 'scikit-image>=0.22', or bring images "
-                "of your own: data=folder data.root=DIR."
+                f"{', '.join(present)}. Type pip install 'scikit-image>=0.22', or use your own "
+                "images: data=folder data.root=DIR."
             )
         self._count = count
-        self._decoded: dict[int, Image.Image] = {}  # a few MB, decoded once per process
+        self._decoded: dict[int, Image.Image] = {}  # a few MB per process
 
     def __len__(self) -> int:
         return self._count
@@ -95,20 +94,20 @@ class PhotoSource:
         return {**self.__dict__, "_decoded": {}}
 
     def load(self, index: int, short_side: int | None = None) -> Image.Image:
-        """Return the whole photograph that the index stands for."""
-        which = index % len(self._files)
-        if which not in self._decoded:
-            self._decoded[which] = open_image(self._files[which])
-        return self._decoded[which]
+        """Return the whole photograph."""
+        photo = index % len(self._files)
+        if photo not in self._decoded:
+            self._decoded[photo] = open_image(self._files[photo])
+        return self._decoded[photo]
 
     def label(self, index: int) -> int:
-        """Return -1: the photographs have no labels."""
+        """Return −1: the photographs have no labels."""
         return UNKNOWN
 
     def name(self, index: int) -> str:
-        """Return the photograph and the crop's number, such as ``"chelsea.png#3"``."""
-        repeat, which = divmod(index, len(self._files))
-        return f"{self._files[which].name}#{repeat}"
+        """Return the photograph and the number of the crop, such as ``"chelsea.png#3"``."""
+        repeat, photo = divmod(index, len(self._files))
+        return f"{self._files[photo].name}#{repeat}"
 
     def content(self, index: int) -> bytes:
         """Return the bytes of the photograph's file."""
@@ -116,11 +115,11 @@ class PhotoSource:
 
 
 def _photo_folder() -> Path:
-    # Found without importing scikit-image, which would take a second.
+    # find_spec, because importing scikit-image takes a second.
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
         raise FatError(
             "data=photos needs scikit-image, which is not installed. Type pip install "
-            "scikit-image, or bring images of your own: data=folder data.root=DIR."
+            "scikit-image, or use your own images: data=folder data.root=DIR."
         )
     return Path(spec.submodule_search_locations[0]) / "data"

@@ -1,4 +1,4 @@
-"""Data sets that are ready by name: digits (installed), CIFAR-10 and Imagenette (downloaded)."""
+"""Data sets by name: digits (installed), CIFAR-10 and Imagenette (downloaded)."""
 
 from __future__ import annotations
 
@@ -20,37 +20,26 @@ from fat.utils.errors import FatError, first_line
 from fat.utils.io import cache_folder
 from fat.utils.random import generator
 
-__all__ = ["ArraySource", "LabelledSet", "cifar10", "digits", "imagenette"]
+__all__ = ["ArraySource", "LabeledSet", "cifar10", "digits", "imagenette"]
 
 Pixels = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 Labels = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
 
 _DIGITS_TEST = 0.25
-_DIGITS_SEED = 0  # the test images do not follow the run's seed: all runs are judged on the same
-# The form without pickled Python, which torchvision's own reader takes.
+_DIGITS_SEED = 0  # not the run's seed, so that all runs have the same test images
+# Not torchvision's reader, which unpickles.
 _CIFAR10 = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 _CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-_CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+_CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 
 @dataclass(frozen=True)
-class LabelledSet:
-    """A labelled data set with its own split.
+class LabeledSet:
+    """A labeled data set with its own test split.
 
     Attributes:
-        train: Images to train and validate on.
-        test: Images to judge by.
+        train: Images for training and validation.
+        test: Test images.
         classes: Names of the classes in the order of the labels.
     """
 
@@ -60,30 +49,30 @@ class LabelledSet:
 
 
 class ArraySource:
-    """Images that are in memory.
+    """Images in memory.
 
     Args:
-        pixels: uint8 [N, H, W, 3], or [N, H, W] for grey.
+        pixels: uint8 [N, H, W, 3], or [N, H, W] for grayscale.
         labels: Class indices [N].
-        name: What the set is called; image i is ``"name#i"``.
+        name: Name of the data set; image i is called ``"name#i"``.
 
     Raises:
-        FatError: If shapes or types are others.
+        FatError: If a shape or type is wrong.
     """
 
     labelled = True
 
     def __init__(self, pixels: Pixels, labels: Labels, name: str) -> None:
-        grey = pixels.ndim == 3
-        if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 4 and pixels.shape[3] == 3)):
+        gray = pixels.ndim == 3
+        if pixels.dtype != np.uint8 or not (gray or (pixels.ndim == 4 and pixels.shape[3] == 3)):
             raise FatError(
-                f"Images of {name} are {pixels.dtype} {list(pixels.shape)}; wanted uint8 "
+                f"Images of {name} are {pixels.dtype} {list(pixels.shape)}; expected uint8 "
                 "[N, H, W, 3] or [N, H, W]."
             )
         if labels.shape != (len(pixels),) or (len(labels) and labels.min() < UNKNOWN):
             raise FatError(
-                f"Labels of {name} are {list(labels.shape)}; wanted one class index an image, "
-                f"{len(pixels)} of them."
+                f"Labels of {name} are {list(labels.shape)}; expected one class index per image, "
+                f"{len(pixels)} in total."
             )
         self._pixels = pixels
         self._labels = labels
@@ -101,18 +90,18 @@ class ArraySource:
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        """Return the set's name and the number, such as ``"digits#7"``."""
+        """Return the name of the data set and the index, such as ``"digits#7"``."""
         return f"{self._name}#{index}"
 
     def content(self, index: int) -> bytes:
-        """Return what tells this image from others."""
+        """Return the pixels in NumPy's file format."""
         stream = io.BytesIO()
         np.save(stream, self._pixels[index], allow_pickle=False)
         return stream.getvalue()
 
 
-def digits() -> LabelledSet:
-    """The 1,797 handwritten digits, 8 × 8 grey pixels, that ship inside scikit-learn.
+def digits() -> LabeledSet:
+    """Return the 1,797 handwritten digits of scikit-learn, 8 × 8 gray pixels.
 
     A quarter of each class is the test set, the same for every run.
 
@@ -126,28 +115,28 @@ def digits() -> LabelledSet:
     from sklearn.datasets import load_digits
 
     loaded = load_digits()
-    pixels = np.round(loaded.images * (255 / 16)).astype(np.uint8)  # they hold 0 to 16
+    pixels = np.round(loaded.images * (255 / 16)).astype(np.uint8)  # from values 0 to 16
     labels = loaded.target.astype(np.int64)
     test = np.zeros(len(labels), dtype=bool)
     for digit in range(10):
-        mine = np.flatnonzero(labels == digit)
-        order = generator(_DIGITS_SEED, digit).permutation(mine)
-        test[order[: round(_DIGITS_TEST * len(mine))]] = True
-    return LabelledSet(
+        indices = np.flatnonzero(labels == digit)
+        order = generator(_DIGITS_SEED, digit).permutation(indices)
+        test[order[: round(_DIGITS_TEST * len(indices))]] = True
+    return LabeledSet(
         ArraySource(pixels[~test], labels[~test], "digits/train"),
         ArraySource(pixels[test], labels[test], "digits/test"),
         tuple(str(digit) for digit in range(10)),
     )
 
 
-def cifar10(root: str | os.PathLike[str] | None = None) -> LabelledSet:
-    """CIFAR-10: 50,000 + 10,000 images of 32 × 32 pixels, 163 MB, downloaded once.
+def cifar10(root: str | os.PathLike[str] | None = None) -> LabeledSet:
+    """Return CIFAR-10, 50,000 + 10,000 images of 32 × 32 pixels; downloads 163 MB once.
 
     Args:
-        root: Where it lies or shall lie; by default in the cache folder.
+        root: Folder of the data set; by default in the cache folder.
 
     Raises:
-        FatError: If it is not there and cannot be had.
+        FatError: If it cannot be downloaded.
     """
     place = _place(root, "cifar10")
     folder = place / "cifar-10-batches-bin"
@@ -155,22 +144,24 @@ def cifar10(root: str | os.PathLike[str] | None = None) -> LabelledSet:
     if not all((folder / name).is_file() for name in names):
         _download("cifar10", place, _CIFAR10, _CIFAR10_MD5)
     *train, test = (_cifar_batch(folder / name) for name in names)
-    return LabelledSet(
-        _joined(train, "cifar10/train"), _joined([test], "cifar10/test"), _CIFAR10_CLASSES
+    return LabeledSet(
+        _joined(train, "cifar10/train"),
+        _joined([test], "cifar10/test"),
+        tuple(_CIFAR10_CLASSES.split()),
     )
 
 
 def imagenette(root: str | os.PathLike[str] | None = None) -> Path:
-    """Imagenette: 13,000 ImageNet images of ten easy classes, 320 pixels, 326 MB, downloaded once.
+    """Return the folder of Imagenette, 13,000 images of 10 ImageNet classes; downloads 326 MB once.
 
     Args:
-        root: Where it lies or shall lie; by default in the cache folder.
+        root: Folder of the data set; by default in the cache folder.
 
     Returns:
-        The folder with train/<wnid>/ and val/<wnid>/: its labels are ImageNet's.
+        The folder with train/<wnid>/ and val/<wnid>/. The labels are ImageNet's.
 
     Raises:
-        FatError: If it is not there and cannot be had.
+        FatError: If it cannot be downloaded.
     """
     place = _place(root, "imagenette")
     url, md5 = Imagenette._ARCHIVES["320px"]
@@ -188,18 +179,18 @@ def _download(name: str, place: Path, url: str, md5: str) -> None:
     try:
         place.mkdir(parents=True, exist_ok=True)
         download_and_extract_archive(url, str(place), md5=md5)
-    # No route, no certificate, a proxy's page (a wrong checksum), a full disk: one way on.
+    # No route, no certificate, a wrong checksum, a full disk: the advice is the same for all.
     except Exception as error:
         reason = first_line(error)
         raise FatError(
-            f"data={name} is not in {place} and could not be downloaded: {reason:.200}. Fetch "
-            f"{url} elsewhere, unpack it and type data.root=DIR with the folder it was unpacked "
-            "in; or use data=photos or data=digits, which need no network."
+            f"data={name} is not in {place} and could not be downloaded: {reason:.200}. Download "
+            f"{url} elsewhere, unpack it and type data.root=DIR with the folder that it was "
+            "unpacked in; or use data=photos or data=digits, which need no network."
         ) from error
 
 
 def _cifar_batch(path: Path) -> tuple[Pixels, Labels]:
-    """Read one file: per image a label and 3 × 32 × 32 pixels, a byte each."""
+    """Read one file: a label byte and 3 × 32 × 32 pixel bytes per image."""
     content = np.fromfile(path, dtype=np.uint8)
     size = 1 + 3 * 32 * 32
     if len(content) == 0 or len(content) % size:

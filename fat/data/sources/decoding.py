@@ -1,4 +1,4 @@
-"""Opening an image file of any kind as 8-bit RGB."""
+"""Decoding of image files to 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fat.utils.errors import FatError
 
 __all__ = ["IMAGE_SUFFIXES", "UNKNOWN", "UnreadableImage", "is_image", "open_image"]
 
-UNKNOWN = -1  # the label of an image whose class is not known
+UNKNOWN = -1
+"""Label of an image of unknown class."""
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
     | {".ppm", ".pgm"}
@@ -21,16 +22,15 @@ IMAGE_SUFFIXES = frozenset(
 
 
 class UnreadableImage(FatError):
-    """An image that cannot be decoded. It travels between processes, hence the two arguments.
+    """An image that cannot be decoded.
 
-    Attributes:
-        name: Which image, as its source calls it.
-        reason: What was wrong with it.
+    Args:
+        name: Name of the image in its source.
+        reason: Reason of the failure.
     """
 
     def __init__(self, name: str, reason: str) -> None:
-        """Keep the name and the reason."""
-        super().__init__(name, reason)
+        super().__init__(name, reason)  # both arguments, for pickling
         self.name = name
         self.reason = reason
 
@@ -39,7 +39,7 @@ class UnreadableImage(FatError):
 
 
 def is_image(name: str) -> bool:
-    """Whether a file's name ends as an image's does.
+    """Return whether a file name has the suffix of an image.
 
     Examples:
         >>> is_image("cat.JPEG"), is_image("cat.txt")
@@ -51,40 +51,40 @@ def is_image(name: str) -> bool:
 def open_image(
     file: str | os.PathLike[str] | BinaryIO, name: str | None = None, short_side: int | None = None
 ) -> Image.Image:
-    """Decode an image to 8-bit RGB, upright.
+    """Decode an image to 8-bit RGB.
 
-    Greyscale, palette and CMYK are converted; transparent pixels are laid on white, as viewers
-    show them; 16-bit grey v becomes round(v·255/65535) (a plain conversion would clip at 255);
-    EXIF's rotation is applied. Of an animation the first frame is taken.
+    Grayscale, palette and CMYK images are converted, transparent pixels are blended with white,
+    16-bit gray v becomes round(v·255/65535), and the EXIF orientation is applied. The first frame
+    of an animation is used.
 
     Args:
-        file: Path, or a binary file object (an entry of a tar or a parquet file).
-        name: What to call the image in an error; the path by default.
-        short_side: Where a JPEG has more pixels than this along its shorter side, it may be decoded
-            at 1/2, 1/4 or 1/8 of its size (a smaller inverse DCT, several times faster), as long
-            as the shorter side keeps at least so many. None decodes every pixel.
+        file: Path or binary file object.
+        name: Name of the image in errors; the path by default.
+        short_side: Allows JPEGs to be decoded at 1/2, 1/4 or 1/8 of their size (several times
+            faster) if the shorter side keeps at least this many pixels. ``None`` decodes at full
+            size.
 
     Returns:
-        The image in mode ``"RGB"``, decoded, its file closed.
+        The decoded image in mode ``"RGB"``.
 
     Raises:
-        UnreadableImage: If the file is missing, empty, truncated, no image, has more pixels than
-            Pillow thinks safe, or holds numbers without a defined range (float, 32-bit).
+        UnreadableImage: If the file is missing, truncated or not an image, exceeds Pillow's limit
+            on pixels, or holds values without a defined range (float, 32-bit).
     """
     label = name or (str(file) if isinstance(file, str | os.PathLike) else "<stream>")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of harmless oddities in metadata, once per image; but its warning of a
-            # decompression bomb comes before any memory is taken, and must stop us.
+            # Warnings about metadata are harmless, but the warning of a decompression bomb must
+            # become an error, before memory is allocated.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as image:
                 if short_side is not None and image.format == "JPEG":
                     _reduce(image, short_side)
                 image.load()
-                # A copy even where nothing is turned: it must outlive the closed file.
+                # exif_transpose always copies, so the result outlives the closed file.
                 return _to_rgb(ImageOps.exif_transpose(image))
-    # Pillow's decoders raise nearly anything on damaged files: OSError, SyntaxError, ValueError,
+    # Pillow's decoders raise nearly anything for damaged files: OSError, SyntaxError, ValueError,
     # struct.error, zlib.error, EOFError, IndexError, …
     except Exception as error:
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -92,8 +92,8 @@ def open_image(
 
 
 def _reduce(image: Image.Image, short_side: int) -> None:
-    """Have a JPEG decoded at the smallest size whose shorter side is at least ``short_side``."""
-    # A square, as draft divides each side by what is asked for and takes the smaller quotient.
+    """Decode a JPEG at the smallest size whose shorter side is at least ``short_side``."""
+    # draft divides each side by the requested one and uses the smaller quotient.
     image.draft(None, (short_side, short_side))
 
 
@@ -110,9 +110,9 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _sixteen_to_eight(
-    grey: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+    gray: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
 ) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    values = grey.astype(np.int64)
+    values = gray.astype(np.int64)
     if values.size and (values.min() < 0 or values.max() > 65535):
         raise ValueError("32-bit pixels have no defined range; save it with 8 or 16 bits")
     return ((values * 255 + 32767) // 65535).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Any folder of images, searched recursively."""
+"""Images of a folder, searched recursively."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from PIL import Image
 
 from fat.data.sources.decoding import IMAGE_SUFFIXES, UNKNOWN, UnreadableImage, open_image
 from fat.data.sources.listing import list_folder
-from fat.utils.errors import FatError, nearest
+from fat.utils.errors import FatError, abbreviated, nearest
 
 __all__ = ["FolderSource", "check_folder", "folder_classes"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class FolderSource:
-    """All images below a folder, in sorted order; labelled if its subfolders are classes.
+    """All images below a folder in sorted order, labeled if its subfolders are classes.
 
-    Every first-level subfolder must be a class: a name in ``classes`` (a WordNet id), or a class
-    index below the number of classes. Otherwise the folder is unlabelled. Hidden files and folders
-    are passed over, and so are links to folders that were seen already (loops). Names stay on disk
-    (:mod:`fat.data.sources.listing`): memory does not grow with the number of images.
+    The images are labeled if every first-level subfolder is a name in ``classes`` (such as a
+    WordNet id) or a class index. Hidden files and folders are ignored, as are links to folders that
+    were already visited. Names are kept on disk (:mod:`fat.data.sources.listing`), so that memory
+    use does not depend on the number of images.
 
     Args:
         root: The folder.
         classes: Names of the classes in the order of the logits, or a mapping from name to index.
         num_classes: Number of logits; the number of ``classes`` by default.
-        progress: Whether to show a progress bar if listing takes longer than two seconds.
+        progress: If ``True``, show a progress bar if listing takes longer than two seconds.
 
     Raises:
-        FatError: If the folder is missing or holds no image.
+        FatError: If the folder is missing or holds no images.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class FolderSource:
 
     @property
     def labelled(self) -> bool:
-        """Whether every image has a class."""
+        """``True`` if every image has a class."""
         return self._labels is not None
 
     def __len__(self) -> int:
         return len(self._listing)
 
     def load(self, index: int, short_side: int | None = None) -> Image.Image:
-        """Decode the image; UnreadableImage if that fails."""
+        """Decode the image; raises UnreadableImage if that fails."""
         name = self.name(index)
         return open_image(self.root / name, name, short_side)
 
     def label(self, index: int) -> int:
-        """Return the class index, -1 if the folder is unlabelled."""
+        """Return the class index, −1 if the folder is not labeled."""
         if self._labels is None:
             return UNKNOWN
         return self._labels[_top(self._listing.entry(index).folder)]
@@ -77,18 +77,18 @@ class FolderSource:
         return self._listing.entry(index).place.path
 
     def path(self, index: int) -> Path:
-        """Return where the file lies."""
+        """Return the path of the file."""
         return self.root / self.name(index)
 
     def content(self, index: int) -> bytes:
-        """Return the file's bytes; UnreadableImage if that fails."""
+        """Return the file's bytes; raises UnreadableImage if that fails."""
         try:
             return self.path(index).read_bytes()
         except OSError as error:
             raise UnreadableImage(self.name(index), str(error)) from error
 
     def stamp(self, index: int) -> bytes:
-        """Return the file's size and time of change; nothing if it is gone."""
+        """Return the file's size and modification time; nothing if it is gone."""
         try:
             status = os.stat(self.path(index))
         except OSError:
@@ -97,13 +97,13 @@ class FolderSource:
 
 
 def folder_classes(root: str | os.PathLike[str]) -> tuple[str, ...]:
-    """Names of a folder's own classes: its first-level subfolders that hold images, sorted.
+    """Return the names of a folder's classes: its first-level subfolders with images, sorted.
 
     Args:
         root: The folder.
 
     Raises:
-        FatError: If it is missing, or some images are in no subfolder, or there are fewer than two.
+        FatError: If it is missing, has images outside of subfolders, or fewer than two subfolders.
     """
     place = Path(root).expanduser()
     check_folder(place)
@@ -111,8 +111,8 @@ def folder_classes(root: str | os.PathLike[str]) -> tuple[str, ...]:
     if "" in tops or len(tops) < 2:
         found = "images outside of subfolders" if "" in tops else f"{len(tops)} subfolder(s)"
         raise FatError(
-            f"{place} has {found}, so its images have no classes. Wanted: at least two subfolders, "
-            "one for each class, and every image in one of them."
+            f"{place} has {found}, so its images have no classes. It must have at least two "
+            "subfolders, one for each class, and every image in one of them."
         )
     return tuple(sorted(tops))
 
@@ -122,7 +122,7 @@ def _top(folder: str) -> str:
 
 
 def check_folder(root: Path) -> None:
-    """Raise a FatError that names the nearest folders unless this is one."""
+    """Raise a FatError that suggests similar folders if this is not a folder."""
     if root.is_dir():
         return
     if root.exists():
@@ -142,7 +142,7 @@ def check_folder(root: Path) -> None:
 def _no_images(root: Path, others: Counter[str]) -> str:
     found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(6))
     return (
-        f"The folder {root} holds no image; found: {found or 'nothing'}. Images end in "
+        f"The folder {root} holds no images; found: {found or 'nothing'}. Allowed suffixes: "
         f"{' '.join(sorted(IMAGE_SUFFIXES))}. Type data.root=DIR with a folder of such files."
     )
 
@@ -153,7 +153,7 @@ def _folder_labels(
     classes: Mapping[str, int] | Sequence[str] | None,
     num_classes: int | None,
 ) -> dict[str, int] | None:
-    """Return the class of each first-level folder, or None unless all of them are classes."""
+    """Return the class of each first-level folder, or ``None`` unless all of them are classes."""
     index = _class_index(classes)
     total = num_classes if num_classes is not None else len(index) or None
     labels = {top: _label(top, index, total) for top in tops}
@@ -161,13 +161,13 @@ def _folder_labels(
     if not unknown:
         return labels
     known = len(labels) - len(unknown)
-    if known >= len(unknown):  # half of it is an ImageFolder: the rest looks like a mistake
-        log.warning(
-            "%s is treated as unlabelled: %d of its folders are classes, but not %s. Move these "
-            "away to have accuracies reported.",
+    if known >= len(unknown):  # probably a mistake
+        logger.warning(
+            "Ignoring the labels of %s: %d of its folders are classes, but not %s. Move these "
+            "elsewhere to get accuracies.",
             root,
             known,
-            ", ".join(unknown[:5]),
+            abbreviated(unknown),
         )
     return None
 

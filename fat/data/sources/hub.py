@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub that are stored as parquet."""
+"""Parquet data sets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ import huggingface_hub
 
 from fat.utils.errors import FatError, first_line
 
-__all__ = ["asked_for", "fetch"]
+__all__ = ["fetch", "is_hub_root"]
 
 PREFIX = "hub:"
 
 
-def asked_for(root: str | None) -> bool:
-    """Whether ``data.root`` names a dataset of the hub.
+def is_hub_root(root: str | None) -> bool:
+    """Return whether ``data.root`` names a data set of the hub.
 
     Examples:
-        >>> asked_for("hub:ILSVRC/imagenet-1k"), asked_for("/data/imagenet"), asked_for(None)
+        >>> is_hub_root("hub:ILSVRC/imagenet-1k"), is_hub_root("/data/imagenet"), is_hub_root(None)
         (True, False, False)
     """
     return root is not None and root.startswith(PREFIX)
 
 
 def fetch(root: str | None) -> Path:
-    """Download a dataset's parquet files, or find them from an earlier download.
+    """Download the parquet files of a data set, unless they are in the hub's cache.
 
     Args:
         root: ``"hub:OWNER/NAME"``.
 
     Returns:
-        The folder that holds them, inside the hub's cache.
+        The folder of the files in the hub's cache.
 
     Raises:
-        FatError: If the name is no dataset's, or it cannot be had.
+        FatError: If the name is invalid, or the data set cannot be downloaded.
     """
     name = (root or "").removeprefix(PREFIX)
     if len(name.split("/")) != 2 or not all(name.split("/")):
         raise FatError(
-            f"data.root is {root}; a dataset of the hub is written hub:OWNER/NAME, such as "
+            f"data.root is {root}; a data set of the hub is written hub:OWNER/NAME, such as "
             "data.root=hub:ILSVRC/imagenet-1k."
         )
     try:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", allow_patterns=["*.parquet"], ignore_patterns=["*test-*"]
         )
-    # No route, no such dataset, no permission, a full disk: one way on.
+    # No route, no such data set, no permission, a full disk: the advice is the same for all.
     except Exception as error:
         raise FatError(
-            f"The dataset {name} could not be had from the Hugging Face hub: {first_line(error)} "
-            "Log in with hf auth login if it asks for permission (ImageNet does), or type "
-            "data.root=DIR with a copy on this machine."
+            f"Cannot download the data set {name} from the Hugging Face hub: {first_line(error)} "
+            "If it requires permission (as ImageNet does), log in with hf auth login; or type "
+            "data.root=DIR with a local copy."
         ) from error
     return Path(folder)

@@ -1,8 +1,8 @@
-"""Which images lie below a folder: found once, in constant memory, and kept in SQLite.
+"""Listings of the images below a folder, made once in constant memory and cached in SQLite.
 
-A listing is a file of its own in the cache folder that never changes once it is there, so processes
-that use it are safe from one that lists the folder anew. It is used as long as the folders and
-archives it was made from have the same time of change and size.
+Each listing is a file in the cache folder that never changes, so that it can be used while another
+process creates a new one. It is valid as long as the folders and archives that it was made from
+have the same modification time and size.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from fat.utils.io import cache_folder, write_atomic
 
 __all__ = ["Builder", "Entry", "Hashes", "Listing", "list_folder"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _SECOND = 1_000_000_000  # nanoseconds
-# A change so shortly before the listing may hide another one after it: file systems round times.
-_YOUNG = 2 * _SECOND
-_UNUSED = 30 * 24 * 3600  # seconds after which a listing that nobody opened is deleted
+# File systems round times, so a change just before the listing may hide another one after it.
+_RECENT = 2 * _SECOND
+_UNUSED = 30 * 24 * 3600  # seconds after which an unused listing is deleted
 _BATCH = 1000  # rows per insertion
-_BAR_DELAY = 2.0  # seconds before a progress bar shows
+_BAR_DELAY = 2.0  # seconds before a progress bar appears
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -72,7 +72,7 @@ FROM images JOIN folders ON folders.id = images.folder
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An image that was found; -1 and "" are what does not apply.
+    """An image of a listing; fields that do not apply are −1 or "".
 
     Attributes:
         folder: Folder of the file, relative to the listing's root; "" for the root itself.
@@ -81,7 +81,7 @@ class Entry:
         offset: First byte in a tar file.
         size: Bytes in a tar file.
         row: Row of a parquet file.
-        label: Class index, if it stands beside the image.
+        label: Class index, if it is stored with the image.
     """
 
     folder: str
@@ -94,26 +94,26 @@ class Entry:
 
     @property
     def place(self) -> Place:
-        """Where its bytes lie, relative to the listing's root."""
+        """Location of the image's bytes, relative to the listing's root."""
         return Place(os.path.join(self.folder, self.file), self.offset, self.size, self.row)
 
 
 class Builder:
-    """Takes what a walk finds, one by one, and keeps none of it in memory."""
+    """Writes a listing image by image, in constant memory."""
 
     def __init__(self, connection: sqlite3.Connection, root: Path, bar: Any) -> None:
         self._connection = connection
         self._root = root
         self._bar = bar
-        self._waiting: list[tuple[Any, ...]] = []
+        self._pending: list[tuple[Any, ...]] = []
         self._others: Counter[str] = Counter()
-        self._whole = True
+        self._complete = True
 
     def watch(self, path: str = "") -> None:
-        """Note a folder or archive that is about to be read: if it changes, all is read again.
+        """Add a folder or archive whose changes invalidate the listing, before it is read.
 
         Args:
-            path: Relative to the root.
+            path: Path relative to the root.
         """
         status = os.stat(os.path.join(self._root, path))
         self._connection.execute(
@@ -122,25 +122,25 @@ class Builder:
         )
 
     def add(self, entry: Entry) -> None:
-        """Take an image."""
-        self._waiting.append(
+        """Add an image."""
+        self._pending.append(
             (
                 *map(_encode, (entry.folder, entry.file, entry.member)),
                 *(entry.offset, entry.size, entry.row, entry.label),
             )
         )
-        if len(self._waiting) == _BATCH:
+        if len(self._pending) == _BATCH:
             self._flush()
 
     def other(self, name: str) -> None:
-        """Count a file that is no image, by the end of its name."""
+        """Count a file that is not an image, by its suffix."""
         self._others[os.path.splitext(name)[1].lower() or "(none)"] += 1
 
     def unreadable(self, folder: str) -> None:
-        """Drop a folder that could not be listed to its end; this listing serves only once."""
+        """Remove a folder that could not be listed completely, and do not reuse this listing."""
         self._flush()
         self._connection.execute("DELETE FROM found WHERE folder = ?", (_encode(folder),))
-        self._whole = False
+        self._complete = False
 
     def advance(self, steps: int) -> None:
         """Move the progress bar."""
@@ -148,26 +148,26 @@ class Builder:
 
     def _flush(self) -> None:
         self._connection.executemany(
-            "INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?)", self._waiting
+            "INSERT INTO found VALUES (?, ?, ?, ?, ?, ?, ?)", self._pending
         )
-        self._waiting.clear()
+        self._pending.clear()
 
     def finish(self, began: int) -> None:
-        """Sort, and close the books."""
+        """Sort the images and write the metadata."""
         self._flush()
         for command in _SORT.split(";"):
             self._connection.execute(command)
         (count,) = self._connection.execute("SELECT COUNT(*) FROM images").fetchone()
-        values = {"began": began, "whole": self._whole, "images": count, "others": self._others}
+        values = {"began": began, "whole": self._complete, "images": count, "others": self._others}
         self._connection.executemany(
             "INSERT INTO meta VALUES (?, ?)", [(k, json.dumps(v)) for k, v in values.items()]
         )
 
 
 class Listing:
-    """The images below a folder in a fixed order: by folder, then file, then place in the archive.
+    """The images below a folder, sorted by folder, file and position in an archive.
 
-    It may be pickled and used after a fork; memory does not grow with the number of images.
+    It can be pickled and used after a fork. Memory use does not depend on the number of images.
 
     Args:
         path: The SQLite file.
@@ -189,15 +189,15 @@ class Listing:
         unit: str = " images",
         progress: bool = True,
     ) -> Listing:
-        """Return the listing in the cache, or make it.
+        """Return the cached listing, or create it.
 
         Args:
-            root: The folder; it is only named here.
-            kind: What tells this listing from others of the same folder.
-            fill: Finds the images and gives them to the builder.
-            total: Steps of the progress bar, if they are known.
-            unit: What the steps are.
-            progress: Whether to show a progress bar if it takes longer than two seconds.
+            root: The folder.
+            kind: Distinguishes this listing from others of the same folder.
+            fill: Function that adds the images to the builder.
+            total: Number of steps of the progress bar, if known.
+            unit: Unit of the steps.
+            progress: If ``True``, show a progress bar if it takes longer than two seconds.
 
         Raises:
             FatError: If the listing cannot be written, or ``fill`` raises it.
@@ -212,7 +212,7 @@ class Listing:
                 return stored
             reason = reason or stale
         if reason:
-            log.info("Listing %s again: %s.", place, reason)
+            logger.info("Listing %s again: %s.", place, reason)
         target = _folder() / f"{name}-{uuid.uuid4().hex[:8]}.sqlite"
         with tqdm(
             desc=f"List {place}",
@@ -237,7 +237,7 @@ class Listing:
         """Return one image.
 
         Raises:
-            IndexError: If there is none of that index.
+            IndexError: If the index is out of range.
             FatError: If the listing is damaged.
         """
         if not 0 <= index < len(self):
@@ -249,22 +249,22 @@ class Listing:
             raise self._damaged(error) from error
 
     def entries(self) -> Iterator[Entry]:
-        """Yield all of them in order."""
+        """Yield all images in order."""
         for row in self._rows(f"{_SELECT} ORDER BY images.id"):
             yield _entry(row)
 
     def folders(self) -> Iterator[str]:
-        """Yield the folders that hold images, in order."""
+        """Yield the folders with images, in order."""
         for (folder,) in self._rows("SELECT folder FROM folders ORDER BY id"):
             yield _decode(folder)
 
     @property
     def others(self) -> Counter[str]:
-        """How many files are no images, by the ends of their names."""
+        """Number of files that are not images, by suffix."""
         return Counter(self._meta["others"])
 
     def stale(self, root: str) -> str:
-        """Return why the listing can no longer be used, for people; "" if it can."""
+        """Return the reason why the listing is no longer valid, "" if it is."""
         if not self._meta["whole"]:
             return "last time a folder could not be read"
         began = self._meta["began"]
@@ -276,7 +276,7 @@ class Listing:
                 return f"{path} is gone"
             if (status.st_mtime_ns, status.st_size) != (changed, size):
                 return f"{path} has changed"
-            if changed > began - _YOUNG:
+            if changed > began - _RECENT:
                 return f"{path} was still changing last time"
         return ""
 
@@ -290,15 +290,15 @@ class Listing:
         return FatError(f"The listing {self.path} is damaged: {error}. Delete it and start again.")
 
     def _open(self) -> sqlite3.Connection:
-        """A connection of this process: SQLite's do not outlive a fork."""
+        """Return a connection of this process, as connections must not be used after a fork."""
         if self._connection is None or self._connection[0] != os.getpid():
-            # immutable: without locks, which network file systems and read-only ones may lack.
+            # immutable: no locks, which network and read-only file systems may not support.
             uri = f"{self.path.absolute().as_uri()}?mode=ro&immutable=1"
             try:
                 connection = sqlite3.connect(uri, uri=True, check_same_thread=False)
             except sqlite3.Error as error:
                 raise FatError(
-                    f"The listing {self.path} is gone: {error}. Start again to have it made anew."
+                    f"The listing {self.path} is gone: {error}. Start again to recreate it."
                 ) from error
             self._connection = os.getpid(), connection
         return self._connection[1]
@@ -307,12 +307,12 @@ class Listing:
 def list_folder(root: Path, *, progress: bool = True) -> Listing:
     """List the images below a folder.
 
-    Hidden files and folders are passed over, and so are links to folders that were seen already
-    (loops). A folder that cannot be listed is warned of and passed over.
+    Hidden files and folders are ignored, as are links to folders that were already visited. Folders
+    that cannot be listed are skipped with a warning.
 
     Args:
         root: The folder.
-        progress: Whether to show a progress bar if it takes longer than two seconds.
+        progress: If ``True``, show a progress bar if it takes longer than two seconds.
     """
     return Listing.of(root, "folder", lambda builder: _walk(root, builder), progress=progress)
 
@@ -321,7 +321,7 @@ def _walk(root: Path, builder: Builder) -> None:
     seen: set[tuple[int, int]] = set()
     folders, links = [""], list[str]()
     while folders or links:
-        # Links last: a folder that is also reached directly goes by its own name.
+        # Links last, so that a folder that is also reached directly gets its own name.
         folder = folders.pop() if folders else links.pop(0)
         path = os.path.join(root, folder)
         try:
@@ -332,7 +332,7 @@ def _walk(root: Path, builder: Builder) -> None:
             builder.watch(folder)
             below = _scan(path, folder, builder)
         except OSError as error:
-            log.warning("The folder %s cannot be listed and is passed over: %s", path, error)
+            logger.warning("Skipping the folder %s, which cannot be listed: %s", path, error)
             builder.unreadable(folder)
             continue
         for name, linked in sorted(below):
@@ -340,7 +340,7 @@ def _walk(root: Path, builder: Builder) -> None:
 
 
 def _scan(path: str, folder: str, builder: Builder) -> list[tuple[str, bool]]:
-    """Take a folder's files; return its folders, and whether they are links."""
+    """Add a folder's images; return its subfolders, and whether they are links."""
     below = []
     with os.scandir(path) as scan:
         for entry in scan:
@@ -348,7 +348,7 @@ def _scan(path: str, folder: str, builder: Builder) -> list[tuple[str, bool]]:
                 continue
             try:
                 is_dir, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link that leads to itself
+            except OSError:  # a link to itself
                 continue
             if is_dir:
                 below.append((entry.name, entry.is_symlink()))
@@ -361,10 +361,10 @@ def _scan(path: str, folder: str, builder: Builder) -> list[tuple[str, bool]]:
 
 
 class Hashes:
-    """SHA-256 of images that were read before, in SQLite beside the listings.
+    """Cache of the SHA-256 of images, in SQLite.
 
-    An entry holds as long as its file keeps time of change and size. What cannot be kept (a
-    read-only or locked cache) is computed again next time.
+    An entry is valid as long as its file has the same modification time and size. If the cache
+    cannot be written, hashes are computed again next time.
     """
 
     def __init__(self) -> None:
@@ -377,10 +377,10 @@ class Hashes:
                 "WITHOUT ROWID"
             )
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._disable(error)
 
     def find(self, root: Path, place: Place) -> str | None:
-        """Return the hash of the image as it is now, if it is known.
+        """Return the cached hash of the image, if it is still valid.
 
         Raises:
             OSError: If the file is missing.
@@ -395,14 +395,14 @@ class Hashes:
                 (*_key(root, place), status.st_mtime_ns, status.st_size),
             ).fetchone()
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._disable(error)
             return None
         return str(row[0]) if row else None
 
     def keep(self, root: Path, place: Place, sha256: str) -> None:
-        """Keep the hash of an image that was just read, unless its file is still changing."""
+        """Store the hash of an image that was just read, unless its file is still changing."""
         status = os.stat(root / place.path)
-        if self._connection is None or status.st_mtime_ns > time.time_ns() - _YOUNG:
+        if self._connection is None or status.st_mtime_ns > time.time_ns() - _RECENT:
             return
         try:
             self._connection.execute(
@@ -410,15 +410,15 @@ class Hashes:
                 (*_key(root, place), status.st_mtime_ns, status.st_size, sha256),
             )
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._disable(error)
 
     def commit(self) -> None:
-        """Make sure that what was kept so far outlives the process, and let others write."""
+        """Commit the stored hashes, and let other processes write."""
         try:
             if self._connection is not None:
                 self._connection.commit()
         except sqlite3.Error as error:
-            self._give_up(error)
+            self._disable(error)
 
     def close(self) -> None:
         """Commit and close."""
@@ -427,8 +427,8 @@ class Hashes:
             self._connection.close()
             self._connection = None
 
-    def _give_up(self, error: sqlite3.Error) -> None:
-        log.info("Hashes of images are not kept for the next run: %s.", error)
+    def _disable(self, error: sqlite3.Error) -> None:
+        logger.info("Not caching the hashes of images: %s.", error)
         self._connection = None
 
 
@@ -437,7 +437,7 @@ def _key(root: Path, place: Place) -> tuple[bytes, int, int]:
 
 
 def _encode(text: str) -> bytes:
-    # Keeps names that are no UTF-8, and the order of strings.
+    # Preserves names that are not UTF-8, and the order of strings.
     return text.encode("utf-8", "surrogatepass")
 
 
@@ -463,20 +463,20 @@ def _build(path: Path, root: Path, fill: Callable[[Builder], None], bar: Any) ->
             connection.execute("COMMIT")
         finally:
             connection.close()
-    except OSError as error:  # of reading, which write_atomic would take for its own
+    except OSError as error:  # write_atomic would report it as an error of writing
         raise FatError(
             f"{error.filename or root} cannot be read: {error.strerror or error}. Repair it, or "
             "type data.root=DIR with another folder."
         ) from error
     except sqlite3.Error as error:
         raise FatError(
-            f"Cannot write the listing of {root} to {path.parent}: {error}. Make room there, or "
-            "set XDG_CACHE_HOME=DIR to have it elsewhere."
+            f"Cannot write the listing of {root} to {path.parent}: {error}. Free disk space there, "
+            "or set XDG_CACHE_HOME=DIR to another folder."
         ) from error
 
 
 def _try(path: Path, root: str) -> tuple[Listing | None, str]:
-    """The listing of a file if it can be used, else why not."""
+    """Return the listing of a file if it is valid, and otherwise the reason."""
     try:
         listing = Listing(path)
         reason = listing.stale(root)
@@ -485,12 +485,12 @@ def _try(path: Path, root: str) -> tuple[Listing | None, str]:
     if reason:
         return None, reason
     with contextlib.suppress(OSError):
-        os.utime(path)  # it is in use
+        os.utime(path)  # mark as used
     return listing, ""
 
 
 def _newest_first(folder: Path, name: str) -> list[Path]:
-    """The listings of one name; another process may delete some meanwhile."""
+    """Return the listings of one name; other processes may delete some at the same time."""
     found = []
     for path in _listings(folder):
         if not path.name.startswith(f"{name}-"):
@@ -503,13 +503,13 @@ def _newest_first(folder: Path, name: str) -> list[Path]:
 
 
 def _listings(folder: Path, also_unfinished: bool = False) -> list[Path]:
-    """Listings in the cache folder; hashes.sqlite is not one, nor are those being written."""
+    """Return the listings in the cache folder, without hashes.sqlite and those being written."""
     names = [name for name in os.listdir(folder) if "-" in name and ".sqlite" in name]
     return [folder / name for name in names if also_unfinished or not name.startswith(".")]
 
 
 def _tidy(folder: Path) -> None:
-    """Delete listings, and what killed processes left of them, that nobody used for a month."""
+    """Delete finished and unfinished listings that were not used for a month."""
     for path in _listings(folder, also_unfinished=True):
         try:
             if path.stat().st_mtime < time.time() - _UNUSED:
@@ -531,9 +531,9 @@ def _folder() -> Path:
 
 @functools.cache
 def _private_folder() -> Path:
-    log.warning(
-        "The cache folder cannot be written, so images are listed anew by every run. Set "
-        "XDG_CACHE_HOME=DIR to change that."
+    logger.warning(
+        "The cache folder is not writable, so every run lists the images again. Set "
+        "XDG_CACHE_HOME=DIR to a writable folder to avoid it."
     )
     folder = Path(tempfile.mkdtemp(prefix="fat-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

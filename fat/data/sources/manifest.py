@@ -1,4 +1,4 @@
-"""Which images a run uses, exactly: chosen once, written down, used again."""
+"""Index of the images that a run uses, saved as images.csv so that other runs can reuse it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fat.data.sources.archives import Place, Reader
 from fat.data.sources.base import ImageSource
 from fat.data.sources.decoding import UNKNOWN, UnreadableImage, open_image
 from fat.data.sources.folder import check_folder
-from fat.utils.errors import FatError, unknown_name
+from fat.utils.errors import FatError, abbreviated, unknown_name
 from fat.utils.io import write_atomic
 
 __all__ = [
@@ -33,37 +33,36 @@ __all__ = [
     "Record",
     "check_labels",
     "relative",
-    "some",
 ]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SPLITS = ("calibration", "train", "validation", "test")
 
 PHOTO_TESTS = "photo_tests"
-"""Option of an index whose test images are crops of installed photographs: how many."""
+"""Option of an index: number of test images that are crops of installed photographs."""
 
 _FORMAT = 1
 _TITLE = "# Images of a FAT run"
-_BAR_DELAY = 2.0  # seconds before a progress bar shows
-_AGAIN = "or leave data.index out to choose images anew"
+_BAR_DELAY = 2.0  # seconds before a progress bar appears
+_CHOOSE_AGAIN = "or omit data.index to choose images again"
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """An image of a split; -1 and "" are what does not apply.
+    """An image of a split; fields that do not apply are −1 or "".
 
     Attributes:
-        split: One of SPLITS.
-        path: The file or archive, relative to the index's root (an absolute path if it is outside);
-            "" for an image that is no file.
-        member: Its name in the archive.
+        split: One of :data:`SPLITS`.
+        path: The file or archive, relative to the index's root (absolute if it is outside); "" for
+            an image that is not a file.
+        member: Name in the archive.
         offset: First byte in a tar file.
         size: Bytes in a tar file.
         row: Row of a parquet file.
-        name: What to call the image.
-        label: Class index, -1 if it is not known.
-        sha256: Of its content, 64 hexadecimal digits.
+        name: Name of the image in messages.
+        label: Class index, −1 if unknown.
+        sha256: SHA-256 of the content, 64 hexadecimal digits.
     """
 
     split: str
@@ -78,7 +77,7 @@ class Record:
 
     @property
     def place(self) -> Place:
-        """Where its bytes lie."""
+        """Location of the image's bytes."""
         return Place(self.path, self.offset, self.size, self.row)
 
 
@@ -86,22 +85,22 @@ _COLUMNS = tuple(column.name for column in fields(Record))
 
 
 class IndexSource:
-    """The images of one split of an index. An image that is not the recorded one is an error.
+    """The images of one split of an index. Images that have changed since are errors.
 
     Args:
         records: The images.
-        root: What their paths are relative to.
+        root: Folder that their paths are relative to.
 
     Raises:
-        FatError: If some are no files, such as crops of installed photographs.
+        FatError: If some are not files, such as crops of installed photographs.
     """
 
     def __init__(self, records: Sequence[Record], root: Path) -> None:
         for record in records:
             if not record.path:
                 raise FatError(
-                    f"The index has the image {record.name}, which is no file that could be read "
-                    "again. Leave data.index out: such images follow from the run's options."
+                    f"The index has the image {record.name}, which is not a file. Omit data.index: "
+                    "such images are determined by the options of the run."
                 )
         self.root = root
         self._records = tuple(records)
@@ -109,7 +108,7 @@ class IndexSource:
 
     @property
     def labelled(self) -> bool:
-        """Whether every image has a class."""
+        """``True`` if every image has a class."""
         return all(record.label != UNKNOWN for record in self._records)
 
     def __len__(self) -> int:
@@ -119,13 +118,13 @@ class IndexSource:
         """Decode the image.
 
         Raises:
-            UnreadableImage: If it is as recorded, but cannot be decoded.
+            UnreadableImage: If it has not changed, but cannot be decoded.
             FatError: If it is missing or has changed.
         """
         return open_image(io.BytesIO(self.content(index)), self.name(index), short_side)
 
     def label(self, index: int) -> int:
-        """Return the class index, or -1 if it is not known."""
+        """Return the class index, −1 if unknown."""
         return self._records[index].label
 
     def name(self, index: int) -> str:
@@ -136,7 +135,7 @@ class IndexSource:
         """Return the encoded image.
 
         Raises:
-            UnreadableImage: If the disk refuses.
+            UnreadableImage: If it cannot be read.
             FatError: If it is missing or has changed.
         """
         record = self._records[index]
@@ -145,19 +144,20 @@ class IndexSource:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FatError(
                 f"The image {record.name} of the index is not in {self.root}. Type data.root=DIR "
-                f"if the images have moved, {_AGAIN}."
+                f"if the images have moved, {_CHOOSE_AGAIN}."
             ) from error
         except OSError as error:
             raise UnreadableImage(record.name, error.strerror or str(error)) from error
         if hashlib.sha256(content).hexdigest() != record.sha256:
             raise FatError(
                 f"The image {record.name} in {self.root} has changed since the index was written. "
-                f"Restore it, or type data.root=DIR with a folder of the same images, {_AGAIN}."
+                "Restore it, or type data.root=DIR with a folder of the same images, "
+                f"{_CHOOSE_AGAIN}."
             )
         return content
 
     def stamp(self, index: int) -> bytes:
-        """Return the recorded sha256: what `load` gives cannot change without it."""
+        """Return the recorded SHA-256."""
         return self._records[index].sha256.encode()
 
 
@@ -168,9 +168,9 @@ class ImageIndex:
     Attributes:
         root: Folder that the records' paths are relative to.
         records: The images, split by split.
-        seed: What the choice followed.
-        options: What else the choice followed, as plain values.
-        val_root: Folder that paths of the test split are relative to, if that is another.
+        seed: Seed of the choice.
+        options: Other options of the choice, as plain values.
+        val_root: Folder that paths of the test split are relative to, if it is another.
         shared: Pairs of splits that may have images in common.
     """
 
@@ -193,19 +193,19 @@ class ImageIndex:
         shared: frozenset[tuple[str, str]] = frozenset(),
         progress: bool = True,
     ) -> ImageIndex:
-        """Write down images of sources that were chosen in another way.
+        """Create an index of images of any sources.
 
-        Images that cannot be read are left out, with a warning. A source with a method ``path``
-        (:class:`fat.data.sources.folder.FolderSource`) gives images that the index can load again.
+        Unreadable images are left out with a warning. The index can load images again if their
+        source has a method ``path`` (:class:`fat.data.sources.folder.FolderSource`).
 
         Args:
             splits: Source and indices of each split.
             root: Folder that paths are relative to.
-            seed: What the choice followed.
-            options: What else it followed, as plain values.
-            val_root: Folder that paths of the test split are relative to, if that is another.
+            seed: Seed of the choice.
+            options: Other options of the choice, as plain values.
+            val_root: Folder that paths of the test split are relative to, if it is another.
             shared: Pairs of splits that may have images in common.
-            progress: Whether to show a progress bar if it takes longer than two seconds.
+            progress: If ``True``, show a progress bar if it takes longer than two seconds.
         """
         _check_splits(splits)
         place = Path(root).expanduser().absolute()
@@ -241,7 +241,7 @@ class ImageIndex:
                         )
                     )
         if unreadable:
-            log.warning("Left out of the index, as they cannot be read: %s.", some(unreadable))
+            logger.warning("Leaving out images that cannot be read: %s.", abbreviated(unreadable))
         return cls(place, tuple(records), seed, options or {}, val_place, shared)
 
     @classmethod
@@ -251,15 +251,15 @@ class ImageIndex:
         root: str | os.PathLike[str] | None = None,
         val_root: str | os.PathLike[str] | None = None,
     ) -> ImageIndex:
-        """Read what `save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Args:
             path: The file.
-            root: Another place where the same images lie.
-            val_root: Another place where the test images lie, if they lie elsewhere.
+            root: Another folder with the same images.
+            val_root: Another folder with the test images, if they are not below ``root``.
 
         Raises:
-            FatError: If the file is missing or damaged, or the images' folder is not there.
+            FatError: If the file or the folder of images is missing, or the file is damaged.
         """
         head, records = _read(Path(path))
         place = Path(head["root"] if root is None else root).expanduser().absolute()
@@ -268,14 +268,14 @@ class ImageIndex:
         val_place = None if other is None else Path(other).expanduser().absolute()
         if val_place is not None and not val_place.is_dir():
             raise FatError(
-                f"The index {path} has its test images in {val_place}, which is no folder. Type "
+                f"The index {path} has its test images in {val_place}, which is not a folder. Type "
                 "data.test_root=DIR."
             )
         shared = frozenset((a, b) for a, b in head["shared"])
         return cls(place, records, head["seed"], head["options"], val_place, shared)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a table with one line an image, atomically.
+        """Write a CSV file with one line per image, atomically.
 
         Raises:
             FatError: If it cannot be written.
@@ -286,14 +286,14 @@ class ImageIndex:
         """Return the images of a split as a source.
 
         Raises:
-            FatError: If the split has none, or they are no files.
+            FatError: If the split has none, or they are not files.
         """
         records = self.of_split(split)
         if not records:
             raise FatError(
                 f"The index has no {split} images; it has: "
                 + ", ".join(f"{count} {name}" for name, count in self.counts().items())
-                + ". Leave data.index out to choose images anew."
+                + ". Omit data.index to choose images again."
             )
         elsewhere = self.val_root if split == "test" else None
         return IndexSource(records, elsewhere or self.root)
@@ -308,7 +308,7 @@ class ImageIndex:
         return {split: counted[split] for split in SPLITS}
 
     def check_disjoint(self) -> None:
-        """Raise a FatError if two splits have an image in common, by content, and must not."""
+        """Raise a FatError if two splits have an image in common, by content, unless allowed."""
         where: dict[str, dict[str, Record]] = {}
         allowed = {frozenset(pair) for pair in self.shared}
         common: dict[tuple[str, str], list[str]] = {}
@@ -322,19 +322,20 @@ class ImageIndex:
         for (a, b), names in common.items():
             raise FatError(
                 f"{len(names)} images are in both the {a} and the {b} split, by content: "
-                f"{some(names)}. A result on them would not count. Remove one of each, {_AGAIN}."
+                f"{abbreviated(names)}. The splits must be disjoint. Remove one of each, "
+                f"{_CHOOSE_AGAIN}."
             )
 
-    def without_copies(self, judges: Sequence[str]) -> tuple[ImageIndex, tuple[Record, ...]]:
-        """Leave out of a split what an earlier one has too, by content.
+    def without_copies(self, precedence: Sequence[str]) -> tuple[ImageIndex, tuple[Record, ...]]:
+        """Remove images that another split has too, by content, from all splits but the first.
 
         Args:
-            judges: Splits in the order of precedence; the others come after them.
+            precedence: Splits in order of precedence; the others follow.
 
         Returns:
             The index without these images, and their records.
         """
-        order = list(dict.fromkeys((*judges, *SPLITS)))
+        order = list(dict.fromkeys((*precedence, *SPLITS)))
         allowed = {frozenset(pair) for pair in self.shared}
         owners: dict[str, str] = {}
         for record in sorted(self.records, key=lambda record: order.index(record.split)):
@@ -345,27 +346,25 @@ class ImageIndex:
             if (owner := owners[record.sha256]) != record.split
             and frozenset((owner, record.split)) not in allowed
         )
-        gone = {(record.split, record.name) for record in copies}
-        kept = tuple(record for record in self.records if (record.split, record.name) not in gone)
+        removed = {(record.split, record.name) for record in copies}
+        kept = tuple(
+            record for record in self.records if (record.split, record.name) not in removed
+        )
         return replace(self, records=kept), copies
 
     def check_labels(self, num_classes: int) -> None:
-        """Raise a FatError if a label is none of the network's classes.
-
-        Args:
-            num_classes: Number of logits.
-        """
+        """Raise a FatError if a label is not a class of the network, of ``num_classes`` logits."""
         check_labels(((r.name, r.label) for r in self.records), num_classes)
 
 
 def relative(path: Path, base: Path) -> str:
-    """Return a path as records hold it: relative to the base with slashes, absolute outside."""
+    """Return a path with slashes, relative to the base if it is inside and else absolute."""
     path = Path(os.path.abspath(path))
     return (path.relative_to(base) if path.is_relative_to(base) else path).as_posix()
 
 
 def check_labels(named: Iterable[tuple[str, int]], num_classes: int) -> None:
-    """Raise a FatError if a label is none of the network's classes; -1 (not known) is none.
+    """Raise a FatError if a label is neither a class of the network nor −1 (unknown).
 
     Args:
         named: Name and label of each image.
@@ -374,16 +373,10 @@ def check_labels(named: Iterable[tuple[str, int]], num_classes: int) -> None:
     wrong = [f"{name} ({k})" for name, k in named if not UNKNOWN <= k < num_classes]
     if wrong:
         raise FatError(
-            f"{len(wrong)} images have labels that are no classes of the network, which are 0 to "
-            f"{num_classes - 1}: {some(wrong)}. Type model.name=NAME with the network these "
-            "images are for, or data.root=DIR with others."
+            f"{len(wrong)} images have labels that are not classes of the network, which are 0 to "
+            f"{num_classes - 1}: {abbreviated(wrong)}. Type model.name=NAME with the network that "
+            "these images are for, or data.root=DIR with others."
         )
-
-
-def some(names: Sequence[str], count: int = 5) -> str:
-    """Return the first names, and how many more there are, for people."""
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
 
 
 def _check_splits(splits: Iterable[str]) -> None:
@@ -428,7 +421,7 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
     stream = io.StringIO(text, newline="")
     if stream.readline().strip() != _TITLE:
         raise FatError(
-            f"{path} is no index of images: its first line is not {_TITLE!r}. Type "
+            f"{path} is not an index of images: its first line is not {_TITLE!r}. Type "
             "data.index=FILE with the images.csv of a run."
         )
     records: list[Record] = []
@@ -439,11 +432,11 @@ def _read(path: Path) -> tuple[dict[str, Any], tuple[Record, ...]]:
         for row in csv.reader(stream):
             records.append(_record(row))
         if len(records) != head["images"]:
-            raise ValueError(f"there are {head['images']} in all, says its head")
+            raise ValueError(f"its head says that there are {head['images']}")
     except (ValueError, csv.Error) as error:
         raise FatError(
             f"The index {path} is damaged after {len(records)} images: {error}. Copy it again, "
-            f"{_AGAIN}."
+            f"{_CHOOSE_AGAIN}."
         ) from error
     return head, tuple(records)
 
@@ -474,7 +467,7 @@ def _check_head(head: Mapping[str, Any]) -> None:
         if not isinstance(head[key], kind):
             raise ValueError(f"its {key} is {head[key]!r}")
     if head["format"] != _FORMAT:
-        raise ValueError(f"its format is {head['format']}, but {_FORMAT} is the one known here")
+        raise ValueError(f"its format is {head['format']}; this version of FAT reads {_FORMAT}")
     if not isinstance(head["options"].get(PHOTO_TESTS, 1), int):
         raise ValueError(f"its option {PHOTO_TESTS} is {head['options'][PHOTO_TESTS]!r}")
     pairs = [pair for pair in head["shared"] if isinstance(pair, list) and len(pair) == 2]
@@ -484,16 +477,16 @@ def _check_head(head: Mapping[str, Any]) -> None:
 
 def _record(row: Sequence[str]) -> Record:
     if len(row) != len(_COLUMNS):
-        raise ValueError(f"{len(row)} columns, wanted {len(_COLUMNS)}")
+        raise ValueError(f"{len(row)} columns, expected {len(_COLUMNS)}")
     split, path, member, offset, size, place, name, label, sha256 = row
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}")
     if not re.fullmatch("[0-9a-f]{64}", sha256):
-        raise ValueError(f"{sha256[:70]!r} is no SHA-256")
+        raise ValueError(f"{sha256[:70]!r} is not a SHA-256")
     record = Record(
         split, path, member, int(offset), int(size), int(place), name, int(label), sha256
     )
     numbers = (record.offset, record.size, record.row, record.label)
     if not all(-(1 << 62) < number < 1 << 62 for number in numbers):
-        raise ValueError(f"{numbers} are no offset, size, row and label")
+        raise ValueError(f"{numbers} are not a valid offset, size, row and label")
     return record

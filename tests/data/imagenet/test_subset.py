@@ -126,7 +126,7 @@ def test_the_first_form_is_taken_and_the_others_named(
     caplog.set_level(logging.INFO)
     fakes.train_tar(fake(tmp_path))
     assert pick(tmp_path).options["training_form"] == "class folders"
-    assert "Not used, as one form is enough: archive of class archives" in caplog.text
+    assert "Ignoring a second copy: archive of class archives" in caplog.text
 
 
 def test_unknown_forms_name_the_known_ones(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_unknown_forms_name_the_known_ones(tmp_path: Path) -> None:
     ):
         pick(tmp_path)
     fakes.train_folders(tmp_path)
-    with pytest.raises(FatError, match=r"validation images in no form.*val/.*data.test_root=DIR"):
+    with pytest.raises(FatError, match=r"no ImageNet validation .* known layout.*val/.*test_root="):
         pick(tmp_path)
     with pytest.raises(FatError, match=r"does not exist.*data.root=DIR"):
         pick(tmp_path / "nowhere")
@@ -151,7 +151,7 @@ def test_flat_images_need_a_label_file(tmp_path: Path) -> None:
     with pytest.raises(FatError, match=r"no label file.*ground_truth.*val.txt.*LOC_val.*synset_l"):
         pick(tmp_path)
     fakes.put(tmp_path / "ILSVRC2012_validation_ground_truth.txt", fakes.ground_truth())
-    with pytest.raises(FatError, match=r"meta.mat.* is not beside it"):
+    with pytest.raises(FatError, match=r"meta.mat.* is not in the same folder"):
         pick(tmp_path)
     fakes.put(tmp_path / "meta.mat", "no matrix")
     with pytest.raises(FatError, match=r"ground_truth.txt cannot be read"):
@@ -196,7 +196,7 @@ def test_damaged_archives(tmp_path: Path, form: str, expected: Summary) -> None:
     [
         ([("a.jpg", b"x"), ("b.cls", b"1")], r"The image a in .* has no class: it has .jpg"),
         ([("d/a.jpg", b"x"), ("d/a.cls", b"cat")], r"d/a.cls in .* holds 'cat', not a class index"),
-        ([("a.cls", b"1"), ("a.json", b"{}")], "hold no image that has a class"),
+        ([("a.cls", b"1"), ("a.json", b"{}")], "hold no image with a class"),
     ],
 )
 def test_other_shards(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
@@ -219,7 +219,7 @@ def test_missing_parquet_files_are_told(tmp_path: Path, caplog: pytest.LogCaptur
     fake(tmp_path, "parquet files")
     (tmp_path / "data/train-00001-of-00002.parquet").unlink()
     pick(tmp_path, train_images=5)
-    assert "has 1 of the 2 files" in caplog.text
+    assert "has only 1 of 2 files" in caplog.text
 
 
 def test_overlap_of_training_and_validation(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_the_rest_when_more_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptu
     fake(tmp_path)
     index = pick(tmp_path, train_images=None, fraction=1.0)
     assert index.counts()["train"] == TRAIN * len(WNIDS) - 15
-    assert "Training on 45 images: of the 60 asked for" in caplog.text
+    assert "Training on 45 of 60 requested images" in caplog.text
     with pytest.raises(FatError, match=r"hold 60 different images; .*_images=50 leave none"):
         pick(tmp_path, calibration_images=10, validation_images=50)
 
@@ -313,7 +313,7 @@ def test_repeated_contents_are_taken_once(tmp_path: Path, caplog: pytest.LogCapt
     shutil.copy(tmp_path / mine[1].path, tmp_path / mine[2].path)
     after = pick(tmp_path)
     assert "1 training images repeat others, byte for byte" not in caplog.text
-    assert "2 training images repeat others, byte for byte" in caplog.text
+    assert "Leaving out 2 training images, which are duplicates" in caplog.text
     assert after.counts() == before.counts()
     assert per_class(after, "train") == [3] * 5
     after.check_disjoint()
@@ -341,7 +341,7 @@ def test_empty_and_unreadable_images_are_left_out(
     after = pick(tmp_path)
     assert not {empty.name, locked.name} & {record.name for record in after.records}
     assert after.counts() == before.counts()
-    assert "2 training images are empty or cannot be read" in caplog.text
+    assert "Leaving out 2 training images, which are empty or cannot be read" in caplog.text
 
 
 def test_hashes_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,8 +362,8 @@ def test_missing_classes_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     fake(tmp_path)
     shutil.rmtree(tmp_path / "val" / WNIDS[1])
     index = pick(tmp_path)
-    assert "no image of 1 of the 5 classes, so accuracies speak of the others" in caplog.text
-    assert f"only; missing: {WNIDS[1]}." in caplog.text
+    assert "no images of 1 of the 5 classes, so that accuracies exclude these" in caplog.text
+    assert f"exclude these: {WNIDS[1]}." in caplog.text
     assert per_class(index, "test") == [4, 0, 4, 4, 4]
 
 
@@ -383,7 +383,7 @@ def test_labels_outside_the_network(tmp_path: Path, form: str) -> None:
     fake(tmp_path, form)
     fakes.val_folders(tmp_path)
     with pytest.raises(
-        FatError, match=r"no classes of the network, which are 0 to 3: .*_\d.* \(4\)"
+        FatError, match=r"not classes of the network, which are 0 to 3: .*_\d.* \(4\)"
     ):
         choose(
             tmp_path,

@@ -199,7 +199,7 @@ def test_damaged_and_other_parquet(parquet: Path) -> None:
     with pytest.raises(OSError, match=r"[Pp]arquet"):
         Reader(parquet.parent).read(Place("x.parquet", row=0))
     pyarrow.parquet.write_table(pyarrow.table({"img": [b"x"], "label": [1]}), parquet)
-    with pytest.raises(FatError, match=r"columns img \(binary\), label \(int64\); wanted"):
+    with pytest.raises(FatError, match=r"columns img \(binary\), label \(int64\); expected"):
         list(parquet_rows(parquet))
 
 

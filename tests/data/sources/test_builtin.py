@@ -26,11 +26,11 @@ def test_arrays_are_images() -> None:
 
 def test_arrays_of_another_kind() -> None:
     labels = np.zeros(2, dtype=np.int64)
-    with pytest.raises(FatError, match=r"float64 \[2, 4, 4, 3\]; wanted uint8"):
+    with pytest.raises(FatError, match=r"float64 \[2, 4, 4, 3\]; expected uint8"):
         ArraySource(np.zeros((2, 4, 4, 3)), labels, "x")  # type: ignore[arg-type]
-    with pytest.raises(FatError, match=r"uint8 \[2, 3, 4, 4\]; wanted"):
+    with pytest.raises(FatError, match=r"uint8 \[2, 3, 4, 4\]; expected"):
         ArraySource(np.zeros((2, 3, 4, 4), dtype=np.uint8), labels, "x")
-    with pytest.raises(FatError, match=r"Labels of x are \[2\]; wanted .* 3 of them"):
+    with pytest.raises(FatError, match=r"Labels of x are \[2\]; expected .* 3 in total"):
         ArraySource(np.zeros((3, 4, 4), dtype=np.uint8), labels, "x")
 
 

@@ -96,7 +96,7 @@ def test_unlabelled_unless_all_are_classes(
     source = FolderSource(put(tmp_path, *files), WNIDS)
     assert not source.labelled
     assert {source.label(i) for i in range(len(source))} == {-1}
-    warned = "treated as unlabelled" in caplog.text
+    warned = "Ignoring the labels" in caplog.text
     assert warned == (WNIDS[0] in files[0])  # only when it looks like a mistake
 
 
@@ -111,7 +111,7 @@ def test_missing_folder_names_its_siblings(tmp_path: Path) -> None:
 
 
 def test_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(FatError, match=r"holds no image; found: nothing.*\.jpeg.*data.root=DIR"):
+    with pytest.raises(FatError, match=r"holds no images; found: nothing.*\.jpeg.*data.root=DIR"):
         FolderSource(tmp_path)
     put(tmp_path, "a.txt", "b/c.txt", "b/d.tar", "README")
     with pytest.raises(FatError, match=r"found: 2 \.txt, 1 (\.tar|\(none\))"):
@@ -131,4 +131,4 @@ def test_folder_that_cannot_be_listed(
 
     monkeypatch.setattr(listing.os, "scandir", refuse)
     assert names(FolderSource(tmp_path)) == ["a.png"]
-    assert "locked cannot be listed" in caplog.text
+    assert "locked, which cannot be listed" in caplog.text

@@ -199,7 +199,8 @@ def test_an_unreadable_folder_is_tried_again(
         fail = lambda path: Failing(path) if str(path).endswith("/a") else scandir(path)  # noqa: E731
         patch.setattr(listing.os, "scandir", fail)
         assert names(list_folder(root)) == ["b/3.png"]
-        assert "a cannot be listed and is passed over" in caplog.text
+        assert "Skipping the folder" in caplog.text
+        assert "a, which cannot be listed" in caplog.text
     assert len(names(list_folder(root))) == 3
 
 
@@ -257,7 +258,7 @@ def test_a_full_disk(cache: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(builder: Builder) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    with pytest.raises(FatError, match=r"disk is full. Make room there, or set XDG_CACHE_HOME"):
+    with pytest.raises(FatError, match=r"disk is full. Free disk space there, or set XDG_CACHE"):
         Listing.of(root, "test", full, progress=False)
 
 
@@ -333,4 +334,4 @@ def test_hashes_without_a_cache(cache: Path, root: Path, caplog: pytest.LogCaptu
     hashes.keep(root, Place("a/1.jpg"), "abc")
     assert hashes.find(root, Place("a/1.jpg")) is None
     hashes.close()
-    assert "not kept for the next run" in caplog.text
+    assert "Not caching the hashes of images" in caplog.text

@@ -89,21 +89,21 @@ def test_damaged_files(tmp_path: Path, index: ImageIndex) -> None:
     lines = text.splitlines(keepends=True)
     sha = index.records[3].sha256
     for broken, message in (
-        ("", "is no index of images"),
-        ("a,b\n1,2\n", r"is no index of images.*data.index=FILE"),
-        (text[:-30], r"damaged after 39 images: .* is no SHA-256.*data.index"),
-        ("".join(lines[:-1]), "damaged after 39 images: there are 40 in all"),
+        ("", "is not an index of images"),
+        ("a,b\n1,2\n", r"is not an index of images.*data.index=FILE"),
+        (text[:-30], r"damaged after 39 images: .* is not a SHA-256.*data.index"),
+        ("".join(lines[:-1]), "damaged after 39 images: its head says that there are 40"),
         ("".join(lines[:3]), "its head has no root"),
-        (text.replace("# format: 1", "# format: 2"), "its format is 2, but 1"),
+        (text.replace("# format: 1", "# format: 2"), "its format is 2; this version of FAT reads 1"),
         (text.replace("# seed: 0", "# seed: x"), "damaged after 0 images"),
         (text.replace("# seed: 0", '# seed: "0"'), "its seed is '0'"),
         (text.replace("# options: {", '# options: {"photo_tests": "9", '), "photo_tests is '9'"),
         (text.replace("split,path", "path,split"), "its columns are not split,path"),
         (text.replace("calibration,train", "calibrate,train", 1), "unknown split 'calibrate'"),
-        (text.replace(sha, sha.upper()), "after 3 images: .* is no SHA-256"),
-        (text.replace(",-1,-1,-1,", ",-1,-1,", 1), "8 columns, wanted 9"),
+        (text.replace(sha, sha.upper()), "after 3 images: .* is not a SHA-256"),
+        (text.replace(",-1,-1,-1,", ",-1,-1,", 1), "8 columns, expected 9"),
         (text.replace(",-1,-1,-1,", ",-1,x,-1,", 1), "after 0 images: invalid literal"),
-        (text.replace(",-1,-1,-1,", f",{9**30},-1,-1,", 1), "are no offset, size, row and label"),
+        (text.replace(",-1,-1,-1,", f",{9**30},-1,-1,", 1), "are not a valid offset, size"),
         (
             text.replace('[["calibration", "train"]]', "[]").replace(
                 "# shared: []", '# shared: [["train"]]'
@@ -133,7 +133,7 @@ def test_test_images_elsewhere(tmp_path: Path) -> None:
     )
     path = index.save(tmp_path / "i.csv")
     (tmp_path / "b").rename(tmp_path / "c")
-    with pytest.raises(FatError, match=r"test images in .*/b, which is no folder.*test_root=DIR"):
+    with pytest.raises(FatError, match=r"test images in .*/b, which is not a folder.*test_root="):
         ImageIndex.load(path)
     moved = ImageIndex.load(path, val_root=tmp_path / "c")
     assert moved.source("test").content(0)
@@ -170,7 +170,7 @@ def test_labels_out_of_range(index: ImageIndex) -> None:
 
 def test_an_empty_split(index: ImageIndex) -> None:
     some = replace(index, records=index.of_split("train"))
-    with pytest.raises(FatError, match=r"no test images; it has: 0 calibration, 10 train.*anew"):
+    with pytest.raises(FatError, match=r"no test images; it has: 0 calibration, 10 train.*again"):
         some.source("test")
 
 
@@ -289,7 +289,7 @@ def test_an_index_of_what_is_no_file(tmp_path: Path) -> None:
         ("grey#2", 1),
         ("grey#1", 0),
     ]
-    with pytest.raises(FatError, match=r"image grey#0, which is no file.*Leave data.index out"):
+    with pytest.raises(FatError, match=r"image grey#0, which is not a file.*Omit data.index"):
         ImageIndex.load(index.save(tmp_path / "i.csv")).source("train")
 
 
@@ -333,5 +333,5 @@ def test_copies_are_left_out_in_order_of_precedence() -> None:
 def test_what_has_no_end_is_not_read(tmp_path: Path, place: str) -> None:
     os.mkfifo(tmp_path / "fifo")
     endless = replace(record("train", "a"), path=place)
-    with pytest.raises(UnreadableImage, match="is no regular file"):
+    with pytest.raises(UnreadableImage, match="is not a regular file"):
         IndexSource([endless], tmp_path).load(0)
