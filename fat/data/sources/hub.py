@@ -47,8 +47,9 @@ def fetch(root: str | None) -> Path:
         )
     # No route, no such data set, no permission, a full disk: the advice is the same for all.
     except Exception as error:
+        reason = first_line(error).rstrip(".")
         raise FatError(
-            f"Cannot download the data set {name} from the Hugging Face hub: {first_line(error)} "
+            f"Cannot download the data set {name} from the Hugging Face hub: {reason}. "
             "If it requires permission (as ImageNet does), log in with hf auth login; or type "
             "data.root=DIR with a local copy."
         ) from error
