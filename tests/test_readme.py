@@ -121,7 +121,7 @@ def test_every_linked_file_exists() -> None:
         *((x, ROOT / "docs") for x in DOCS.values()),
     ):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (folder / target).exists() or target.endswith("options.md"), target
+            assert (folder / target).exists(), target
 
 
 def test_every_named_module_exists() -> None:
