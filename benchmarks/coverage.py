@@ -1,26 +1,25 @@
-"""Which of timm's networks FAT takes, from tracing to the file that ships.
+"""Check which of timm's networks FAT supports, from tracing to the exported file.
 
     python benchmarks/coverage.py [--models mobilenetv2_100 ...] [--jobs 2] [--failed]
 
-The smallest network of each of timm's modules, and the mobile networks by name, go through
-everything that the product does:
+The smallest network of each timm module and a list of mobile networks go through all stages:
 
-* **trace** the network, **fold** its batch norms: none is left, and the logits stay to 80 dB;
-* **equalize** with ``exact``, all networks alike: the float logits stay to 80 dB;
-* **insert** quantizers (into the network as it came), **calibrate** 8 bits on four images, one
-  threshold per filter;
-* **train** one step: the loss is finite, every trained parameter has a gradient and moves. Those of
-  thresholds where, on these images, nothing is clipped or rounded have a gradient of exactly 0;
-  they are counted;
-* **save**, load: equal logits, bit by bit;
+* **trace** the network and **fold** its batch norms: none is left, and the logits keep 80 dB;
+* **equalize** with ``exact``: the float logits keep 80 dB;
+* **insert** quantizers (into the original network) and **calibrate** with 8 bits and per-channel
+  thresholds on four images;
+* **train** for one step: the loss is finite, and every trained parameter has a gradient and moves.
+  Thresholds where these images clip and round nothing have a gradient of exactly 0; they are
+  counted;
+* **save** and load: the logits are bit-identical;
 * **export** to ONNX and verify in ONNX Runtime, see docs/export.md.
 
-Weights are random, since the question is not accuracy. Batch norms have seen images in training
-mode; parameters that a fresh network has at 0 or 1, or as good as 0, are drawn, so that every
-branch counts. Sizes are the network's own, but at most ``--size`` where it takes others.
+The weights are random, because the question is not accuracy. Batch norms have seen images in
+training mode, and parameters that a new network has at or near 0 or at 1 are drawn, so that every
+branch counts. The image size is the network's own, but at most ``--size`` where it accepts others.
 
-Every network runs in a process of its own with one thread, ``--memory`` GB and ``--limit`` seconds.
-Results are kept in benchmarks/results/coverage.json as they come; what is there is not run again
+Every network runs in its own process with one thread, ``--memory`` GB and ``--limit`` seconds.
+Results are stored in benchmarks/results/coverage.json as they arrive and are not computed again
 without ``--again`` (all) or ``--failed``. At the end docs/coverage.md is written from them.
 """
 
@@ -153,7 +152,7 @@ MOBILE = (
     "xception41",
 )
 INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "DynamicQuantizeMatMul", "Nhwc")
-"""How the names of ONNX Runtime's integer operators begin."""
+"""Prefixes of ONNX Runtime's integer operators."""
 MOVING = frozenset(
     {
         "Cast",
@@ -187,11 +186,11 @@ MOVING = frozenset(
         "Where",
     }
 )
-"""Operators that move or clip values, count sizes, or change between integers and real values."""
+"""Operators that move or clip values, compute sizes, quantize or dequantize."""
 
 
 def main() -> None:
-    """Run what is missing, then write the page."""
+    """Run the missing networks, then write the page."""
     options = parse()
     if options.one:
         print(json.dumps(check(options.one, options.size)))
@@ -221,12 +220,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--models", nargs="+", help="only these of timm's networks")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="networks at a time")
-    parser.add_argument("--size", type=int, default=160, help="pixels, where the network is free")
-    parser.add_argument("--memory", type=float, default=6.0, help="GB that one network may take")
-    parser.add_argument("--limit", type=int, default=1200, help="seconds that one network may take")
-    parser.add_argument("--again", action="store_true", help="run what has a result, too")
-    parser.add_argument("--failed", action="store_true", help="run again what did not pass")
-    parser.add_argument("--report-only", action="store_true", help="write the page, run nothing")
+    parser.add_argument(
+        "--size", type=int, default=160, help="image size where the network accepts any"
+    )
+    parser.add_argument("--memory", type=float, default=6.0, help="memory limit of a network in GB")
+    parser.add_argument(
+        "--limit", type=int, default=1200, help="time limit of a network in seconds"
+    )
+    parser.add_argument("--again", action="store_true", help="also run networks that have a result")
+    parser.add_argument("--failed", action="store_true", help="repeat networks that did not pass")
+    parser.add_argument("--report-only", action="store_true", help="only write the page")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -235,21 +238,22 @@ def parse() -> argparse.Namespace:
 
 
 def check(name: str, size: int) -> dict[str, Any]:
-    """Take one network through everything; never raises.
+    """Run all stages on one network; never raises.
 
     Args:
-        name: timm's name of it.
-        size: Most pixels of an image's side, where the network takes any.
+        name: timm's name of the network.
+        size: Largest image side where the network accepts any.
 
     Returns:
         The network's row: ``network``, ``parameters``, ``size``, ``passed`` (stages), ``error``,
-        and what each stage found.
+        the versions of timm and torch, and the results of each stage.
     """
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     started = time.perf_counter()
     row: dict[str, Any] = {"network": name, "passed": [], "error": None, "error_kind": None}
+    row |= {"timm": timm.__version__, "torch": torch.__version__.partition("+")[0]}
     try:
         for stage, found in stages(name, size):
             row.update(found)
@@ -265,7 +269,7 @@ def check(name: str, size: int) -> dict[str, Any]:
 
 
 def stages(name: str, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each stage's name and what it found, as it is done."""
+    """Yield the name and the results of each stage as it is done."""
     network, images = setting(name, size)
     yield (
         "",
@@ -307,7 +311,7 @@ def stages(name: str, size: int) -> Iterator[tuple[str, dict[str, Any]]]:
 
 @torch.no_grad()
 def passes(network: nn.Module, images: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Trace, fold and equalize, by themselves."""
+    """Trace, fold and equalize separately."""
     graph = trace(network, images)
     yield "trace", {}
     report = fold_batch_norms(graph)
@@ -326,14 +330,14 @@ def passes(network: nn.Module, images: Tensor) -> Iterator[tuple[str, dict[str, 
 
 
 def equalized(graph: fx.GraphModule, before: Tensor, images: Tensor) -> tuple[int, float]:
-    """How many pairs of layers were equalized, and how far the logits moved, dB."""
+    """Return the number of equalized pairs of layers and the SQNR of the moved logits."""
     spec = fat.QuantSpec(equalize=fat.EqualizeSpec("exact"))
     pairs = equalize(graph, [images], spec).pairs
     return len(pairs), logits_sqnr_db(before, graph(images))
 
 
 def setting(name: str, size: int) -> tuple[nn.Module, Tensor]:
-    """A network as if it were trained, and images of its size."""
+    """Return a network with statistics as if it were trained, and images of its size."""
     torch.manual_seed(0)
     network = timm.create_model(name)
     given = network.default_cfg
@@ -366,7 +370,7 @@ def setting(name: str, size: int) -> tuple[nn.Module, Tensor]:
 
 @torch.no_grad()
 def liven(parameter: Tensor) -> None:
-    """Draw a parameter that is all 0, all 1 or all as good as 0, as layer scales start."""
+    """Draw a parameter whose values are all 0, all 1 or all nearly 0, as in new layer scales."""
     first = float(parameter.flatten()[0])
     if bool((parameter != first).any()) or (parameter.numel() == 1 and first not in (0.0, 1.0)):
         return
@@ -379,7 +383,7 @@ def liven(parameter: Tensor) -> None:
 
 
 def train(student: fat.Student, images: Tensor) -> dict[str, int]:
-    """One step; how many parameters there are, and how many of them it moved."""
+    """Train for one step; return the numbers of trained and of moved parameters."""
     optimizer = DistillModule(student, fat.TrainSpec()).configure_optimizers()
     assert isinstance(optimizer, torch.optim.Optimizer)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -401,7 +405,7 @@ def train(student: fat.Student, images: Tensor) -> dict[str, int]:
 
 
 def demand(condition: bool, otherwise: str) -> None:
-    """Raise if something is not as it must be."""
+    """Raise an AssertionError with this message if a condition does not hold."""
     if not condition:
         raise AssertionError(otherwise)
 
@@ -410,7 +414,7 @@ def demand(condition: bool, otherwise: str) -> None:
 
 
 def smallest() -> list[str]:
-    """The network of fewest parameters of each of timm's modules; kept, for it takes minutes."""
+    """Return the smallest network of each timm module; stored, because it takes minutes."""
     stored = json.loads(SMALLEST.read_text()) if SMALLEST.is_file() else {}
     if stored.get("timm") != timm.__version__:
         modules = tqdm(timm.list_modules(), desc="Smallest network of timm's modules")
@@ -422,7 +426,7 @@ def smallest() -> list[str]:
 
 
 def parameters(name: str) -> float:
-    """How many a network has, without making them."""
+    """Return the number of parameters of a network without allocating them."""
     try:
         with warnings.catch_warnings(), torch.device("meta"):
             warnings.simplefilter("ignore")
@@ -432,7 +436,7 @@ def parameters(name: str) -> float:
 
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """A network's row, from a process that may take so much memory and time."""
+    """Return a network's row from a process with limited memory and time."""
     command = [sys.executable, __file__, "--one", name, "--size", str(options.size)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
@@ -464,12 +468,12 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def module_of(name: str) -> str:
-    """The module under which timm lists a network; its class may be of another."""
+    """Return the module under which timm lists a network; its class may be in another."""
     return next((m for m in timm.list_modules() if is_model_in_modules(name, {m})), "none")
 
 
 def resident(pid: int) -> float:
-    """Memory of a process now, GB; 0 where the system does not tell."""
+    """Return the resident memory of a process in GB, 0 if unknown."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -478,12 +482,12 @@ def resident(pid: int) -> float:
 
 
 def read() -> dict[str, dict[str, Any]]:
-    """The rows that are kept, by network."""
+    """Read the stored rows by network."""
     return json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
 
 
 def keep(results: dict[str, dict[str, Any]]) -> None:
-    """Write all rows, one a line."""
+    """Write all rows, one per line."""
     lines = [f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results)]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     RESULTS.parent.mkdir(exist_ok=True)
@@ -491,13 +495,13 @@ def keep(results: dict[str, dict[str, Any]]) -> None:
 
 
 def summary(row: dict[str, Any]) -> str:
-    """A row in a line."""
+    """Return a row as one line of text."""
     verdict = row["error"] or f"passed, {in_float(row)}"
     return f"{row['network']:32} {row['seconds']:6.0f} s {row['peak_gb']:5.2f} GB  {verdict[:300]}"
 
 
 def in_float(row: dict[str, Any]) -> str:
-    """Operators of the file that compute in real values, most frequent first."""
+    """List the float operators of the file, most frequent first."""
     kinds = Counter(
         {
             kind: count
@@ -509,13 +513,15 @@ def in_float(row: dict[str, Any]) -> str:
 
 
 def page(rows: list[dict[str, Any]], waiting: Sequence[str] = ()) -> str:
-    """docs/coverage.md, of what was run, and the names of what was not."""
+    """Return docs/coverage.md from the rows and the names of networks without one."""
     rows = sorted(rows, key=lambda row: (row["module"], row["network"]))
     passed = [row for row in rows if row["error"] is None]
     covered = len({row["module"] for row in passed})
     exact = [row for row in passed if not row["differing"]]
+    used = sorted({f"timm {row['timm']}, torch {row['torch']}" for row in passed})
+    versions = "; ".join(used)
     lines = [
-        "# Which networks FAT takes",
+        "# Supported networks",
         "",
         "```bash",
         "python benchmarks/coverage.py",
@@ -523,18 +529,17 @@ def page(rows: list[dict[str, Any]], waiting: Sequence[str] = ()) -> str:
         "",
         *(line for line in __doc__.split("\n\n", 2)[2].strip().splitlines()),  # type: ignore[union-attr]
         "",
-        f"{len(passed)} of {len(rows)} networks pass everything, from {covered} of timm's "
-        f"{len(timm.list_modules())} modules (timm {timm.__version__}, torch "
-        f"{torch.__version__.partition('+')[0]}).",
+        f"{len(passed)} of {len(rows)} networks pass all stages, from {covered} of timm's "
+        f"{len(timm.list_modules())} modules ({versions}).",
         "",
-        f"In {len(exact)} of the files every integer of every operation equals the student's. In "
-        "the others a few results of float operators fall to the other side of a rounding; "
-        "*differing* counts the operations concerned.",
+        f"In {len(exact)} of the files, every integer of every operation equals the student's. In "
+        "the others, a few results of float operators are rounded the other way; *differing* "
+        "counts the affected operations.",
         "",
-        "*Size* counts parameters. *Layers* are convolutions and linear layers, all of them "
-        "integer kernels in the file; *folded* batch norms went into one of them, *1×1* are those "
-        "that became a depthwise convolution. *In float* are the file's operators that compute in "
-        "real values, where a runtime has no integer kernel: integers before and after.",
+        "*Size* is the number of parameters. *Layers* are convolutions and linear layers, all of "
+        "them integer kernels in the file. *Folded* batch norms were merged into one of them, "
+        "*1×1* batch norms became a depthwise convolution. *In float* are the file's operators "
+        "without an integer kernel in the runtime; their inputs and outputs are integers.",
         "",
         "| module | network | size | pixels | layers | folded | 1×1 | differing | in float | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -544,9 +549,9 @@ def page(rows: list[dict[str, Any]], waiting: Sequence[str] = ()) -> str:
     if failed:
         lines += [
             "",
-            "## What does not pass",
+            "## Failures",
             "",
-            "| network | passed | what is said |",
+            "| network | passed | error |",
             "|---|---|---|",
             *(
                 f"| {row['network']} | {', '.join(row['passed']) or 'nothing'} | "
@@ -555,12 +560,12 @@ def page(rows: list[dict[str, Any]], waiting: Sequence[str] = ()) -> str:
             ),
         ]
     if waiting:
-        lines += ["", "## Not run yet", "", ", ".join(waiting)]
+        lines += ["", "## Not run", "", ", ".join(waiting)]
     return "\n".join(lines) + "\n"
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """A network's line of the table."""
+    """Return a network's line of the table."""
     cells = (
         row["module"],
         row["network"],

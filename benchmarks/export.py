@@ -1,16 +1,16 @@
-"""Our int8 files beside those of onnxruntime's own static quantization: speed, size, fidelity.
+"""Compare FAT's int8 files with onnxruntime's static quantization: speed, size, fidelity.
 
     python benchmarks/export.py [--data DIR] [--model mobilenet_v2] [--scheme symmetric]
 
-Both tools get the same folded float network, the same calibration images and the same form: uint8
-activations, int8 weights, int32 biases, quantize-dequantize pairs. FAT only calibrates here, it
-does not train. onnxruntime's tool runs with its own pre-processing first, per-channel weights where
-ours are, and min-max calibration, its default.
+Both tools get the same folded float network, the same calibration images and the same format: uint8
+activations, int8 weights, int32 biases, quantize-dequantize pairs. FAT only calibrates, it does not
+train. onnxruntime's tool runs its own pre-processing first, with the same granularity and min-max
+calibration, its default.
 
 * EfficientNet-Lite0 has its ImageNet weights. Other networks have random ones, with batch norms
-  that saw the calibration images: what a kernel costs does not depend on them.
-* Each file is judged on test images against the float network. ``--data DIR`` takes a folder with
-  train/ and val/; without it, FAT's photographs.
+  that saw the calibration images: the speed of a kernel does not depend on them.
+* Each file is compared with the float network on test images. ``--data DIR`` is a folder with
+  train/ and val/; the default are FAT's photographs.
 * Latency: medians of single images over rounds in which the files take turns, in one process, with
   the same options of ONNX Runtime. ``ours/theirs`` and ``ours/float`` are ratios of medians.
 * ``float`` counts convolutions and linear layers that ONNX Runtime computes in float.
@@ -71,13 +71,13 @@ FORM = "{:20}" + "{:>13}" * (len(HEADINGS) - 1)
 
 
 class Reader(CalibrationDataReader):
-    """Calibration images, as onnxruntime's tool asks for them."""
+    """Calibration images for onnxruntime's tool."""
 
     def __init__(self, images: Sequence[Tensor]) -> None:
         self.images = iter(images)
 
     def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
-        """The next batch by the input's name, ``None`` at the end."""
+        """Return the next batch by input name, ``None`` at the end."""
         batch = next(self.images, None)
         return None if batch is None else {"input": batch.numpy()}
 
@@ -93,7 +93,7 @@ def main() -> None:
         f"onnxruntime {onnxruntime.__version__}{exact}, {options.granularity}, {options.scheme}"
     )
     print(FORM.format(*HEADINGS), flush=True)
-    logging.getLogger().setLevel(logging.ERROR)  # its tool advises what is done here already
+    logging.getLogger().setLevel(logging.ERROR)  # its tool recommends what is done here
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.out or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,14 +111,14 @@ def parse() -> argparse.Namespace:
         "--granularity", default="per_channel", choices=("per_channel", "per_tensor")
     )
     parser.add_argument("--scheme", default="asymmetric", choices=("asymmetric", "symmetric"))
-    parser.add_argument("--repeats", type=int, default=5, help="times that latencies are taken")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds of latency measurements")
     parser.add_argument("--threads", type=int, help="torch's own choice by default")
-    parser.add_argument("--out", type=Path, help="folder to keep the files in")
+    parser.add_argument("--out", type=Path, help="keep the files in this folder")
     return parser.parse_args()
 
 
 def measure(model: str, folder: Path, options: argparse.Namespace) -> Iterator[str]:
-    """The cells of one network's row."""
+    """Yield the cells of one network's row."""
     network, calibration, test = setting(model, options)
     spec = fat.QuantSpec(granularity=options.granularity, scheme=options.scheme)
     student = fat.prepare(network, calibration[:1], spec)
@@ -146,7 +146,7 @@ def measure(model: str, folder: Path, options: argparse.Namespace) -> Iterator[s
 def setting(
     model: str, options: argparse.Namespace
 ) -> tuple[nn.Module, list[Tensor], list[tuple[Tensor, Tensor]]]:
-    """A network with calibration and test images of its size."""
+    """Return a network with calibration and test images of its size."""
     pretrained = model == "efficientnet_lite0"
     source = load_float_network(NETWORKS[model], **({} if pretrained else {"weights": "random"}))
     config = DataConfig(source="photos", batch_size=8, test_images=options.images)
@@ -163,7 +163,7 @@ def setting(
 def see(network: nn.Module, images: Sequence[Tensor]) -> None:
     """Give batch norms the statistics of images, and a weight to those that start at zero.
 
-    A residual network's last norm of each block does, which leaves nothing there to compute.
+    The last norm of each block of a residual network does, so the block would compute zeros.
     """
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -179,7 +179,7 @@ def see(network: nn.Module, images: Sequence[Tensor]) -> None:
 def quantize(
     source: Path, path: Path, calibration: Sequence[Tensor], options: argparse.Namespace
 ) -> None:
-    """What onnxruntime's documentation tells its users to do."""
+    """Quantize as recommended in onnxruntime's documentation."""
     prepared = path.with_suffix(".prepared.onnx")
     quant_pre_process(source, prepared)
     quantize_static(
@@ -196,13 +196,13 @@ def quantize(
 
 
 def medians(files: dict[str, OnnxRuntime], image: Tensor, repeats: int) -> dict[str, float]:
-    """Milliseconds of one run of each file, all taking turns."""
+    """Return the median milliseconds of one image for each file; the files take turns."""
     times: dict[str, list[float]] = {kind: [] for kind in files}
     for turn in range(40 * repeats):
         for kind in sorted(files, reverse=bool(turn % 2)):
             started = time.perf_counter()
             files[kind].run(image)
-            if turn >= 5:  # caches, and memory that the runtime takes at first
+            if turn >= 5:  # warm-up
                 times[kind].append(1e3 * (time.perf_counter() - started))
     return {kind: statistics.median(values) for kind, values in times.items()}
 

@@ -1,24 +1,24 @@
-"""How many training images a core prepares, beside how many its JPEG decoder could.
+"""Measure how many training images per second one core prepares, relative to its JPEG decoder.
 
     python benchmarks/feeding.py [data.root=DIR] [--images 200] [--rounds 7] [--workers 2]
 
-Without a folder the images are crops of scikit-image's photographs, 500 x 375 pixels, ImageNet's
-average, saved as JPEG.
+The default images are crops of scikit-image's photographs, 500 x 375 pixels (ImageNet's average),
+saved as JPEG.
 
-* ``decoder``: Pillow decodes the same bytes, in memory already, to RGB. All pixels: the ceiling.
-  ``reduced``: as few as the training crop needs, by the decoder's own reduction to 1/2, 1/4 or 1/8.
-* ``folder``, ``cache=...``: the whole way of a training image, from its file to a normalised
-  float32 batch, through the loader that a run uses, with ``--workers`` processes and without.
-* ``augment=device``: what workers do where a GPU cuts the crops, which is not counted here.
-* ``evaluation``: the same from the folder, cut as a test image is.
-* ``alone``: parts of that way. ``training crop``: cut and resize a decoded image. ``batch``: stack
-  and normalise; of this a run on a GPU leaves the larger half to the GPU.
+* ``decoder``: Pillow decodes the bytes from memory to RGB. ``all pixels`` is the ceiling;
+  ``reduced`` decodes only what the training crop needs, with the decoder's reduction by 2, 4 or 8.
+* ``folder``, ``cache=...``: the full pipeline of a training image, from its file to a normalized
+  float32 batch, through the loader of a run, with ``--workers`` processes and without.
+* ``augment=device``: the work of the loader if a GPU cuts the crops, without that of the GPU.
+* ``evaluation``: the pipeline from the folder with the evaluation crop.
+* ``alone``: parts of the pipeline. ``training crop``: cut and resize a decoded image. ``batch``:
+  stack and normalize; on a GPU, most of this is done by the GPU.
 
-A rate is images per CPU second of all processes that take part, starting them included: what one
-core does, however many there are and whatever else they do. Rates are medians over ``--rounds``
-rounds in which the ways take turns, after one that only warms up; ratios are medians of each
-round's own ratio, so what slows the machine down for a while falls out. Files come from the
-system's memory, caches are built before, and each round cuts other crops. torch takes one thread.
+A rate is images per CPU second of all participating processes, including their start, so it does
+not depend on their number or on other load. Rates are medians over ``--rounds`` rounds in which the
+rows take turns, after one warm-up round; ratios are medians of each round's ratio, so a temporarily
+slow machine cancels out. Files are in the page cache, image caches are built before, and each round
+cuts other crops. torch uses one thread.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ ROOT = "data.root="
 HEADINGS = ("way", "images/s per core", "min", "max", "of the decoder", "of the folder")
 FORM = "{:34}{:>18}{:>8}{:>8}{:>16}{:>15}"
 DECODER, FOLDER = "decoder, all pixels", "folder"
-ALONE = 64  # decoded images that are kept for the parts
-PASSES = 4  # over the images where processes are started, so that starting them weighs less
+ALONE = 64  # decoded images for the rows of parts
+PASSES = 4  # with workers, so that their start weighs less
 
 
 @dataclass
 class Way:
-    """One row: what is done to how many images, and the CPU seconds of each round."""
+    """A row of the table: a function, its number of images, and the CPU seconds of each round."""
 
     run: Callable[[int], object]  # given the round's number
     images: int
@@ -69,7 +69,7 @@ class Way:
 
     @property
     def rates(self) -> list[float]:
-        """Images per second of each round."""
+        """Return the images per second of each round."""
         return [self.images / seconds for seconds in self.seconds]
 
 
@@ -118,10 +118,10 @@ def parse() -> argparse.Namespace:
 
 
 def photographs(folder: Path, count: int) -> Path:
-    """Save crops of photographs as JPEGs of ImageNet's average size."""
+    """Save crops of photographs as JPEG files of ImageNet's average size."""
     folder.mkdir()
     source = PhotoSource(TRAIN_PHOTOS, count)
-    # Most of each photograph: what is enlarged is smooth, and smooth images decode faster.
+    # Large crops: enlarged images are smooth, and smooth images decode faster.
     cut = RandomCropTransform(preprocessing(375, 500), scale=(0.6, 1.0), ratio=(4 / 3, 4 / 3))
     for index in range(count):
         (pixels,) = cut(source.load(index), generator(index))
@@ -131,7 +131,7 @@ def photographs(folder: Path, count: int) -> Path:
 
 
 def preprocessing(height: int, width: int) -> Preprocessing:
-    """ImageNet's usual one."""
+    """Return the usual preprocessing of ImageNet."""
     return Preprocessing(
         size=(height, width),
         mean=(0.485, 0.456, 0.406),
@@ -143,7 +143,7 @@ def preprocessing(height: int, width: int) -> Preprocessing:
 
 
 def readable(source: FolderSource, count: int) -> tuple[FolderSource, list[int]]:
-    """A sample of the JPEG files that can be decoded.
+    """Choose a sample of the JPEG files that can be decoded.
 
     Raises:
         FatError: If there is none.
@@ -162,12 +162,12 @@ def readable(source: FolderSource, count: int) -> tuple[FolderSource, list[int]]
 
 
 def is_jpeg(content: bytes) -> bool:
-    """Whether a file begins as a JPEG does."""
+    """Return whether a file starts like a JPEG file."""
     return content[:3] == b"\xff\xd8\xff"
 
 
 def machine(source: FolderSource, indices: list[int], options: argparse.Namespace) -> str:
-    """Where, and with what images, the figures come from."""
+    """Return a description of the machine, the libraries and the images."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         known = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -188,7 +188,7 @@ def machine(source: FolderSource, indices: list[int], options: argparse.Namespac
 def ways(
     source: FolderSource, indices: list[int], folder: Path, options: argparse.Namespace
 ) -> dict[str, Way]:
-    """All rows, by name."""
+    """Return all rows by name."""
     config = preprocessing(options.size, options.size)
     crop = RandomCropTransform(config)
     encoded = [source.content(index) for index in indices]
@@ -226,7 +226,7 @@ def ways(
 def parts(
     source: FolderSource, indices: list[int], crop: RandomCropTransform, batch: int
 ) -> dict[str, Way]:
-    """Rows of single parts of the way."""
+    """Return the rows of single parts of the pipeline."""
     decoded = [source.load(index) for index in indices]
     cut = [(crop(image, generator(0)), 0) for image in decoded]
 
@@ -243,18 +243,18 @@ def parts(
 
 
 def decode(content: bytes, short_side: int | None) -> None:
-    """Decode to RGB, and nothing else."""
+    """Decode an image to RGB."""
     image = Image.open(io.BytesIO(content))
     image.draft("RGB", None if short_side is None else (short_side, short_side))
     image.load()
-    if image.mode != "RGB":  # grey, or four colours
+    if image.mode != "RGB":  # gray or CMYK
         image.convert("RGB")
 
 
 def through(
     source: ImageSource, indices: list[int], transform: Transform, workers: int, batch: int
 ) -> Callable[[int], None]:
-    """All images once, as a run loads them."""
+    """Return a function that loads all images once, as a run does."""
     data = ImageDataset(source, transform, indices=indices)
 
     def run(repeat: int) -> None:
@@ -269,7 +269,7 @@ def through(
 def unfinished(
     source: ImageSource, indices: list[int], transform: Transform, batch: int
 ) -> Callable[[int], None]:
-    """What is left to workers where a GPU cuts the crops: batches of 8-bit pixels."""
+    """Return a function that loads batches of 8-bit pixels, for crops on a GPU."""
     data = ImageDataset(source, transform, indices=indices)
 
     def run(repeat: int) -> None:
@@ -282,20 +282,20 @@ def unfinished(
 
 
 def timed(way: Way, repeat: int) -> float:
-    """CPU seconds of one round, those of processes that ended in it included."""
+    """Return the CPU seconds of one round, including processes that ended in it."""
     before = cpu_seconds()
     way.run(repeat)
     return cpu_seconds() - before
 
 
 def cpu_seconds() -> float:
-    """CPU seconds of this process and of all that it started and that have ended."""
+    """Return the CPU seconds of this process and of its ended child processes."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def line(name: str, measured: dict[str, Way]) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     rates = measured[name].rates
     cells = [f"{value:.0f}" for value in (statistics.median(rates), min(rates), max(rates))]
     for base, form in ((DECODER, "{:.0%}"), (FOLDER, "{:.2f}x")):

@@ -1,18 +1,18 @@
-"""What training costs on a GPU, beside its ceiling and float fine-tuning: images/s, hours, money.
+"""Measure training on a GPU against hardware limits and float fine-tuning: images/s, hours, cost.
 
     python benchmarks/gpu.py [--model mobilenet_v2] [--batch 128] [--dollars 2.50] [--full]
 
-* **Ceilings** of this device, measured first: bf16 matrix products (8192³) in TFLOP/s, and copies
-  of 1 GB in GB/s. Mobile networks do few operations per byte, so it is the second that binds them.
-* **Steps** as in step.py, by turns, medians: float fine-tuning, the student's, the teacher's
-  forward pass. ``of bytes`` is the least traffic a step could have, each layer's input, output and
-  weight once forward and twice back in bf16, over what copies reach in that time; ``of FLOPs`` is
-  the same of operations.
+* **Ceilings** of the device, measured first: bf16 matrix products (8192³) in TFLOP/s and copies of
+  1 GB in GB/s. Mobile networks do few operations per byte, so the second is their limit.
+* **Steps** as in step.py, medians: float fine-tuning, the student, the forward pass of the teacher.
+  ``of bytes`` is the least possible memory traffic of a step (each layer's input, output and weight
+  once forward and twice backward in bf16) divided by what copies reach in that time; ``of FLOPs``
+  is the same for operations.
 * **The paper's protocol**: 100,000 images for 5 epochs through teacher and student, and 50,000
-  judged twice. Computed from the measured steps; ``--full`` takes every step of it instead, on
-  images drawn on the device, and prints both. ``--dollars`` is what an hour of the device costs.
+  images evaluated twice. It is computed from the measured steps; ``--full`` also takes every step
+  of it, on images drawn on the device. ``--dollars`` is the price of an hour of the device.
 
-Reading and decoding images is another matter: benchmarks/feeding.py measures it.
+Reading and decoding images is not included: see benchmarks/feeding.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-PROTOCOL = {"images": 100_000, "epochs": 5, "judged": 2 * 50_000}
+PROTOCOL = {"images": 100_000, "epochs": 5, "evaluated": 2 * 50_000}
 FORM = "{:20}{:22}{:>10}{:>12}{:>10}{:>10}{:>10}"
 HEADINGS = ("network", "step", "ms", "images/s", "ratio", "of bytes", "of FLOPs")
 
@@ -53,7 +53,7 @@ def main() -> None:
     print(FORM.format(*HEADINGS), flush=True)
     for model in options.model:
         given = setting(model, options)
-        work, traffic = demand(given)
+        work, traffic = least_work(given)
         steps = {name: make_step(name, given) for name in (FLOAT, STUDENT + "adaround", TEACHER)}
         seconds = medians(steps, options)
         for name, value in seconds.items():
@@ -68,8 +68,8 @@ def main() -> None:
             print(FORM.format(model, name, *cells), flush=True)
         both = seconds[STUDENT + "adaround"] + seconds[TEACHER]
         trained = PROTOCOL["images"] * PROTOCOL["epochs"] / options.batch
-        judged = PROTOCOL["judged"] / options.batch * 2 * seconds[TEACHER]
-        tell(model, "computed", trained * both + judged, options)
+        evaluated = PROTOCOL["evaluated"] / options.batch * 2 * seconds[TEACHER]
+        tell(model, "computed", trained * both + evaluated, options)
         if options.full:
             tell(model, "every step taken", full(steps, given, int(trained), options), options)
 
@@ -83,20 +83,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--threads", type=int, help="torch's own choice by default")
-    parser.add_argument("--dollars", type=float, default=2.5, help="an hour of the device")
+    parser.add_argument("--dollars", type=float, default=2.5, help="price of an hour of the device")
     parser.add_argument("--full", action="store_true", help="take every step of the protocol")
     options = parser.parse_args()
     options.cpu_time = False
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(
-            "torch finds no GPU here. --device cpu measures the processor, in float32: the "
-            "command works there, its figures say nothing about GPUs."
+            "torch finds no GPU here. --device cpu runs on the processor in float32; the results "
+            "say nothing about GPUs."
         )
     return options
 
 
 def ceilings(options: argparse.Namespace) -> tuple[float, float]:
-    """FLOP/s of matrix products, and bytes/s that copies read and write, on this device."""
+    """Measure FLOP/s of matrix products and bytes/s of copies on this device."""
     cuda = options.device == "cuda"
     side, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
     a = torch.randn(side, side, device=options.device, dtype=dtype)
@@ -107,8 +107,8 @@ def ceilings(options: argparse.Namespace) -> tuple[float, float]:
     return 2 * side**3 / product, 2 * source.nbytes / copy
 
 
-def demand(given: Setting) -> tuple[int, int]:
-    """FLOPs, and the fewest bytes, of one forward pass: each layer's tensors once, in 2 bytes."""
+def least_work(given: Setting) -> tuple[int, int]:
+    """Return FLOPs and the least memory traffic of a forward pass: each tensor of a layer once."""
     elements = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -129,7 +129,7 @@ def demand(given: Setting) -> tuple[int, int]:
 def medians(
     steps: dict[str, Callable[[], object]], options: argparse.Namespace
 ) -> dict[str, float]:
-    """Median seconds of each step; they take turns, and the first round warms up."""
+    """Return the median seconds of each step; they take turns, the first round is a warm-up."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(options.repeats + 1):
         for name, step in steps.items():
@@ -140,12 +140,12 @@ def medians(
 
 
 def median(step: Callable[[], object], options: argparse.Namespace) -> float:
-    """Median seconds of a step."""
+    """Return the median seconds of a step."""
     return medians({"": step}, options)[""]
 
 
 def timed(step: Callable[[], object], options: argparse.Namespace) -> float:
-    """Seconds until a step is done on the device."""
+    """Return the seconds until a step is done on the device."""
     wait(options.device)
     started = time.perf_counter()
     step()
@@ -156,13 +156,13 @@ def timed(step: Callable[[], object], options: argparse.Namespace) -> float:
 def full(
     steps: dict[str, Callable[[], object]], given: Setting, count: int, options: argparse.Namespace
 ) -> float:
-    """Seconds of the protocol, step by step, each on new images."""
+    """Run every step of the protocol on new images and return the seconds."""
     started = time.perf_counter()
     for _ in tqdm(range(count), desc="Protocol"):
         given.images.normal_()
         steps[TEACHER]()
         steps[STUDENT + "adaround"]()
-    for _ in tqdm(range(PROTOCOL["judged"] // options.batch), desc="Judging", leave=False):
+    for _ in tqdm(range(PROTOCOL["evaluated"] // options.batch), desc="Evaluation", leave=False):
         given.images.normal_()
         steps[TEACHER]()
         steps[TEACHER]()
@@ -171,7 +171,7 @@ def full(
 
 
 def tell(model: str, how: str, seconds: float, options: argparse.Namespace) -> None:
-    """Print what the protocol takes."""
+    """Print time and cost of the protocol."""
     cost = seconds / 3600 * options.dollars
     print(f"{model:20}the paper's protocol, {how}: {seconds / 60:.1f} min, ${cost:.2f}", flush=True)
 

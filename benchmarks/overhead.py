@@ -1,13 +1,13 @@
-"""What logging and reporting cost beside the run itself.
+"""Measure what logging and reporting cost relative to the run.
 
     python benchmarks/overhead.py [OVERRIDES]
 
-does one run of train.py in this process with every function under a stopwatch that logs or
-reports: the loggers' own, the callbacks that keep figures, histograms and checkpoints, details of
-layers, the page. Overrides are train.py's; without any it is the default run with its default
-logger, W&B offline. Printed is each part's wall time and its share of the run. What FAT imports
-before the run is not counted, what logging imports is. W&B writes its file in another process: what
-that takes of the processor shows in the time of the run only, to be compared with logger=none.
+Runs train.py once in this process with a stopwatch around every function that logs or reports:
+loggers, callbacks that record metrics, histograms and checkpoints, details of layers, the page.
+OVERRIDES are those of train.py; the default is the default run with its default logger, W&B
+offline. Printed are the wall time of each part and its fraction of the run. Imports of FAT before
+the run are not counted, those of loggers are. W&B writes its file in another process; its CPU time
+shows only in the time of the run, compared with logger=none.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ PARTS: dict[str, tuple[tuple[Any, tuple[str, ...]], ...]] = {
     "history.csv": (
         (CSVHistory, ("setup", "on_train_start", "on_train_batch_end", "on_validation_end")),
     ),
-    "α in figures and histograms": ((AlphaHistory, ("on_validation_end",)),),
-    "checkpoints to go on from": (
+    "α in metrics and histograms": ((AlphaHistory, ("on_validation_end",)),),
+    "checkpoints for resuming": (
         (PeriodicCheckpoint, ("on_train_batch_end", "on_validation_end")),
     ),
     "logger, while training": ((WandbLogger, ("log_metrics", "log_hyperparams")),),
@@ -43,18 +43,18 @@ PARTS: dict[str, tuple[tuple[Any, tuple[str, ...]], ...]] = {
     "details of layers and images": ((experiment, ("write_details", "run_figures")),),
     "metrics.json, tables and page": ((experiment, ("_keep", "write_thresholds")),),
 }
-"""What is timed: by part, the owners of functions and the functions' names."""
+"""Timed functions by part: their owners and names."""
 
 
 class Stopwatch:
-    """Wall time of the outermost timed call, by part, so that nothing counts twice."""
+    """Wall time of the outermost timed call by part, so that nothing counts twice."""
 
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PARTS, 0.0)
         self._inside = False
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, under the stopwatch."""
+        """Return the function with the stopwatch around it."""
 
         @functools.wraps(function)
         def call(*arguments: Any, **named: Any) -> Any:
@@ -71,7 +71,7 @@ class Stopwatch:
         return call
 
     def attach(self) -> None:
-        """Put every function of PARTS under the stopwatch."""
+        """Wrap every function of PARTS."""
         for part, places in PARTS.items():
             for owner, names in places:
                 for name in names:
@@ -79,7 +79,7 @@ class Stopwatch:
 
 
 def table(seconds: dict[str, float], whole: float) -> str:
-    """Markdown: seconds and percent of the run, by part and together."""
+    """Return a Markdown table: seconds and percent of the run by part and in total."""
     lines = ["| part | seconds | of the run |", "|---|---|---|"]
     for name, spent in [*seconds.items(), ("all of it", sum(seconds.values()))]:
         lines.append(f"| {name} | {spent:.2f} | {100 * spent / whole:.2f} % |")
@@ -89,7 +89,7 @@ def table(seconds: dict[str, float], whole: float) -> str:
 def main() -> None:
     """Run once and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("overrides", nargs="*", help="of train.py")
+    parser.add_argument("overrides", nargs="*", help="overrides of train.py")
     options = parser.parse_args()
     os.environ.setdefault("WANDB_MODE", "offline")
     with initialize_config_dir(str(CONF), version_base="1.3"):

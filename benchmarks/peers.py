@@ -1,25 +1,24 @@
-"""What people quantize with today, beside FAT: same float networks, same images, one scorer.
+"""Compare FAT with other quantization tools: same float networks, same images, one scorer.
 
     pip install -e '.[lite,plot]'
     python benchmarks/peers.py --data DIR
-    python benchmarks/peers.py --data DIR --tools nncf-accurate --settings w8a8-vector
+    python benchmarks/peers.py --data DIR --tools nncf-accurate --settings w8a8-per-channel
     python benchmarks/peers.py --report-only
 
-``DIR`` holds ``train/<wnid>/*.jpg``, which every tool may use in full and without labels, and
-``val/<wnid>/*.jpg``, which nothing is chosen on. Each tool gets an environment of its own with
-pinned versions (``--venvs``) and a script of ``tools/``, whose docstring says which of the tool's
-documented recipes it follows. A cell is one recipe on one network in one setting: a process of its
-own with ``--threads`` cores, stopped after ``--limit`` seconds.
+``DIR`` holds ``train/<wnid>/*.jpg``, which every tool may use without labels, and
+``val/<wnid>/*.jpg``, which is only evaluated on. Each tool has its own environment with pinned
+versions (``--venvs``) and a script in ``tools/``, whose docstring names the documented recipe that
+it follows. A cell is one recipe on one network in one setting; it runs in its own process with
+``--threads`` cores and is stopped after ``--limit`` seconds.
 
-* Time: from the float network and the images in memory to the file that ships. Starting Python,
-  loading and judging are not counted. FAT reads its images from their JPEG files instead.
-* Memory: the most that the process held until then, Python and libraries included.
-* *simulation*: the tool's own fake-quantized network; *file*: what ships, in its runtime.
-* Both are scored here with :class:`fat.evaluation.metrics.Comparison` against the float network's
-  logits.
+* Time: from the float network and the images in memory to the exported file, without the start of
+  Python, loading and evaluation. FAT reads its images from JPEG files instead.
+* Memory: peak of the process up to that point, Python and libraries included.
+* *simulation*: the tool's fake-quantized network; *file*: the exported file in its runtime. Both
+  are compared with the float network's logits by :class:`fat.evaluation.metrics.Comparison`.
 
-Finished cells, failures too, are not run again (``--retry`` tries failures once more), so interrupt
-at will. Results gather in ``--results``, from which the report is written.
+The benchmark can be interrupted at any time: cells that finished or failed do not run again
+(``--retry`` repeats failures). The report is written from ``--results``.
 """
 
 from __future__ import annotations
@@ -62,13 +61,13 @@ MODELS = {
     "efficientnet_lite2": "tf_efficientnet_lite2",
 }
 SETTINGS = {
-    "w8a8-vector": (8, 8, "vector"),
-    "w8a8-scalar": (8, 8, "scalar"),
-    "w6a6-vector": (6, 6, "vector"),
-    "w4a8-vector": (4, 8, "vector"),
-    "w4a4-vector": (4, 4, "vector"),
+    "w8a8-per-channel": (8, 8, "per_channel"),
+    "w8a8-per-tensor": (8, 8, "per_tensor"),
+    "w6a6-per-channel": (6, 6, "per_channel"),
+    "w4a8-per-channel": (4, 8, "per_channel"),
+    "w4a4-per-channel": (4, 4, "per_channel"),
 }
-"""Name → bits of weights, bits of activations, one threshold per filter (vector) or tensor."""
+"""Name → bits of weights, bits of activations, granularity."""
 
 TORCH = ("torch==2.14.1", "torchvision==0.29.1", "timm==1.0.31", "safetensors==0.8.0")
 PINS = {
@@ -90,7 +89,7 @@ PINS = {
         *TORCH,
     ),
 }
-"""What each environment has, beside what these need."""
+"""Requirements of each environment."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +97,10 @@ class Tool:
     """One recipe of one tool.
 
     Attributes:
-        script: The file of tools/ that runs it, without its suffix.
-        recipe: What the script calls it.
-        venv: The environment, a key of PINS; ``None`` is FAT's own.
-        label: What the report calls it.
+        script: Stem of the file in tools/ that runs it.
+        recipe: Name of the recipe in the script.
+        venv: Environment, a key of PINS; ``None`` is FAT's own.
+        label: Name in the report.
     """
 
     script: str
@@ -132,20 +131,20 @@ TOOLS = _tools()
 
 
 SHORTER = {"swift": (10, 128), "quick": (40, 256)}
-"""Steps for each block, half as many again at 4 bits, and crops: otherwise the presets ``best_*``.
+"""Steps per block (1.5 times as many at 4 bits) and crops; otherwise the presets ``best_*``.
 
-Loss on the 50 images that decide, Lite0: W8A8 0.061 (quick), 0.074 (swift), 0.114 calibrated; W4A8
+Loss on the 50 validation images, Lite0: W8A8 0.061 (quick), 0.074 (swift), 0.114 calibrated; W4A8
 0.41, 0.59, 1.49."""
 
 EXACT = "quant.equalize.method=exact"
-"""One threshold per tensor: channels equalized, each clipped at its own bound.
+"""For per-tensor thresholds: channels are equalized, each is clipped at its own bound.
 
-Loss on the 50 images that decide, Lite0, quick: W8A8 scalar 0.076 with it, 0.140 without; with a
-threshold per filter it does not help (W6A6 0.226 with it, 0.206 without)."""
+Loss on the 50 validation images, Lite0, quick: W8A8 per tensor 0.076 with it, 0.140 without; with
+per-channel thresholds it does not help (W6A6 0.226 with it, 0.206 without)."""
 
 
 def ours(recipe: str, setting: str) -> list[str]:
-    """Overrides of train.py for one of our recipes."""
+    """Return the overrides of train.py for one of FAT's recipes."""
     weights, activations, granularity = SETTINGS[setting]
     given = {
         "quant.bits": str(weights),
@@ -153,8 +152,9 @@ def ours(recipe: str, setting: str) -> list[str]:
         "quant.granularity": granularity,
     }
     if recipe == "best":
-        name = setting.removesuffix("-vector").replace("-", "_")
-        return [f"experiment=best_{name}", *([EXACT] if granularity == "scalar" else [])]
+        if granularity == "per_tensor":
+            return [f"experiment=best_{setting.partition('-')[0]}_scalar", EXACT]
+        return [f"experiment=best_{setting.partition('-')[0]}"]
     if recipe in SHORTER:
         steps, images = SHORTER[recipe]
         return [
@@ -162,7 +162,8 @@ def ours(recipe: str, setting: str) -> list[str]:
             f"optim.reconstruction.steps={steps * 3 // 2 if weights == 4 else steps}",
             f"optim.reconstruction.images={images}",
         ]
-    experiment = "calibration_only" if recipe == "calibration" else f"paper_{granularity}"
+    paper = {"per_channel": "paper_vector", "per_tensor": "paper_scalar"}[granularity]
+    experiment = "calibration_only" if recipe == "calibration" else paper
     return [f"experiment={experiment}", *(f"{key}={value}" for key, value in given.items())]
 
 
@@ -170,11 +171,11 @@ def ours(recipe: str, setting: str) -> list[str]:
 
 
 def prepare(model: str, options: argparse.Namespace) -> Path:
-    """What all tools start from, as files: made once for each network.
+    """Write the inputs of all tools for a network, unless they exist, and return their folder.
 
-    ``train.npy`` and ``val.npy``, float32 [N, 3, H, W], normalised, the network's own evaluation
-    crop; ``labels.npy`` and ``float.npy`` (logits) of val; the float network as ``float.onnx``
-    (batch norms folded) and as ``weights.safetensors`` with timm's names.
+    ``train.npy`` and ``val.npy`` (float32 [N, 3, H, W], normalized, the network's evaluation crop),
+    ``labels.npy`` and ``float.npy`` (logits) of val, ``float.onnx`` (batch norms folded) and
+    ``weights.safetensors`` (timm's names).
     """
     from safetensors.torch import save_file
 
@@ -207,7 +208,7 @@ def prepare(model: str, options: argparse.Namespace) -> Path:
 
 
 def python_of(venv: str | None, options: argparse.Namespace) -> str:
-    """The interpreter of an environment, which is made first where a pinned version is missing."""
+    """Return the interpreter of an environment, created if a pinned version is missing."""
     if venv is None:
         return sys.executable
     folder = options.venvs / venv
@@ -241,7 +242,7 @@ def python_of(venv: str | None, options: argparse.Namespace) -> str:
 
 
 def command(tool: str, model: str, setting: str) -> str:
-    """What gives one cell again."""
+    """Return the command that runs one cell."""
     return (
         f"python benchmarks/peers.py --data DIR --tools {tool} --models {model} "
         f"--settings {setting}"
@@ -251,7 +252,7 @@ def command(tool: str, model: str, setting: str) -> str:
 def run_cell(
     tool: str, model: str, setting: str, inputs: Path, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Run one cell in a process of its own and score what it leaves; a failure is a cell too."""
+    """Run one cell in its own process and score its results; a failure is a result too."""
     about = TOOLS[tool]
     weights, activations, granularity = SETTINGS[setting]
     out = options.out / "cells" / f"{tool}-{model}-{setting}"
@@ -318,7 +319,7 @@ def run_cell(
 
 
 def environment(tool: Tool, threads: int) -> dict[str, str]:
-    """Of a cell's process: no more threads than asked for, and FAT for FAT alone."""
+    """Return the environment variables of a cell: its threads, and FAT's path for FAT only."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
     given = {**os.environ, **dict.fromkeys(names, str(threads))}
     if tool.venv is None:
@@ -329,7 +330,7 @@ def environment(tool: Tool, threads: int) -> dict[str, str]:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something, in one line of at most 300 characters."""
+    """Return the last error line of an output, without folders, at most 300 characters."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
     line = (errors or lines or ["no output"])[-1]
@@ -337,16 +338,16 @@ def last_line(text: str) -> str:
 
 
 def score(out: Path, inputs: Path, found: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """Figures of the simulation, and of the file that ships in its runtime."""
+    """Return the metrics of the simulation and of the exported file in its runtime."""
     reference, labels = np.load(inputs / "float.npy"), np.load(inputs / "labels.npy")
     simulated = np.load(out / LOGITS)
     shipped: dict[str, Any] | None = None
     if found.get("runtime") == "onnxruntime":
         try:
             file = open_file(out / found["file"], threads)
-        except FatError as error:  # a file that does not open costs the simulation nothing
+        except FatError as error:  # keep the simulation
             unopened = {"export_failed": last_line(str(error)), "shipped": None}
-            return {"simulation": figures(simulated, reference, labels), **unopened}
+            return {"simulation": metrics_of(simulated, reference, labels), **unopened}
         images = torch.from_numpy(np.load(inputs / "val.npy"))
         logits = torch.cat([file.run(part)[0] for part in torch.split(images, 1)]).numpy()
         kernels = file.kernels()
@@ -359,16 +360,16 @@ def score(out: Path, inputs: Path, found: Mapping[str, Any], threads: int) -> di
     elif (out / SHIPPED).is_file():  # run by the tool's own script
         logits, shipped = np.load(out / SHIPPED), dict(found["shipped"])
     if shipped is not None:
-        shipped |= figures(logits, reference, labels)
-        shipped["agrees_with_simulation"] = figures(logits, simulated, labels)["agreement"]
-    return {"simulation": figures(simulated, reference, labels), "shipped": shipped}
+        shipped |= metrics_of(logits, reference, labels)
+        shipped["agrees_with_simulation"] = metrics_of(logits, simulated, labels)["agreement"]
+    return {"simulation": metrics_of(simulated, reference, labels), "shipped": shipped}
 
 
 def open_file(path: Path, threads: int) -> OnnxRuntime:
-    """A file in ONNX Runtime, its constants apart where it does not open as it is.
+    """Open a file in ONNX Runtime, with shared constants duplicated if it fails otherwise.
 
-    With ``session.x64quantprecision`` ONNX Runtime 1.32 converts a constant of int8 once for each
-    of its uses, under the same name, and stops at the second; Brevitas' files share constants.
+    With ``session.x64quantprecision``, ONNX Runtime 1.32 converts an int8 constant once per use
+    under the same name and stops at the second; Brevitas' files share constants.
     """
     import onnx
 
@@ -391,13 +392,13 @@ def open_file(path: Path, threads: int) -> OnnxRuntime:
         return OnnxRuntime(apart, threads=threads)
 
 
-def figures(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """What the report shows of logits [N, classes] beside the float network's."""
-    judged, exact = Comparison(), Comparison()
+def metrics_of(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Compare logits [N, classes] with those of the float network."""
+    compared, exact = Comparison(), Comparison()
     tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (logits, reference, labels)]
-    judged.update(*tensors)
+    compared.update(*tensors)
     exact.update(tensors[1], tensors[1], tensors[2])
-    found, floats = judged.compute(), exact.compute()
+    found, floats = compared.compute(), exact.compute()
     drop = None if found["top1"] is None else floats["top1"] - found["top1"]
     return {
         "top1": found["top1"],
@@ -412,7 +413,7 @@ def figures(logits: np.ndarray, reference: np.ndarray, labels: np.ndarray) -> di
 
 
 def load_results(path: Path) -> dict[str, Any]:
-    """What is known: ``cells`` by key."""
+    """Return the stored results: ``cells`` by key."""
     if not path.is_file():
         return {"cells": {}}
     found: dict[str, Any] = json.loads(path.read_text())
@@ -420,18 +421,18 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def key_of(tool: str, model: str, setting: str) -> str:
-    """A cell's name in the results."""
+    """Return the key of a cell in the results."""
     return f"{model} {setting} {tool}"
 
 
 def save_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write them, sorted, so that a diff shows what is new."""
+    """Write the results sorted, so that a diff shows new ones."""
     text = json.dumps(rounded(results), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def rounded(value: Any) -> Any:
-    """Numbers with four decimals, which is more than they are good for."""
+    """Round all numbers to four decimals."""
     if isinstance(value, float):
         return round(value, 4) if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -440,12 +441,12 @@ def rounded(value: Any) -> Any:
 
 
 def is_done(cell: Mapping[str, Any] | None, *, retry: bool) -> bool:
-    """Whether a cell needs no run."""
+    """Return whether a cell needs no run."""
     return cell is not None and not (retry and "failed" in cell)
 
 
 def run_all(cells: Sequence[tuple[str, str, str]], options: argparse.Namespace) -> None:
-    """Run what is missing, each result written as it comes."""
+    """Run the missing cells and store each result at once."""
     results = load_results(options.results)
     waiting = [
         cell
@@ -470,7 +471,7 @@ def run_all(cells: Sequence[tuple[str, str, str]], options: argparse.Namespace) 
 
 
 def write_report(options: argparse.Namespace) -> None:
-    """docs/benchmarks.md and its figure, of all results."""
+    """Write docs/benchmarks.md and its plot from all results."""
     results = load_results(options.results)
     labels = {name: tool.label for name, tool in TOOLS.items()}
     scripts = dict.fromkeys(tool.script for tool in TOOLS.values())
@@ -488,20 +489,20 @@ def write_report(options: argparse.Namespace) -> None:
 
 
 def machine(threads: int) -> str:
-    """The processor, and how much of it a cell gets."""
+    """Return the processor and the cores per cell."""
     from step import machine_name
 
     return f"{machine_name()}, {threads} core{'s' if threads > 1 else ''}"
 
 
 def said(cell: Mapping[str, Any]) -> str:
-    """A cell in one line."""
+    """Return a one-line summary of a cell."""
     if "simulation" not in cell:
         return str(cell.get("refused") or cell.get("failed"))
-    judged = cell["simulation"]
+    found = cell["simulation"]
     return (
-        f"top-1 {judged['top1']:.1f}, agreement {judged['agreement']:.1f} %, "
-        f"{judged['sqnr_db']:.1f} dB, {cell['seconds']:.0f} s, {cell['peak_mb']:.0f} MB"
+        f"top-1 {found['top1']:.1f}, agreement {found['agreement']:.1f} %, "
+        f"{found['sqnr_db']:.1f} dB, {cell['seconds']:.0f} s, {cell['peak_mb']:.0f} MB"
     )
 
 
@@ -521,14 +522,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             metavar="X",
             help=", ".join(known),
         )
-    parser.add_argument("--threads", type=int, default=1, help="cores that a cell gets")
+    parser.add_argument("--threads", type=int, default=1, help="cores per cell")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=1800, help="seconds that a cell may take")
+    parser.add_argument("--limit", type=float, default=1800, help="time limit of a cell in seconds")
     parser.add_argument("--out", type=Path, default=Path("outputs/peers"))
-    parser.add_argument("--venvs", type=Path, help="where the environments lie; OUT/venvs")
+    parser.add_argument(
+        "--venvs", type=Path, help="folder of the environments, OUT/venvs by default"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE, help="the report")
-    parser.add_argument("--retry", action="store_true", help="try failed cells once more")
+    parser.add_argument("--retry", action="store_true", help="repeat failed cells")
     parser.add_argument("--report-only", action="store_true", help="write the report, run nothing")
     options = parser.parse_args(arguments)
     if options.data is None and not options.report_only:
@@ -541,7 +544,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is missing, then write the report."""
+    """Run the missing cells, then write the report."""
     options = parse()
     if not options.report_only:
         torch.set_num_threads(options.threads)

@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its figure, from what peers.py has measured."""
+"""Write docs/benchmarks.md and its plot from the results of peers.py."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ OURS = "ours-"
 
 
 def standard_error(percent: float, images: int) -> float:
-    """Of a share of independent images, in points.
+    """Return the standard error of a percentage of independent images, in percentage points.
 
     Examples:
         >>> round(standard_error(95.0, 200), 1)
         1.5
     """
-    share = percent / 100.0
-    return 100.0 * math.sqrt(max(share * (1.0 - share), 0.0) / images)
+    fraction = percent / 100.0
+    return 100.0 * math.sqrt(max(fraction * (1.0 - fraction), 0.0) / images)
 
 
-def judged(cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Figures of what the tool simulates, or nothing where it failed."""
+def simulated(cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the metrics of the tool's simulation, ``None`` if it failed."""
     found: Mapping[str, Any] | None = cell.get("simulation")
     return found
 
 
 def one_image(figures: Mapping[str, Any]) -> float:
-    """The points of agreement within which rows are ties: an image, and a float's rounding."""
+    """Return the agreement of one image (and a rounding error), within which rows are ties."""
     return float(100.0 / figures["images"]) + 1e-6
 
 
 def slowest_others(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Machine → CPU seconds of the slowest of the others that was judged there."""
+    """Return by machine the CPU seconds of the slowest other tool."""
     limits: dict[str, float] = {}
     for cell in cells:
-        if judged(cell) and not cell["tool"].startswith(OURS):
+        if simulated(cell) and not cell["tool"].startswith(OURS):
             machine = cell["machine"]
             limits[machine] = max(limits.get(machine, 0.0), cell["cpu_seconds"])
     return limits
 
 
 def in_time(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The judged cells that took no more than the slowest of the others on the same machine."""
+    """Return the cells that took no longer than the slowest other tool on the same machine."""
     limits = slowest_others(cells)
     return [
         cell
         for cell in cells
-        if judged(cell) and cell["cpu_seconds"] <= limits.get(cell["machine"], 0.0)
+        if simulated(cell) and cell["cpu_seconds"] <= limits.get(cell["machine"], 0.0)
     ]
 
 
 def marks_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Machine → the mark of its times, none for the one that most were measured on."""
+    """Return by machine the mark of its times; the most frequent machine has none."""
     machines = [name for name, _ in Counter(cell["machine"] for cell in cells).most_common()]
     return {name: f" {'†' * number}".rstrip() for number, name in enumerate(machines)}
 
@@ -64,11 +64,11 @@ def marks_of(cells: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def best(
     cells: Sequence[Mapping[str, Any]], figure: str, *, ours: bool | None = None
 ) -> Mapping[str, Any] | None:
-    """The cell with the largest figure, among ours, among the others', or among all."""
+    """Return the cell with the largest metric among FAT's, the others' or all."""
     fitting = [
         cell
         for cell in cells
-        if judged(cell) and (ours is None or cell["tool"].startswith(OURS) == ours)
+        if simulated(cell) and (ours is None or cell["tool"].startswith(OURS) == ours)
     ]
     return max(fitting, key=lambda cell: cell["simulation"][figure], default=None)
 
@@ -81,18 +81,18 @@ def markdown(
     pins: Mapping[str, Sequence[str]],
     recipes: Mapping[str, str],
 ) -> str:
-    """The whole page.
+    """Return the whole page.
 
     Args:
-        results: What peers.py keeps: ``cells``.
-        labels: Name of a tool's recipe → what the page calls it, in the order of the rows.
-        models: Names of the networks → timm's names.
-        settings: In the order of the sections.
+        results: Results of peers.py: ``cells``.
+        labels: Recipe of a tool → its name on the page, in the order of the rows.
+        models: Name of a network → its timm name.
+        settings: Settings in the order of the sections.
         pins: Environment → its pinned versions.
         recipes: Name of a script → its docstring.
     """
     cells = list(results["cells"].values())
-    head = HEAD.replace("PICTURE\n", PICTURE if any(map(judged, cells)) else "")
+    head = HEAD.replace("PICTURE\n", PICTURE if any(map(simulated, cells)) else "")
     marks = marks_of(cells)
     where = "; ".join(f"{name}{f', marked{mark}' if mark else ''}" for name, mark in marks.items())
     lines = [head, f"* **Machine**: {where}.", "", *summary(cells, models, settings)]
@@ -107,8 +107,8 @@ def markdown(
             if rows:
                 lines += ["", f"## {model}, {spelled(setting)}", "", *table(rows, labels, marks)]
     done = {(cell["tool"], cell["model"], cell["setting"]) for cell in cells}
-    lines += ["", "## Not measured yet", "", *missing(done, labels, models, settings)]
-    lines += ["", "## Commands", "", "Each cell by itself; `DIR` as above.", ""]
+    lines += ["", "## Missing cells", "", *missing(done, labels, models, settings)]
+    lines += ["", "## Commands", "", "The command of each cell; `DIR` as above.", ""]
     order = [(tool, m, s) for m in models for s in settings for tool in labels]
     known = {(c["tool"], c["model"], c["setting"]): c for c in cells}
     for key in order:
@@ -128,58 +128,59 @@ PICTURE = (
     "![SQNR of the logits of every tool against its CPU seconds, by setting]"
     "(figures/benchmarks.png)\n\n"
 )
-HEAD = """# Beside other tools
+HEAD = """# Comparison with other tools
 
 <!-- written by benchmarks/peers.py; edit benchmarks/peers_report.py -->
 
 ```bash
 pip install -e '.[lite,plot]'
-python benchmarks/peers.py --data DIR      # goes on where it was cut off; a day of one core
+python benchmarks/peers.py --data DIR      # a day on one core; resumes where it was interrupted
 python benchmarks/peers.py --report-only   # this page, from benchmarks/results/peers.json
 ```
 
 PICTURE
-What every figure here was measured with:
+## Setup
 
 * **Networks**: EfficientNet-Lite0 and -Lite2 with their ImageNet weights, the same for all tools.
-* **Images**: the same 500 of ImageNet's training set, without labels, for every tool; judged on 200
-  of the validation set, which nothing is chosen on. `DIR` holds `train/<wnid>/*.jpg` and
+* **Images**: the same 500 images of ImageNet's training set for every tool, without labels, and 200
+  images of the validation set, which are only evaluated on. `DIR` holds `train/<wnid>/*.jpg` and
   `val/<wnid>/*.jpg`.
-* **Figures**: top-1, what it lost against float, agreement with the float network (± its standard
-  error) and SQNR of the logits, all of the tool's own *simulation*; then the *file* that ships, in
-  its runtime (ONNX Runtime, told to be exact where the processor has no VNNI, or OpenVINO):
-  agreement, SQNR, and how many convolutions and linear layers run as integer kernels. One image is
-  half a point: rows within one image of the best are ties, and bold like it.
-* **Time**: CPU seconds on one core, from the loaded float network to the file that ships. The
-  machine is shared, so wall seconds say less (`seconds` in the results file). Times of different
-  machines are not compared: *slowest other* is the slowest on the machine of ours. Ours includes
-  decoding JPEG files, and the proof in ONNX Runtime that the file equals the simulation; others get
-  decoded images in memory, and prove nothing.
-* **Memory**: the largest resident set of the process until then, libraries included.
-* **How recipes of ours were chosen**: `quick` was set before any of its figures was known. `swift`
-  was added, once and without a search, after the 200 images had judged `quick` and the others, to
-  fit into the time that those take. No step count was tried out on the 200. With one threshold per
-  tensor these three equalize channels exactly, which was added last: GPTQ had been ahead in
-  agreement, and of what was there to try it is what lowers the loss on training images most. Files
-  have a clip with a bound for each channel then, where ReLU6 was.
-* **What is missing**: cells that were not measured are listed below; *best of the others* and
-  *slowest other* are of those that were. Cells ran beside other work on the same two cores, most
-  with 1800 s at most, some with `--limit` 3600 or 7200.
-* **A caution**: Brevitas' GPTQ sees 40 images here and AIMET's AdaRound 100, with 200 iterations
-  for each layer, since they take a pass over them for each layer: more would be better and slower.
-  Where an export fails, the simulation is judged alone, as it was before the export. At W4A4
-  FAT's `best` has more SQNR than `quick` and less agreement, on both networks: it lowers squared
-  errors further, and at 5 dB those say little about which logit is the largest."""
+* **Metrics**: top-1 accuracy, its drop against the float network, agreement with the float network
+  (± standard error) and SQNR of the logits, all for the tool's own *simulation*; then agreement,
+  SQNR and the number of convolutions and linear layers with integer kernels for the exported
+  *file* in its runtime (ONNX Runtime, with exact arithmetic on processors without VNNI, or
+  OpenVINO). One image is half a percentage point: rows within one image of the best count as ties
+  and are bold too.
+* **Time**: CPU seconds on one core, from the loaded float network to the exported file. The machine
+  is shared, so wall-clock time says less (`seconds` in the results file). Times of different
+  machines are not compared: *slowest other* is the slowest tool on the machine that ran FAT. FAT's
+  time includes decoding JPEG files and verifying in ONNX Runtime that the file equals the
+  simulation; the other tools get decoded images in memory and verify nothing.
+* **Memory**: peak resident memory of the process up to that point, libraries included.
+* **Choice of FAT's recipes**: `quick` was fixed before any of its results was known. `swift` was
+  added once, without a search, after `quick` and the other tools had been evaluated on the 200
+  images, to fit into the run time of those tools. No number of steps was tried on the 200 images.
+  With per-tensor thresholds these three recipes equalize channels exactly. That was added last,
+  because GPTQ had the higher agreement, and it was chosen by the loss on training images. The
+  exported files then have a per-channel clip where ReLU6 was.
+* **Missing cells** are listed below; *best of the others* and *slowest other* refer to the measured
+  ones. Other work ran on the same two cores. The time limit was 1800 s for most cells, 3600 or
+  7200 s (`--limit`) for some.
+* **Limitations**: Brevitas' GPTQ gets 40 images here and AIMET's AdaRound 100 images and 200
+  iterations per layer, because each layer takes a pass over the images: more would be better and
+  slower. Where an export fails, only the simulation is evaluated, before the export. At W4A4,
+  FAT's `best` has a higher SQNR and a lower agreement than `quick` on both networks: it reduces
+  squared errors further, and at 5 dB these say little about which logit is the largest."""
 
 
 def summary(
     cells: Sequence[Mapping[str, Any]], models: Mapping[str, str], settings: Sequence[str]
 ) -> list[str]:
-    """Who is first in each setting."""
+    """Return a table with the best results of each setting, and a sentence that counts them."""
     lines = [
         "## In short",
         "",
-        "| network, setting | best of the others | FAT | FAT in the time of the slowest other |",
+        "| network, setting | best of the others | FAT | FAT within the slowest other's time |",
         "|---|---|---|---|",
     ]
     won: Counter[str] = Counter()
@@ -210,16 +211,16 @@ def summary(
     return [
         *lines,
         "",
-        f"FAT is first in SQNR in {won['SQNR']} of {total}, and first or within one image of the "
-        f"first in agreement in {won['agreement']}; in the time of the slowest other in "
-        f"{won['SQNR in time']} and {won['agreement in time']}.",
+        f"FAT has the highest SQNR in {won['SQNR']} of {total} settings and the highest agreement "
+        f"(within one image) in {won['agreement']}; within the run time of the slowest other tool, "
+        f"in {won['SQNR in time']} and {won['agreement in time']}.",
     ]
 
 
 def firsts(cells: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """In what the best of ours is first in a setting, ties counted; also of those in time.
+    """Yield the metrics in which FAT's best recipe is first in a setting, ties included.
 
-    One of ours for each: the recipe of most agreement need not be the one of least noise.
+    Each metric has its own best recipe: the highest agreement need not come with the highest SQNR.
     """
     for figure, name in (("sqnr_db", "SQNR"), ("agreement", "agreement")):
         other = best(cells, figure, ours=False)
@@ -239,43 +240,43 @@ def missing(
     models: Mapping[str, str],
     settings: Sequence[str],
 ) -> list[str]:
-    """What no figure here says anything about, the slowest and the best other among it perhaps."""
+    """Return a line for each setting with its missing cells."""
     lines = []
     for model in models:
         for setting in settings:
             left = [tool for tool in labels if (tool, model, setting) not in done]
             if left:
                 lines.append(f"* {model}, {setting}: {', '.join(left)}")
-    return lines or ["Nothing is missing."]
+    return lines or ["No cell is missing."]
 
 
 def short(cell: Mapping[str, Any]) -> str:
-    """Agreement and SQNR."""
+    """Format agreement and SQNR."""
     found = cell["simulation"]
     return f"{found['agreement']:.1f} %, {found['sqnr_db']:.1f} dB"
 
 
 def spelled(setting: str) -> str:
-    """A setting's name for people.
+    """Return the heading of a setting.
 
     Examples:
-        >>> spelled("w4a8-scalar")
-        'W4A8, one threshold per tensor'
+        >>> spelled("w4a8-per-tensor")
+        'W4A8, per-tensor thresholds'
     """
     bits, _, granularity = setting.partition("-")
-    return f"{bits.upper()}, one threshold per {'filter' if granularity == 'vector' else 'tensor'}"
+    return f"{bits.upper()}, {granularity} thresholds"
 
 
 def table(
     rows: Sequence[Mapping[str, Any]], labels: Mapping[str, str], marks: Mapping[str, str]
 ) -> list[str]:
-    """A row for each recipe; the best of a column in bold, ties with it too."""
+    """Return a table with a row per recipe; the best of a column and its ties are bold."""
     lines = [
-        "| tool | top-1 | lost | agreement | SQNR | file: agreement | SQNR | integer layers "
+        "| tool | top-1 | drop | agreement | SQNR | file: agreement | SQNR | integer layers "
         "| CPU s | MB |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    found = [judged(cell) for cell in rows]
+    found = [simulated(cell) for cell in rows]
     most = max((f["agreement"] for f in found if f), default=0.0)
     loudest = max((f["sqnr_db"] for f in found if f), default=0.0)
     for cell, figures in zip(rows, found, strict=True):
@@ -301,7 +302,7 @@ def table(
 
 
 def shipped(cell: Mapping[str, Any]) -> str:
-    """Three columns about the file."""
+    """Return the three columns about the exported file."""
     file = cell.get("shipped")
     if not file:
         reason = cell.get("export_failed")
@@ -314,14 +315,14 @@ def shipped(cell: Mapping[str, Any]) -> str:
 
 
 def seconds(cell: Mapping[str, Any], marks: Mapping[str, str]) -> str:
-    """CPU seconds, the mark of their machine, and what of them is our proof."""
+    """Format CPU seconds, with the mark of the machine and the seconds of export and check."""
     text = f"{cell['cpu_seconds']:.0f}{marks[cell['machine']]}"
     proof = cell.get("stages", {}).get("export")
-    return f"{text} ({proof:.0f} of that export and proof)" if proof else text
+    return f"{text} ({proof:.0f} of that for export and check)" if proof else text
 
 
 def escaped(text: str) -> str:
-    """Text that breaks no table."""
+    """Escape a text for a table cell."""
     return text.replace("|", "\\|").replace("\n", " ")
 
 
@@ -332,16 +333,16 @@ def plot(
     settings: Sequence[str],
     path: Path,
 ) -> None:
-    """SQNR against CPU seconds for each setting, a row of panels for each network.
+    """Plot SQNR against CPU seconds: a panel per setting, a row of panels per network.
 
-    Without a single judged cell there is no picture.
+    Without results there is no plot.
     """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    cells = [cell for cell in results["cells"].values() if judged(cell)]
+    cells = [cell for cell in results["cells"].values() if simulated(cell)]
     if not cells:
         path.unlink(missing_ok=True)
         return
@@ -350,8 +351,8 @@ def plot(
     tools = [tool for tool in labels if any(c["tool"] == tool for c in cells)]
     families = sorted({tool.partition("-")[0] for tool in tools} - {"ours"})
     palette = plt.get_cmap("Set2").colors
-    colours = {name: palette[i % len(palette)] for i, name in enumerate(families)}
-    colours["ours"] = "#1f4e79"
+    colors = {name: palette[i % len(palette)] for i, name in enumerate(families)}
+    colors["ours"] = "#1f4e79"
     markers = ("o", "s", "^", "D", "v")
     marks: dict[str, str] = {}
     for tool in tools:
@@ -379,7 +380,7 @@ def plot(
                     s=58 if own else 34,
                     marker=marks[tool],
                     zorder=3 if own else 2,
-                    color=colours[tool.partition("-")[0]],
+                    color=colors[tool.partition("-")[0]],
                     edgecolor="black",
                     linewidth=0.5,
                 )

@@ -1,15 +1,14 @@
-"""Every preset with every init strategy, as the command line runs them.
+"""Run every preset with every init strategy, for the table in docs/results.md.
 
     python benchmarks/presets.py data=folder data.root=DIR [--out DIR] [--jobs 2]
 
-The table of docs/results.md. A cell is one run of ``train.py experiment=PRESET init=STRATEGY``,
-judged on test images that nothing was chosen on. So that the table ends the same day, blocks are
-reconstructed with ``--steps`` steps each and presets that train in epochs get ``--epochs``; presets
-at their full length are single runs. Every other argument goes to train.py as it is.
+A cell is one run of ``train.py experiment=PRESET init=STRATEGY``, evaluated on test images. To
+finish within a day, blocks are reconstructed with ``--steps`` steps each, and presets that train in
+epochs get ``--epochs``. All other arguments go to train.py.
 
-Each cell has a run directory in ``--out`` with ``command.txt`` beside ``metrics.json``. A cell that
-the same command finished is not run again: interrupt and start over at will. A cell that failed
-shows the last line of its log, and is tried again the next time.
+Each cell has a run directory in ``--out`` with ``command.txt`` beside ``metrics.json``. The table
+can be interrupted at any time: cells that the same command finished do not run again. A failed cell
+shows the last line of its log and is repeated the next time.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ LOG, COMMAND, METRICS = "output.txt", "command.txt", "metrics.json"
 
 
 def choices(group: str) -> list[str]:
-    """The files of one group of conf/."""
+    """Return the choices of a config group."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def command(preset: str, strategy: str, options: argparse.Namespace) -> list[str]:
-    """Arguments of train.py for one cell, the shortened training among them."""
+    """Return the arguments of train.py for one cell, with the shortened training."""
     given = [f"experiment={preset}", f"init={strategy}", *options.overrides]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         optim = compose("train", overrides=given).optim
@@ -52,7 +51,7 @@ def command(preset: str, strategy: str, options: argparse.Namespace) -> list[str
 
 
 def run_cell(arguments: Sequence[str], directory: Path, threads: int) -> None:
-    """Run train.py once in a directory, unless the same command finished there before."""
+    """Run train.py in a directory, unless the same command finished there before."""
     text = shlex.join(("python", "train.py", *arguments))
     remembered = directory / COMMAND
     if remembered.is_file() and remembered.read_text() == text and result(directory):
@@ -81,7 +80,7 @@ def run_cell(arguments: Sequence[str], directory: Path, threads: int) -> None:
 
 
 def result(directory: Path) -> dict[str, float] | None:
-    """The figures of the final network of a finished cell."""
+    """Return the metrics of the final network of a finished cell."""
     try:
         metrics = json.loads((directory / METRICS).read_text())
     except (OSError, ValueError):
@@ -91,27 +90,27 @@ def result(directory: Path) -> dict[str, float] | None:
 
 
 def cell(directory: Path) -> str:
-    """Agreement and SQNR, or what went wrong."""
-    figures = result(directory)
-    if figures and (directory / COMMAND).is_file():
-        return f"{figures['agreement']:.1f} % {figures['sqnr_db']:.1f} dB"
+    """Format agreement and SQNR, or the error."""
+    metrics = result(directory)
+    if metrics and (directory / COMMAND).is_file():
+        return f"{metrics['agreement']:.1f} % {metrics['sqnr_db']:.1f} dB"
     lines = (directory / LOG).read_text().strip().splitlines()
     return f"failed: {lines[-1] if lines else 'no output'}"
 
 
 def table(presets: Sequence[str], strategies: Sequence[str], out: Path) -> str:
-    """Markdown: a row per preset, a column per strategy."""
+    """Return a Markdown table: a row per preset, a column per strategy."""
     rows = [["preset", *strategies], ["---"] * (1 + len(strategies))]
     rows += [[p, *(cell(out / f"{p}-{s}") for s in strategies)] for p in presets]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run the missing cells and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--presets", nargs="+", default=choices("experiment"))
     parser.add_argument("--init", nargs="+", default=choices("init"))
-    parser.add_argument("--steps", type=int, default=30, help="reconstruction steps for each block")
+    parser.add_argument("--steps", type=int, default=30, help="reconstruction steps per block")
     parser.add_argument("--epochs", type=int, default=1, help="for presets that train in epochs")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--out", type=Path, default=Path("outputs/presets"))

@@ -1,9 +1,9 @@
-"""Networks as other frameworks prepare them for quantization-aware training, for step.py.
+"""Networks prepared for quantization-aware training by other frameworks, for step.py.
 
     pip install -e '.[peers]'
 
-Both get the folded float network and do what their documentation says: 8 bits, one threshold per
-filter for weights and one per tensor for activations, as the student's default.
+Both follow their documentation on the folded float network: 8 bits, per-channel weights and
+per-tensor activations, the student's default.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["PEERS"]
 
 
 def brevitas(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """Graph flow of Brevitas: ``preprocess_for_quantize``, ``quantize``, calibration.
+    """Prepare a network with Brevitas: ``preprocess_for_quantize``, ``quantize``, calibration.
 
-    Weights have a scale per filter instead of its default, one per tensor. ReLU6 stays itself
-    instead of becoming ReLU, so that the network is the same. After calibration the scales of
-    activations are learned, biases are on the int32 grid.
+    Weights are per-channel instead of per-tensor, its default, and ReLU6 is not replaced by ReLU,
+    so that the function is the same. After calibration the scales of activations are learned, and
+    biases are on the int32 grid.
     """
     from brevitas.graph.calibrate import calibration_mode
     from brevitas.graph.quantize import COMPUTE_LAYER_MAP, preprocess_for_quantize, quantize
@@ -44,9 +44,9 @@ def brevitas(network: fx.GraphModule, images: Tensor) -> nn.Module:
 
 
 def torchao(network: fx.GraphModule, images: Tensor) -> nn.Module:
-    """PT2E flow of torchao: ``torch.export``, ``prepare_qat_pt2e`` with its x86 quantizer.
+    """Prepare a network with torchao PT2E: ``torch.export``, ``prepare_qat_pt2e`` for x86.
 
-    Its moving averages of ranges stay on, as throughout a training by its documentation.
+    Its moving averages of ranges stay on, as its documentation has them during training.
     """
     from torchao.quantization.pt2e import move_exported_model_to_train
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
@@ -73,7 +73,7 @@ PEERS: dict[str, Callable[[fx.GraphModule, Tensor], nn.Module]] = {
 
 
 def _plain(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
-    """A copy in which "same" convolutions, which peers do not know, pad by fixed amounts."""
+    """Return a copy in which "same" convolutions, which peers do not know, have fixed padding."""
     plain = copy.deepcopy(network)
     mark_data(plain, images[:1])
     for node in plain.graph.nodes:
@@ -99,7 +99,7 @@ def _plain(network: fx.GraphModule, images: Tensor) -> fx.GraphModule:
         name = str(node.target)
         plain.set_submodule(name, conv.to(layer.weight))
         plain.set_submodule(f"{name}_pad", pad)
-        node.meta.pop("nn_module_stack", None)  # it names the old layer's class, torchao asks it
+        node.meta.pop("nn_module_stack", None)  # names the old class; torchao reads it
         with plain.graph.inserting_before(node):
             node.args = (plain.graph.call_module(f"{name}_pad", node.args),)
     plain.recompile()

@@ -1,29 +1,30 @@
-"""What a training step of the student costs beside a float fine-tuning step of the same network.
+"""Compare a training step of the student with float fine-tuning of the same network.
 
-    python benchmarks/step.py [--model mobilenet_v2] [--weights frozen pointwise rounding] [--peers]
+    python benchmarks/step.py [--model mobilenet_v2] [--weights frozen scale adaround] [--peers]
 
-A step is what a training repeats for each batch: gradients cleared, forward pass, RMSE of the
-logits, backward pass, Adam. All steps take the same batch and the same folded network (random
-weights: the cost does not depend on them).
+A step is what a training repeats for each batch: clear gradients, forward pass, RMSE of the logits,
+backward pass, Adam. All steps take the same batch and the same folded network with random weights,
+because the cost does not depend on them.
 
-* ``float fine-tuning``: all weights and biases are trained. ReLU6 does not work in place: torch
-  would copy its input first, which takes the same memory and more time.
-* ``student, W``: thresholds, biases and what ``--weights`` names are trained, with optimizer and
-  projection as in :class:`fat.training.module.DistillModule`. The targets are known already.
-* ``teacher alone``: the forward pass that gives such targets, which a distillation adds.
-* ``--peers``: the training steps of Brevitas and torchao, see qat_peers.py; they train all weights.
+* ``float fine-tuning`` trains all weights and biases. ReLU6 is not in place: torch would copy its
+  input first, which takes the same memory and more time.
+* ``student, W`` trains thresholds, biases and what ``--weights`` names, with the optimizer and the
+  projection of :class:`fat.training.module.DistillModule`. The targets are precomputed.
+* ``teacher alone`` is the forward pass that computes such targets, which distillation adds.
+* ``--peers`` adds the training steps of Brevitas and torchao, see qat_peers.py; they train all
+  weights.
 
-Time: medians over ``--repeats`` rounds in this process; in each round the steps take turns, and the
-first round only warms up. The ratio is the median of each round's own ratio to float fine-tuning:
-what slows the whole machine down for a while falls out of it. On a machine that does other work all
-the time, compare CPU seconds of one thread: ``--threads 1 --cpu-time``.
+Time: medians over ``--repeats`` rounds in this process. The steps take turns in each round, and the
+first round is a warm-up. The ratio is the median of each round's ratio to float fine-tuning, so
+that a temporarily slow machine cancels out. On a busy machine, compare the CPU seconds of one
+thread: ``--threads 1 --cpu-time``.
 
-Memory: a process of its own for each step. It loads the networks and the batch, then does three
-steps; counted is the peak of its resident memory above what it was before them, so: activations,
-gradients, optimizer's state, temporaries and what the allocator wastes, but not the networks. It
-needs Linux. MB are 10^6 bytes.
+Memory (Linux only): each step runs in its own process, which loads the networks and the batch and
+then takes three steps. The result is the peak of its resident memory above the memory before the
+first step: activations, gradients, optimizer state, temporaries and overhead of the allocator, but
+not the networks. MB are 10^6 bytes.
 
-On a GPU forward passes run under bf16 autocast, and the memory is that of torch's allocator.
+On a GPU, forward passes run under bf16 autocast, and the memory is that of torch's allocator.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ Step = Callable[[], object]
 
 @dataclass
 class Row:
-    """What was measured of one step, or why it could not be."""
+    """Measurements of one step, or the reason why there are none."""
 
     seconds: list[float] = field(default_factory=list)
     peak: int | None = None
@@ -96,13 +97,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=7, help="0 leaves time out")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds; 0 skips the time")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--threads", type=int, help="torch's own choice by default")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--peers", action="store_true", help="Brevitas and torchao too")
-    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of a clock's")
-    parser.add_argument("--plain-malloc", action="store_true", help="leave glibc's default")
+    parser.add_argument("--peers", action="store_true", help="also Brevitas and torchao")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU seconds instead of wall-clock time"
+    )
+    parser.add_argument(
+        "--plain-malloc", action="store_true", help="keep glibc's default allocator settings"
+    )
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave the option out.")
@@ -110,13 +115,13 @@ def parse() -> argparse.Namespace:
 
 
 def names(options: argparse.Namespace) -> list[str]:
-    """The steps that are asked for, in the order of the table."""
+    """Return the names of the requested steps in the order of the table."""
     students = [STUDENT + weights for weights in options.weights]
     return [FLOAT, *students, TEACHER, *(PEERS if options.peers else ())]
 
 
 def machine_name() -> str:
-    """The processor."""
+    """Return the name of the processor."""
     if Path("/proc/cpuinfo").is_file():
         known = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         found = [line.partition(":")[2].strip() for line in known if line.startswith("model name")]
@@ -126,7 +131,7 @@ def machine_name() -> str:
 
 
 def machine(options: argparse.Namespace) -> str:
-    """Where, and with what, the figures come from."""
+    """Return a description of the machine and the settings."""
     if options.threads:
         torch.set_num_threads(options.threads)
     parts = [f"{machine_name()}, {torch.get_num_threads()} threads", f"torch {torch.__version__}"]
@@ -141,7 +146,7 @@ def machine(options: argparse.Namespace) -> str:
 
 @dataclass
 class Setting:
-    """What all steps of one network share."""
+    """Inputs shared by all steps of a network."""
 
     network: nn.Module
     folded: fx.GraphModule
@@ -150,7 +155,7 @@ class Setting:
 
 
 def setting(model: str, options: argparse.Namespace) -> Setting:
-    """Load a network and draw a batch and logits to train towards."""
+    """Load a network, and draw a batch and its target logits."""
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -166,7 +171,7 @@ def setting(model: str, options: argparse.Namespace) -> Setting:
 
 
 def make_step(name: str, given: Setting) -> Step:
-    """Build what one step needs, its own copy of the network with it, and return the step."""
+    """Build a step with its own copy of the network."""
     if name in PEERS:
         return fine_tuning(PEERS[name](given.folded, given.images), given)
     if name == FLOAT:
@@ -181,14 +186,14 @@ def make_step(name: str, given: Setting) -> Step:
 
 
 def fine_tuning(model: nn.Module, given: Setting) -> Step:
-    """A step that trains every parameter."""
+    """Return a step that trains every parameter."""
     return training(model, Adam(model.parameters(), lr=1e-6), given)
 
 
 def training(
     model: nn.Module, optimizer: Optimizer, given: Setting, project: Step | None = None
 ) -> Step:
-    """One training step, as the module's text says."""
+    """Return a training step, see the module docstring."""
 
     def step() -> None:
         optimizer.zero_grad()
@@ -201,13 +206,13 @@ def training(
 
 
 def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Logits, under bf16 autocast on a GPU."""
+    """Compute logits, under bf16 autocast on a GPU."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         return model(images).float()
 
 
 def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:
-    """Fill in the seconds of ``--repeats`` rounds in which the steps take turns."""
+    """Measure the seconds of ``--repeats`` rounds in which the steps take turns."""
     if not options.repeats:
         return
     if not options.plain_malloc:
@@ -232,7 +237,7 @@ def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) 
 
 
 def measure_memory(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:
-    """Fill in the peak memory, from a fresh process for each step."""
+    """Measure the peak memory in a new process for each step."""
     for name, row in rows.items():
         if row.failure:
             continue
@@ -241,17 +246,17 @@ def measure_memory(model: str, rows: dict[str, Row], options: argparse.Namespace
 
 
 def peak_memory(model: str, name: str, options: argparse.Namespace) -> int | None:
-    """Bytes that some steps take at their peak, above what is there before the first."""
+    """Return the peak memory of three steps in bytes, above that before the first."""
     step = make_step(name, setting(model, options))
     gc.collect()
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR_REFS.exists():
-        ctypes.CDLL(None).malloc_trim(0)  # what loading freed must not pass for memory in use
+        ctypes.CDLL(None).malloc_trim(0)  # memory freed by loading must not count
         if not options.plain_malloc:
             keep_freed_memory()
-        CLEAR_REFS.write_text("5")  # the peak starts anew, see proc(5)
+        CLEAR_REFS.write_text("5")  # reset the peak, see proc(5)
         before = resident("VmRSS")
     else:
         return None
@@ -263,21 +268,21 @@ def peak_memory(model: str, name: str, options: argparse.Namespace) -> int | Non
 
 
 def resident(what: str) -> int:
-    """A line of /proc/self/status in bytes: ``VmRSS`` is now, ``VmHWM`` the peak."""
+    """Return a line of /proc/self/status in bytes: ``VmRSS`` (current) or ``VmHWM`` (peak)."""
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     (value,) = (line.split()[1] for line in status if line.startswith(f"{what}:"))
     return int(value) * 1024
 
 
 def wait(device: str) -> None:
-    """Wait until the GPU has done what it was given."""
+    """Wait for the GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 @contextmanager
 def noted(name: str, row: Row) -> Iterator[None]:
-    """Turn the failure of a peer, in whose code anything may happen, into a line of the table."""
+    """Turn the failure of a peer into a line of the table."""
     try:
         yield
     except Exception as error:
@@ -292,7 +297,7 @@ def noted(name: str, row: Row) -> Iterator[None]:
 
 
 def line(model: str, name: str, row: Row, base: Row) -> str:
-    """One line of the table."""
+    """Format one line of the table."""
     if row.failure:
         return f"{model:20}{name:21}{row.failure}"
     cells = ["-"] * 6

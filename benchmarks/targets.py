@@ -1,17 +1,17 @@
-"""Each target's files beside the students that they were written from: equal, or how far apart.
+"""Compare the files of an export target with the students that they were exported from.
 
     python benchmarks/targets.py [--target litert] [--data DIR] [--model mobilenet_v2] [--bits 8]
-    python benchmarks/targets.py --model efficientnet_lite0 --granularity scalar --equalize exact
+    python benchmarks/targets.py --granularity per_tensor --equalize exact
 
-Every row is one ``fat.export`` with its verification: six networks (see benchmarks/export.py for
-their weights and images), scalar and vector, symmetric and asymmetric, calibrated and not trained.
+Each row is one verified ``fat.export``: six networks (see benchmarks/export.py for their weights
+and images), per-tensor and per-channel, symmetric and asymmetric, calibrated but not trained.
 
-* ``sim dB``, ``sim %``: the file's logits against the student's, and equal answers.
-* ``differing``: operations of which some integers differ when all get the same integers, of how
-  many; ``worst %``: the largest share of integers that differ in one (each by one step).
-* ``file dB``, ``student dB``: both against the float network.
-* ``ratio``: latency of one image, file / float file, in turns in one process; ``size``: the same of
-  their bytes.
+* ``sim dB``, ``sim %``: SQNR and agreement of the file's logits with the student's.
+* ``differing``: operations of which some integers differ when all get the same integers, of all;
+  ``worst %``: the largest fraction of integers that differ in one (each by one step).
+* ``file dB``, ``student dB``: SQNR against the float network.
+* ``ratio``: latency of one image, file / float file, alternating in one process; ``size``: ratio of
+  their sizes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def row(student: fat.Student, path: Path, target: ExportBackend, test: Images) -> Iterator[str]:
-    """The cells of one file."""
+    """Yield the cells of one file's row."""
     report = export(student, path, target, test)
     simulation, layers = report["simulation"], report["layers"]
     worst = layers["worst"]
@@ -110,9 +110,9 @@ def parse() -> argparse.Namespace:
         ("scheme", ("asymmetric", "symmetric")),
     ):
         parser.add_argument(f"--{name}", nargs="+", default=list(choices), choices=choices)
-    parser.add_argument("--bits", type=int, default=8, help="of the weights")
-    parser.add_argument("--equalize", default="none", help="a method, as in quant.equalize.method")
-    parser.add_argument("--out", type=Path, help="folder to keep the files in")
+    parser.add_argument("--bits", type=int, default=8, help="bits of the weights")
+    parser.add_argument("--equalize", default="none", help="a value of quant.equalize.method")
+    parser.add_argument("--out", type=Path, help="keep the files in this folder")
     return parser.parse_args()
 
 

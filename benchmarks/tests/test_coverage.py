@@ -33,6 +33,8 @@ def row(**changed: Any) -> dict[str, Any]:
         "module": "resnet",
         "passed": ["trace"],
         "error": None,
+        "timm": "1.0",
+        "torch": "2.0",
         "parameters": 1_500_000,
         "size": [64, 96],
         "layers": 7,
@@ -82,8 +84,8 @@ def test_the_page_tells_what_is_in_float_and_what_fails(coverage: ModuleType) ->
     failed = row(network="bad", error="'x' cannot | be traced", passed=["trace", "fold"])
     rows = [row(), row(network="resnet18"), row(module="sknet", differing=2), failed]
     text = coverage.page(rows, ["later"])
-    assert text.endswith("## Not run yet\n\nlater\n")
-    assert "3 of 4 networks pass everything, from 2 of timm's" in text
-    assert "In 2 of the files every integer" in text
+    assert text.endswith("## Not run\n\nlater\n")
+    assert "3 of 4 networks pass all stages, from 2 of timm's" in text
+    assert "In 2 of the files, every integer" in text
     assert "| resnet | net | 1.5 M | 64×96 | 7 | 5 | 1 | 0 of 9 |" in text
     assert "| bad | trace, fold | 'x' cannot / be traced |" in text

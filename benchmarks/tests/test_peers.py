@@ -315,7 +315,7 @@ def a_cell(tool: str, **figures: float) -> dict[str, object]:
     return {
         "tool": tool,
         "model": "efficientnet_lite0",
-        "setting": "w8a8-vector",
+        "setting": "w8a8-per-channel",
         "command": "again",
         "machine": "a machine",
         "seconds": 9.0,
@@ -349,7 +349,7 @@ def test_the_scorer_counts_images_and_noise(peers: ModuleType) -> None:
     reference = torch.eye(4).numpy() * 10
     logits = reference.copy()
     logits[3] = [1, 0, 0, 0]
-    found = peers.figures(logits, reference, torch.tensor([0, 1, 2, 3]).numpy())
+    found = peers.metrics_of(logits, reference, torch.tensor([0, 1, 2, 3]).numpy())
     assert (found["top1"], found["top1_drop"], found["agreement"]) == (75.0, 25.0, 75.0)
     assert found["sqnr_db"] == pytest.approx(10 * math.log10(400 / 101))
 
@@ -365,7 +365,7 @@ def test_finished_cells_are_not_run_again(
 
     monkeypatch.setattr(peers, "run_cell", run_cell)
     monkeypatch.setattr(peers, "prepare", lambda *_: tmp_path)
-    cells = [(t, "efficientnet_lite0", "w8a8-vector") for t in ("nncf-fast", "ours-quick")]
+    cells = [(t, "efficientnet_lite0", "w8a8-per-channel") for t in ("nncf-fast", "ours-quick")]
     peers.run_all(cells, asked(peers, tmp_path))
     peers.run_all(cells, asked(peers, tmp_path))
     assert runs == ["nncf-fast", "ours-quick"]
@@ -398,7 +398,7 @@ def test_a_failure_is_a_cell_with_its_message(
     (tmp_path / "ours.py").write_text(script)
     monkeypatch.setattr(peers, "TOOLS_FOLDER", tmp_path)
     options = asked(peers, tmp_path, "--limit", "1" if "sleep" in script else "60")
-    cell = peers.run_cell("ours-quick", "efficientnet_lite0", "w8a8-vector", tmp_path, options)
+    cell = peers.run_cell("ours-quick", "efficientnet_lite0", "w8a8-per-channel", tmp_path, options)
     assert str(cell[key]).startswith(wanted)
     assert "--tools ours-quick --models efficientnet_lite0" in cell["command"]
     assert str(cell["machine"]).endswith(", 1 core")
@@ -474,7 +474,7 @@ with job.export(path):
 print(json.dumps({{**job.result, "early": early}}))
 """
     found = in_a_job(script, tmp_path)
-    assert "judged" in found["early"]
+    assert "evaluate the simulation" in found["early"]
     assert found["seconds"] > 0
     if fails:
         assert found["export_failed"] == "ValueError: no operator"
@@ -505,13 +505,13 @@ def test_the_report_tells_ties_failures_and_who_is_first(peers: ModuleType, tmp_
     assert "failed: a \\| b" in rows["| aimet minmax"]
     assert "| **98.5 ± 0.9** | 24.0 |" in rows["| **FAT quick**"]  # within an image of the best
     assert "| **99.0 ± 0.7** | **26.0** |" in rows["| **FAT best**"]
-    assert rows["| efficientnet_lite0, w8a8-vector"].endswith(
+    assert rows["| efficientnet_lite0, w8a8-per-channel"].endswith(
         "| 98.0 %, 18.0 dB (nncf-fast) | 99.0 %, 26.0 dB (ours-best) | 98.5 %, 24.0 dB (ours-quick,"
         " 8 s of 8 s) |"
     )
     assert (
-        "FAT is first in SQNR in 1 of 1, and first or within one image of the first in agreement "
-        "in 1; in the time of the slowest other in 1 and 1."
+        "FAT has the highest SQNR in 1 of 1 settings and the highest agreement (within one image) "
+        "in 1; within the run time of the slowest other tool, in 1 and 1."
     ) in page
     assert "nncf==" in page
     assert (tmp_path / "figures" / "benchmarks.png").stat().st_size > 1000

@@ -1,20 +1,20 @@
-"""AIMET (aimet-torch), after its user guide "Post Training Quantization", by its calls.
+"""AIMET (aimet-torch), following its user guide "Post Training Quantization".
 
-* All recipes: ``equalize_model`` (batch norms folded, cross-layer equalization), which its guide
-  puts first (with ReLU6 it says that it leaves conv-ReLU6-conv alone), then
-  ``QuantizationSimModel`` with the scheme ``min_max`` (its default), and ``compute_encodings`` on
-  500 images. Vector: its file ``default_config_per_channel.json``; scalar: ``default_config.json``
-  without its per-channel entries.
-* ``minmax``: just that.
-* ``seqmse``: ``apply_seq_mse`` with its 20 candidates on 100 images, then ``compute_encodings``.
-  It passes over weights of more than 4 bits, without a word; those cells are refused here.
-* ``adaround``: ``Adaround.apply_adaround`` on 100 images in batches of 20, its encodings of weights
-  frozen in the simulation. Iterations: 200 for each layer. Its default is 10,000 (15,000 under 8
-  bits), which on one core takes most of a day; with 500 images, 1800 s were not enough for Lite0.
-* It puts no activation into one group with a depthwise convolution, so a quantizer sits before the
-  ReLU6 of each; that is its own design. What it costs was not measured apart.
-* What ships: ``aimet_torch.onnx.export``, its ONNX export with quantize and dequantize operators.
-  Where it fails, the simulation alone is judged.
+* All recipes: ``equalize_model`` (folds batch norms, cross-layer equalization) first, as the guide
+  recommends (it reports that it skips conv-ReLU6-conv), then ``QuantizationSimModel`` with the
+  scheme ``min_max`` (its default) and ``compute_encodings`` on 500 images. Per channel: its file
+  ``default_config_per_channel.json``; per tensor: ``default_config.json`` without its per-channel
+  entries.
+* ``minmax``: nothing else.
+* ``seqmse``: ``apply_seq_mse`` with its 20 candidates on 100 images, then ``compute_encodings``. It
+  silently skips weights of more than 4 bits; those cells are refused here.
+* ``adaround``: ``Adaround.apply_adaround`` on 100 images in batches of 20, with its weight
+  encodings frozen in the simulation and 200 iterations per layer. The default of 10,000 (15,000
+  below 8 bits) takes most of a day on one core; with 500 images, 1800 s were not enough for Lite0.
+* It puts no activation into one group with a depthwise convolution, so a quantizer precedes the
+  ReLU6 of each. That is its design; its cost was not measured separately.
+* Export: ``aimet_torch.onnx.export``, with quantize and dequantize operators. Where it fails, only
+  the simulation is evaluated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ITERATIONS = 200
 
 
 def main(job: Job) -> None:
-    """Quantize, write, judge."""
+    """Quantize, export and evaluate."""
     import aimet_torch
     import torch
     from aimet_torch import onnx as aimet_onnx
@@ -102,7 +102,7 @@ def main(job: Job) -> None:
 def configuration(job: Job, package: Path) -> str:
     """The tool's file of defaults, with or without a threshold for each channel."""
     folder = package / "common" / "quantsim_config"
-    if job.vector:
+    if job.per_channel:
         return str(folder / "default_config_per_channel.json")
     config = json.loads((folder / "default_config.json").read_text())
     config["defaults"]["per_channel_quantization"] = "False"

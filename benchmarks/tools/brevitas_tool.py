@@ -1,21 +1,22 @@
-"""Brevitas, after its example ``imagenet_classification/ptq`` (``ptq_evaluate.py``), by its calls.
+"""Brevitas, following its example ``imagenet_classification/ptq`` (``ptq_evaluate.py``).
 
 * ``preprocess_for_quantize`` with 20 iterations of graph equalization and merged biases, then
-  ``quantize_model`` of the example with the target backend ``fx``, float scales, 32-bit biases,
-  statistics of activations at the percentile 99.999, asymmetric activations (in its table of best
-  configurations as often as symmetric ones), then ``calibrate`` and ``apply_bias_correction``.
-* The first 100 images: its simulation takes most of a second for each, three times over.
-* ``ptq``: just that. ``gptq``: ``apply_gptq`` before the bias correction, which its table of best
-  configurations has at 4 bits; one pass over the images for each layer, so 40 of them.
+  the example's ``quantize_model`` with the target backend ``fx``, float scales, 32-bit biases,
+  activation statistics at the percentile 99.999 and asymmetric activations (as frequent as
+  symmetric ones in its table of best configurations), then ``calibrate`` and
+  ``apply_bias_correction``.
+* The first 100 images: its simulation takes most of a second per image, three times.
+* ``ptq``: nothing else. ``gptq``: ``apply_gptq`` before the bias correction, as in the 4-bit rows
+  of its table of best configurations, with 40 images because each layer takes a pass over them.
 * ``relu6_to_relu`` is off: its default replaces ReLU6 by ReLU, which changes the float function
-  (the network then agrees with itself on 68 % of the images). ReLU6 becomes a quantized ReLU6, a
-  subclass, since its own map has ReLU6 as a quantized ReLU. Equalization passes over ReLU6.
-* Its learned round is for the target backend ``layerwise`` only, which leaves sums in float: no
-  network for an integer runtime, and not compared.
-* What ships: ``export_onnx_qcdq``, the example's own export. It is judged before that: an export
-  that fails leaves the network as another one. It fails with "QuantTensor not valid" where a bias
-  is millions of its steps: float32 holds those to a quarter of a step, and the export's own check
-  takes a fifth.
+  (agreement of the network with itself: 68 %). ReLU6 becomes a quantized ReLU6, a subclass, since
+  its own map quantizes ReLU6 as ReLU. Equalization skips ReLU6.
+* Its learned rounding needs the target backend ``layerwise``, which leaves additions in float. That
+  is no network for an integer runtime, so it is not compared.
+* Export: ``export_onnx_qcdq``, as in the example. The simulation is evaluated first, because a
+  failed export changes the network. The export fails with "QuantTensor not valid" where a bias is
+  millions of its steps: float32 represents those to a quarter of a step, and the export's check
+  accepts a fifth.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ GPTQ_IMAGES = 40
 
 
 def main(job: Job) -> None:
-    """Quantize, write, judge."""
+    """Quantize, export and evaluate."""
     import torch
     from brevitas.export import export_onnx_qcdq
     from brevitas.export.inference import quant_inference_mode
@@ -50,7 +51,7 @@ def main(job: Job) -> None:
             weight_bit_width=job.weight_bits,
             act_bit_width=job.activation_bits,
             bias_bit_width=32,
-            weight_quant_granularity="per_channel" if job.vector else "per_tensor",
+            weight_quant_granularity="per_channel" if job.per_channel else "per_tensor",
             act_quant_percentile=99.999,
             act_quant_type="asym",
             scale_factor_type="float_scale",

@@ -1,13 +1,13 @@
-"""What the scripts of this folder share: the job, the clock, memory, and what they hand back.
+"""Job, clock and memory measurement shared by the scripts in this folder.
 
 A script gets the path of a job as its argument, a JSON file with
 
-* ``recipe``, ``weight_bits``, ``activation_bits``, ``granularity`` (vector, scalar): what to do,
+* ``recipe``, ``weight_bits``, ``activation_bits``, ``granularity`` (per_channel, per_tensor),
 * ``inputs``: a folder with the float network and the images, see peers.py,
-* ``out``: the folder to write to, ``threads``, ``seed``,
+* ``out``: the output folder, ``threads``, ``seed``,
 
-and leaves ``result.json`` there, with the logits that it gives for ``val.npy`` beside it. It needs
-numpy and what its tool needs, not FAT.
+and writes ``result.json`` and the logits for ``val.npy`` there. It needs numpy and its tool, not
+FAT.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ RESULT, LOGITS, SHIPPED = "result.json", "logits.npy", "shipped.npy"
 
 
 class Refused(Exception):
-    """The tool says that it cannot do this; its own words."""
+    """The tool cannot do this; the message is its own."""
 
 
 class Job:
-    """What is asked for, and what is found out on the way."""
+    """A job and its results."""
 
     def __init__(self, path: str | Path) -> None:
         fields = json.loads(Path(path).read_text())
         self.recipe: str = fields["recipe"]
         self.weight_bits: int = fields["weight_bits"]
         self.activation_bits: int = fields["activation_bits"]
-        self.vector: bool = fields["granularity"] == "per_channel"
+        self.per_channel: bool = fields["granularity"] == "per_channel"
         self.inputs, self.out = Path(fields["inputs"]), Path(fields["out"])
         self.threads: int = fields["threads"]
         self.seed: int = fields["seed"]
@@ -48,28 +48,28 @@ class Job:
 
     @property
     def bits(self) -> tuple[int, int]:
-        """Of weights and of activations."""
+        """Bits of weights and of activations."""
         return self.weight_bits, self.activation_bits
 
     def array(self, name: str):
-        """One of the arrays of the inputs, in memory."""
+        """Load one of the input arrays."""
         import numpy as np
 
         return np.load(self.inputs / f"{name}.npy")
 
     def note(self, **fields: object) -> None:
-        """Add to the result."""
+        """Add fields to the result."""
         self.result.update(fields)
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """The quantization itself: from network and images in memory to the file that ships.
+        """Measure the quantization: from network and images in memory to the exported file.
 
-        Where it is interrupted, to judge a simulation before it is written, times add up and the
-        memory of judging does not count.
+        Several blocks add up, so that an evaluation of the simulation before the export counts
+        neither as time nor as memory.
         """
         if "peak_mb" in self.result:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM is what is held now
+            Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
         self.result.setdefault("peak_before_mb", peak_mb())
         wall, cpu = time.perf_counter(), time.process_time()
         yield
@@ -82,12 +82,12 @@ class Job:
 
     @contextmanager
     def export(self, path: Path) -> Iterator[None]:
-        """Write the file that ships, for ONNX Runtime: timed, and a failure costs the file alone.
+        """Measure the export to ONNX Runtime; a failure is noted and keeps the simulation.
 
-        The simulation is judged before: an export that fails may leave another network behind.
+        The simulation must be evaluated before: a failed export may change the network.
         """
         if not (self.out / LOGITS).is_file():
-            raise RuntimeError("the simulation is judged, job.logits(), before it is exported")
+            raise RuntimeError("evaluate the simulation with job.logits() before the export")
         with self.timed():
             try:
                 yield
@@ -98,14 +98,14 @@ class Job:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """CPU seconds of a part of it."""
+        """Measure the CPU seconds of a part."""
         cpu = time.process_time()
         yield
         stages = self.result.setdefault("stages", {})
         stages[name] = time.process_time() - cpu  # type: ignore[index]
 
     def logits(self, values, name: str = LOGITS) -> None:
-        """Keep logits [N, classes]."""
+        """Store logits [N, classes]."""
         import numpy as np
 
         np.save(self.out / name, np.asarray(values, dtype=np.float32))
@@ -123,7 +123,7 @@ class Job:
 
 
 def peak_mb() -> float:
-    """The most memory that this process ever held, in MB: VmHWM, which starts anew with exec."""
+    """Return the peak memory of this process in MB (VmHWM, which exec resets)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM"):
             return int(line.split()[1]) / 1024
@@ -131,7 +131,7 @@ def peak_mb() -> float:
 
 
 def run(main) -> None:
-    """Call ``main`` with the job that the command line names; a refusal is a result."""
+    """Call ``main`` with the job of the command line; a refusal is a result."""
     job = Job(sys.argv[1])
     try:
         main(job)

@@ -1,16 +1,16 @@
-"""NNCF on OpenVINO, after its documentation "Basic Quantization Flow" and "Advanced Quantization".
+"""NNCF on OpenVINO, following "Basic Quantization Flow" and "Advanced Quantization".
 
 * ``nncf.quantize`` on the float ONNX file as an OpenVINO model, preset MIXED (symmetric weights,
   asymmetric activations), no ``model_type``, its default subset of 300 images, one at a time.
 * ``fast``: fast bias correction, its default. ``accurate``: ``fast_bias_correction=False``, which
-  the documentation advises where accuracy is not enough.
-* One threshold per tensor and other bits than 8 by ``weights_quantization_params`` and
+  the documentation recommends where the accuracy is not sufficient.
+* Per-tensor weights and other bits than 8: ``weights_quantization_params`` and
   ``activations_quantization_params`` of the advanced parameters.
-* ``overflow_fix`` stays at its default there, half the range for the first layer's weights.
-  ``overflow``: as ``accurate``, with half the range for all weights, which its documentation has
-  for processors without VNNI: on AVX2 alone OpenVINO's int8 kernels saturate.
-* The simulation is the model with OpenVINO's low-precision transformations switched off, so that
-  FakeQuantize and float convolutions are computed as they stand. What ships is compiled as it is.
+* ``overflow_fix`` keeps its default in both, half the range for the weights of the first layer.
+  ``overflow`` is ``accurate`` with half the range for all weights, which the documentation has for
+  processors without VNNI: with AVX2 alone, OpenVINO's int8 kernels saturate.
+* Simulation: the model with OpenVINO's low-precision transformations switched off, so FakeQuantize
+  and float convolutions are computed separately. File: compiled with defaults.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LAYERS = ("Convolution", "FullyConnected", "MatMul")
 
 
 def main(job: Job) -> None:
-    """Quantize, write, judge."""
+    """Quantize, export and evaluate."""
     import nncf
     import numpy as np
     import openvino as ov
@@ -35,9 +35,9 @@ def main(job: Job) -> None:
     images = job.array("train")[:IMAGES]
     path = job.out / "quantized.xml"
     advanced = nncf.AdvancedQuantizationParameters()
-    if job.bits != (8, 8) or not job.vector:
+    if job.bits != (8, 8) or not job.per_channel:
         advanced.weights_quantization_params = QuantizationParameters(
-            num_bits=job.weight_bits, per_channel=job.vector
+            num_bits=job.weight_bits, per_channel=job.per_channel
         )
         advanced.activations_quantization_params = QuantizationParameters(
             num_bits=job.activation_bits
@@ -81,7 +81,7 @@ def main(job: Job) -> None:
 
 
 def layers(compiled) -> tuple[int, int]:
-    """How many layers the compiled model computes in integers, and how many in float."""
+    """Count the layers that the compiled model computes in integers and in float."""
     counts: Counter[bool] = Counter()
     for operator in compiled.get_runtime_model().get_ordered_ops():
         told = {key: str(value.value) for key, value in operator.get_rt_info().items()}

@@ -1,15 +1,16 @@
-"""onnxruntime's static quantization, after its documentation "Quantize ONNX Models".
+"""onnxruntime's static quantization, following "Quantize ONNX Models".
 
-* ``quant_pre_process`` first (symbolic shapes, fusion of batch norms), then ``quantize_static``.
-* Form: QDQ, uint8 activations, int8 weights, symmetric, as the documentation advises for x64;
-  ``per_channel`` for one threshold per filter. For 4 bits its types QUInt4 and QInt4.
-* ``reduce_range`` stays off: it is advised for AVX2 without VNNI against saturation, which costs a
-  bit of every weight; the files run with ``session.x64quantprecision=1`` instead, which is exact.
-* Recipes: ``minmax`` (the default), ``entropy`` and ``percentile``, these with their default number
+* ``quant_pre_process`` first (symbolic shapes, fused batch norms), then ``quantize_static``.
+* QDQ format, uint8 activations and symmetric int8 weights, as the documentation recommends for x64;
+  ``per_channel`` for per-channel thresholds. 4 bits: its types QUInt4 and QInt4.
+* ``reduce_range`` is off: recommended for AVX2 without VNNI against saturation, it costs a bit of
+  every weight. The files run with ``session.x64quantprecision=1`` instead, which is exact.
+* Recipes: ``minmax`` (the default), ``entropy`` and ``percentile``, both with their default number
   of bins and ``CalibPercentile`` 99.999.
-* One image at a time, ``CalibStridedMinMax`` 25: its calibrators otherwise hold every activation of
-  every image in memory. ``minmax`` sees all 500; ``entropy`` and ``percentile`` the first 100: 500
-  took percentile five times as long and gave the same 97.0 %, 19.3 dB (Lite0, W8A8 vector).
+* One image at a time with ``CalibStridedMinMax`` 25, because its calibrators keep every activation
+  of every image in memory otherwise. ``minmax`` gets all 500 images; ``entropy`` and ``percentile``
+  the first 100: with 500, percentile took five times as long and gave the same 97.0 %, 19.3 dB
+  (Lite0, W8A8 per channel).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 
 
 def main(job: Job) -> None:
-    """Quantize, write, judge."""
+    """Quantize, export and evaluate."""
     import onnxruntime
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -66,7 +67,7 @@ def main(job: Job) -> None:
             path,
             Reader(images),
             quant_format=QuantFormat.QDQ,
-            per_channel=job.vector,
+            per_channel=job.per_channel,
             activation_type=activations[job.activation_bits],
             weight_type=weights[job.weight_bits],
             calibrate_method=CalibrationMethod[METHODS[job.recipe]],
@@ -78,7 +79,7 @@ def main(job: Job) -> None:
 
 
 def simulated(onnxruntime, path, job: Job):
-    """The file with nothing fused: quantize, dequantize and float convolutions as they stand."""
+    """Run the file without fusion: quantize, dequantize and float convolutions separately."""
     import numpy as np
 
     options = onnxruntime.SessionOptions()

@@ -1,9 +1,9 @@
-"""FAT itself, by the calls that ``python train.py data=folder data.root=DIR export=onnx`` makes.
+"""FAT, with the calls of ``python train.py data=folder data.root=DIR export=onnx``.
 
-The job's ``overrides`` are those of the command. Validation images, which decide what is kept, are
-50 of the 500 training images; the other 450 calibrate and train, read from their JPEG files as the
-command does, so decoding and random crops are part of the time. So is the proof that ONNX Runtime
-computes the student's integers with the file, on the 50.
+The job's ``overrides`` are those of the command. Of the 500 training images, 50 are the validation
+images, which choose the best student; the other 450 calibrate and train. They are read from JPEG
+files as by the command, so decoding and random crops are part of the time, and so is the check on
+the 50 images that the file has the student's integers in ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from common import Job, run
 
 
 def main(job: Job) -> None:
-    """Quantize, write, judge."""
+    """Quantize, export and evaluate."""
     import torch
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf

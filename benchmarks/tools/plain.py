@@ -1,8 +1,9 @@
-"""The float network in plain torch modules, which the tools that work on torch modules know.
+"""The float network in plain torch modules, for tools that work on torch modules.
 
-timm's own has layers that they stop on or pass over: a batch norm with its activation inside, and
-"same" convolutions that compute their padding from the image's size. Here they are a batch norm and
-an activation, a ZeroPad2d of fixed amounts and a convolution; ReLU6 stays ReLU6, not in place.
+timm's network has layers that those tools fail on or skip: a batch norm that contains its
+activation, and "same" convolutions that compute their padding from the image size. They become a
+batch norm and an activation, and a ZeroPad2d of fixed size and a convolution. ReLU6 stays ReLU6,
+but not in place.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 
 def network(job: Job) -> nn.Module:
-    """The network of the job, with batch norms, checked against the float logits."""
+    """Return the network of the job with batch norms, checked against the float logits."""
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     model = timm.create_model(job.fields["model"], pretrained=False)
@@ -32,13 +33,13 @@ def network(job: Job) -> nn.Module:
 
 
 def batches(images, size: int) -> list[torch.Tensor]:
-    """Images [N, 3, H, W] of numpy as batches of torch."""
+    """Split numpy images [N, 3, H, W] into torch batches."""
     return list(torch.split(torch.from_numpy(images), size))
 
 
 @torch.no_grad()
 def logits(model, images) -> torch.Tensor:
-    """Of all images."""
+    """Return the logits of all images."""
     return torch.cat([model(batch) for batch in batches(images, 20)])
 
 

@@ -1,12 +1,12 @@
-"""torchao PT2E, after its tutorial "PyTorch 2 Export Quantization with X86 Backend".
+"""torchao PT2E, following "PyTorch 2 Export Quantization with X86 Backend".
 
-* ``torch.export``, ``prepare_pt2e`` with X86InductorQuantizer and its default static recipe (uint8
-  activations, int8 weights with one scale per filter), calibration on 500 images in batches of 20,
-  ``convert_pt2e``. Batch norms are folded by ``prepare_pt2e``.
-* One threshold per tensor and other bits: its recipe has no option for them, so they are refused,
-  in the words of the tool's signature.
-* What ships is compiled by torch itself (Inductor); there is no file for another runtime, so only
-  the simulation, the quantize and dequantize operators as they stand, is judged.
+* ``torch.export``, ``prepare_pt2e`` (which folds batch norms) with X86InductorQuantizer and its
+  default static recipe (uint8 activations, per-channel int8 weights), calibration on 500 images in
+  batches of 20, ``convert_pt2e``.
+* Per-tensor weights and other bits are refused: the recipe has no option for them. The refusal
+  quotes the tool's signature.
+* torch compiles the result itself (Inductor); there is no file for another runtime, so only the
+  simulation, with separate quantize and dequantize operators, is evaluated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BATCH = 20
 
 
 def main(job: Job) -> None:
-    """Quantize, write, judge."""
+    """Quantize, export and evaluate."""
     import torch
     from plain import batches, logits, network
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -28,7 +28,7 @@ def main(job: Job) -> None:
         get_default_x86_inductor_quantization_config,
     )
 
-    if job.bits != (8, 8) or not job.vector:
+    if job.bits != (8, 8) or not job.per_channel:
         signature = inspect.signature(get_default_x86_inductor_quantization_config)
         raise Refused(
             "no option for it: get_default_x86_inductor_quantization_config("
