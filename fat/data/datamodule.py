@@ -1,4 +1,4 @@
-"""The four splits of a run as a LightningDataModule, and the ways to fill them."""
+"""LightningDataModule with the four splits of a run, and constructors for each kind of source."""
 
 from __future__ import annotations
 
@@ -48,15 +48,15 @@ if TYPE_CHECKING:
 
 __all__ = ["TEST_PHOTOS", "TRAIN_PHOTOS", "VALIDATION_PHOTOS", "FatDataModule"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
-# scikit-image's photographs, sorted by hand. Training has the widest range of content: a person in
-# saturated colours, a cluttered room with a machine, a grey outdoor scene, stained tissue (strong
-# colours, fine texture), grass and brick (dense texture), coins (many objects on a plain ground)
-# and a star field (small lights on black: extreme activations). Validation and test each have
-# objects that ImageNet's classes know (cup; cat and rocket), so that a network has firm opinions to
-# agree with, and content of another kind (stones; the moon). Left out: drawings and text (horse,
-# logo, page, …), blurred or tiny pictures, and motorcycle_right, the same scene as its left twin.
+# Photographs of scikit-image, assigned by hand. Training covers the widest range of content: a
+# person in saturated colors, a cluttered room, a gray outdoor scene, stained tissue (strong colors,
+# fine texture), grass and brick (dense texture), coins (many objects on a plain background) and a
+# star field (extreme activations). Validation and test each have objects of ImageNet classes (cup;
+# cat and rocket), for confident predictions, and other content (stones; the moon). Drawings, text
+# and small or blurred pictures are left out, and motorcycle_right, which shows the same scene as
+# motorcycle_left.
 TRAIN_PHOTOS = (
     "astronaut.png",
     "motorcycle_left.png",
@@ -70,32 +70,32 @@ TRAIN_PHOTOS = (
 VALIDATION_PHOTOS = ("coffee.png", "gravel.png")
 TEST_PHOTOS = ("chelsea.png", "rocket.jpg", "moon.png")
 
-# Evaluation crops of photographs do not follow the run's seed: all runs are judged on the same.
+# Evaluation crops of photographs do not depend on the run's seed, so that runs are comparable.
 _EVAL_SEED = 0
 
-# Numbers of crops that photographs give, unless options say otherwise.
+# Default numbers of crops of photographs.
 _TRAIN_CROPS, _VALIDATION_CROPS, _TEST_CROPS = 1000, 100, 300
 
 
 class FatDataModule(pl.LightningDataModule):
     """Calibration, training, validation and test images, in batches of ``(images, labels)``.
 
-    Images are float32 [N, 3, H, W], normalised; labels int64 [N], -1 where not known. Order and
-    pixels depend on the seed and the epoch, neither on the number of workers nor on any global
-    random state. An image that cannot be read is skipped and counted (`summary`).
+    Images are normalized, float32 [N, 3, H, W]; labels are int64 [N], −1 if unknown. Order and
+    pixels depend on the seed and the epoch, but not on the number of workers or the global random
+    state. Unreadable images are skipped and counted (see :meth:`summary`).
 
     Args:
-        calibration: Training images that give the thresholds their first values.
-        train: Images to distil on.
-        validation: Images to choose the best network by; none of the training images.
-        test: Images to judge the result by; none of the others.
-        batch_size: Images per batch, of all processes that train together. Training drops a short
-            last batch if there is a full one.
-        workers: Processes that decode images; by default one less than the usable cores, at most 8.
-        seed: What the training order follows.
+        calibration: Training images for calibration.
+        train: Training images.
+        validation: Images for choosing the best epoch, disjoint from the training images.
+        test: Test images, disjoint from the others.
+        batch_size: Images per batch over all processes. Training drops a short last batch if there
+            is a full one.
+        workers: Number of decoding processes; by default one less than the usable cores, at most 8.
+        seed: Seed of the training order.
 
     Attributes:
-        index: Which images these are, where they are files; such splits share no image, by content.
+        index: Index of the images, if they are files. Its splits are disjoint by content.
 
     Raises:
         FatError: If batch_size, workers or seed is out of range.
@@ -134,10 +134,10 @@ class FatDataModule(pl.LightningDataModule):
         seed: int = 0,
         **options: Any,
     ) -> FatDataModule:
-        """Random crops of the photographs inside scikit-image; each split has its own photographs.
+        """Create splits of random crops of scikit-image's photographs.
 
-        Training crops differ from epoch to epoch; the others are the same in every pass, and
-        validation and test crops are the same for every seed.
+        Each split has its own photographs. Training crops change with the epoch. Calibration crops
+        do not, and validation and test crops do not depend on the seed either.
 
         Args:
             preprocessing: Input requirements of the network.
@@ -184,21 +184,21 @@ class FatDataModule(pl.LightningDataModule):
         seed: int = 0,
         **options: Any,
     ) -> FatDataModule:
-        """Any folder of images, searched recursively.
+        """Create splits of the images of a folder, searched recursively.
 
-        With a subfolder ``train``, that is the pool of training images; the first of ``val``,
-        ``validation``, ``test`` beside it is the test set. ``test_root`` overrides the latter.
-        Without a test folder ``test_fraction`` of all images is set apart. Validation images are
-        always taken from the pool. All samples are uniform and follow the seed. Of images that are
-        stored twice, training and validation lose those that the test has too.
+        The training pool is the subfolder ``train`` if there is one, or else the whole folder. The
+        test images are those of ``test_root``, or the first subfolder of ``val``, ``validation``
+        and ``test`` beside ``train``, or else ``test_fraction`` of the pool. Validation images are
+        always taken from the pool. All samples are uniform and depend on the seed. Duplicates of
+        test images are removed from training and validation.
 
         Args:
             root: The folder.
-            preprocessing: How the network wants its images.
+            preprocessing: Input requirements of the network.
             test_root: A folder of test images, outside the pool.
             classes: Names of the class folders in the order of the logits, or name to index.
             num_classes: Number of logits.
-            progress: Whether to show bars while images are listed and hashed, if that takes long.
+            progress: If ``True``, show progress bars for listing and hashing that take long.
             spec: Options.
             seed: Seed of samples, training order and crops.
             **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
@@ -216,7 +216,7 @@ class FatDataModule(pl.LightningDataModule):
         data = cls.of_sources(
             pool, test, preprocessing, spec, what=f"The folder {pool_root}", seed=seed
         )
-        data._write_down(pool_root, held_out, progress)
+        data._create_index(pool_root, held_out, progress)
         return data
 
     @classmethod
@@ -231,13 +231,13 @@ class FatDataModule(pl.LightningDataModule):
         seed: int = 0,
         **options: Any,
     ) -> FatDataModule:
-        """Uniform samples of a source; they follow the seed.
+        """Create splits that are uniform samples of a source and depend on the seed.
 
         Args:
-            pool: Where training, calibration and validation images come from.
-            test: Where test images come from; None takes ``test_fraction`` of the pool.
-            preprocessing: How the network wants its images.
-            what: What to call the pool in an error.
+            pool: Source of training, calibration and validation images.
+            test: Source of test images; ``None`` takes ``test_fraction`` of the pool.
+            preprocessing: Input requirements of the network.
+            what: Name of the pool in errors.
             spec: Options.
             seed: Seed of samples, training order and crops.
             **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
@@ -285,7 +285,7 @@ class FatDataModule(pl.LightningDataModule):
         seed: int = 0,
         **options: Any,
     ) -> FatDataModule:
-        """Exactly the images of an index.
+        """Create splits with exactly the images of an index.
 
         Args:
             index: The images of each split.
@@ -323,12 +323,12 @@ class FatDataModule(pl.LightningDataModule):
         seed: int = 0,
         **options: Any,
     ) -> FatDataModule:
-        """Synthesised images to calibrate, train and validate on, real ones to judge by.
+        """Create calibration, training and validation splits of synthesized images.
 
         Args:
-            images: The folder of synthesised images.
-            preprocessing: How the network wants its images.
-            test: The real images; None takes crops of photographs.
+            images: The folder of synthesized images.
+            preprocessing: Input requirements of the network.
+            test: Real test images; ``None`` takes crops of photographs.
             spec: Options; ``test_images`` is the number of crops of photographs, 300 by default.
             seed: Seed of samples, training order and crops.
             **options: Single options of :class:`~fat.data.config.DataOptions`, over ``spec``.
@@ -336,17 +336,17 @@ class FatDataModule(pl.LightningDataModule):
         Raises:
             FatError: If there are fewer than two images, or a number is out of range.
         """
-        made = FolderSource(images)
+        synthesized = FolderSource(images)
         spec = replace(spec or DataOptions(), **options)
         if test is None:
             factory = _factory(preprocessing, spec, seed)
             photos = _photo_tests(factory, spec.test_images or _TEST_CROPS)
-            data = cls.of_sources(made, photos.source, preprocessing, spec, seed=seed)
+            data = cls.of_sources(synthesized, photos.source, preprocessing, spec, seed=seed)
             data.test = photos
         else:
-            data = cls.of_sources(made, test, preprocessing, spec, seed=seed)
+            data = cls.of_sources(synthesized, test, preprocessing, spec, seed=seed)
         held_out = test.root if isinstance(test, FolderSource) else None
-        data._write_down(Path(images), held_out, progress=False)
+        data._create_index(Path(images), held_out, progress=False)
         return data
 
     def cache(
@@ -357,16 +357,16 @@ class FatDataModule(pl.LightningDataModule):
         *,
         progress: bool = False,
     ) -> None:
-        """Have the training images made small once, so that decoding costs little from now on.
+        """Read the training images from a cache of resized images, which is built if necessary.
 
         Args:
-            mode: ``"jpeg"``, ``"pixels"`` or ``"squares"``, see :mod:`fat.data.cache`.
-            folder: Where caches lie; ``~/.cache/fat/images`` by default.
-            short_side: Pixels that the shorter side of an image keeps.
-            progress: Whether to show a bar while they are made.
+            mode: ``"jpeg"``, ``"pixels"`` or ``"squares"``, see :func:`fat.data.cache.build_cache`.
+            folder: Folder of the caches; ``~/.cache/fat/images`` by default.
+            short_side: Length of the shorter side of cached images, pixels.
+            progress: If ``True``, show a progress bar.
 
         Raises:
-            FatError: If the cache cannot be made, or the mode is unknown.
+            FatError: If the cache cannot be built, or the mode is unknown.
         """
         if mode == "squares" and not isinstance(self.train.transform, DeviceCropTransform):
             raise FatError(
@@ -384,8 +384,8 @@ class FatDataModule(pl.LightningDataModule):
             progress=progress,
         )
 
-    def _write_down(self, root: Path, test_root: Path | None, progress: bool) -> None:
-        """Hash the images, and leave out copies of images that a later split has."""
+    def _create_index(self, root: Path, test_root: Path | None, progress: bool) -> None:
+        """Hash the images, and remove duplicates of test and validation images."""
         splits = {
             "test": self.test,
             "validation": self.validation,
@@ -393,7 +393,7 @@ class FatDataModule(pl.LightningDataModule):
             "calibration": self.calibration,
         }
         options = {}
-        if isinstance(self.test.source, PhotoSource):  # no files; they follow from their number
+        if isinstance(self.test.source, PhotoSource):  # not files; their number determines them
             options[PHOTO_TESTS] = len(splits.pop("test"))
         index = ImageIndex.of(
             {name: (data.source, data.indices.tolist()) for name, data in splits.items()},
@@ -406,27 +406,27 @@ class FatDataModule(pl.LightningDataModule):
         )
         kept, copies = index.without_copies(("test", "validation", "train"))
         if copies:
-            log.warning(
-                "Left out %d images whose copies are in a split that judges: %s.",
+            logger.warning(
+                "Leaving out %d images that are duplicates of test or validation images: %s.",
                 len(copies),
                 abbreviated([record.name for record in copies]),
             )
-            gone = {(record.split, record.name) for record in copies}
+            removed = {(record.split, record.name) for record in copies}
             for name, data in splits.items():
-                data.keep([(name, data.source.name(int(i))) not in gone for i in data.indices])
+                data.keep([(name, data.source.name(int(i))) not in removed for i in data.indices])
         self.index = kept
 
     @property
     def labelled(self) -> bool:
-        """Whether the test images have labels, so that accuracies can be reported."""
+        """``True`` if the test images have labels, so that accuracies can be reported."""
         return self.test.source.labelled
 
     def setup(self, stage: str | None = None) -> None:
-        """Say how many images there are. The splits exist from the start."""
-        log.info(
+        """Log the number of images of each split. The splits exist from the start."""
+        logger.info(
             "Images: %s; %s.",
             ", ".join(f"{len(data)} {name}" for name, data in self._splits().items()),
-            "labelled" if self.labelled else "without labels",
+            "labeled" if self.labelled else "without labels",
         )
 
     def calibration_dataloader(self) -> ImageLoader:
@@ -434,7 +434,7 @@ class FatDataModule(pl.LightningDataModule):
         return self._loader(self.calibration)
 
     def train_dataloader(self) -> ImageLoader:
-        """Return the training batches, shuffled anew for each epoch that the sampler is set to."""
+        """Return the training batches, shuffled differently in each epoch of the sampler."""
         return self._loader(self.train, EpochSampler(len(self.train), self.seed))
 
     def val_dataloader(self) -> ImageLoader:
@@ -449,7 +449,7 @@ class FatDataModule(pl.LightningDataModule):
         """Return the first readable images of a split and their labels, loaded in this process.
 
         Args:
-            count: How many images at most.
+            count: Maximum number of images.
             split: ``"calibration"``, ``"train"``, ``"validation"`` or ``"test"``.
 
         Raises:
@@ -473,7 +473,7 @@ class FatDataModule(pl.LightningDataModule):
         return data.transform.finish(*parts), labels
 
     def fingerprint(self) -> str:
-        """A hash of the training and validation images, their labels, order and crops."""
+        """Return a hash of the training and validation images, their labels, order and crops."""
         digest = hashlib.sha256()
         for data in (self.train, self.validation):
             about = (data.split, data.seed, self.batch_size, data.transform.settings())
@@ -484,13 +484,13 @@ class FatDataModule(pl.LightningDataModule):
         return digest.hexdigest()
 
     def share_skipped(self) -> None:
-        """Let all processes know of the images that any of them could not read."""
+        """Share the names of unreadable images among all processes."""
         for data in self._splits().values():
             for reasons in distributed.gather_objects(dict(data.skipped.reasons)):
                 data.skipped.reasons.update(reasons)
 
     def summary(self) -> dict[str, Any]:
-        """Return counts, labels and skipped images of each split, as plain values for a report."""
+        """Return counts, labels and skipped images of each split as plain values for reports."""
         splits = {
             name: {
                 "images": len(data),
@@ -522,9 +522,9 @@ class FatDataModule(pl.LightningDataModule):
             processes = distributed.size()
             if self.batch_size % processes or len(data) < processes:
                 raise FatError(
-                    f"data.batch_size is {self.batch_size}, the images of a step of all "
-                    f"{processes} processes together, and there are {len(data)} images: it must be "
-                    f"a multiple of {processes}, and each process needs an image."
+                    f"data.batch_size is {self.batch_size}, the images per step over all "
+                    f"{processes} processes, and there are {len(data)} images: it must be a "
+                    f"multiple of {processes}, and each process needs an image."
                 )
             drop_last = len(data) >= self.batch_size
             batches = StepBatches(sampler, self.batch_size, drop_last=drop_last)
@@ -534,10 +534,10 @@ class FatDataModule(pl.LightningDataModule):
             collate_fn=collate,
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            # A GPU's steps are short against the time that one large JPEG may take.
+            # On a GPU, decoding one large JPEG may take longer than a step.
             prefetch_factor=(4 if torch.cuda.is_available() else 2) if self.workers else None,
             pin_memory=torch.cuda.is_available(),
-            # Otherwise each pass would advance the global random state by one draw.
+            # Without a generator each pass would advance the global random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
 
@@ -559,7 +559,7 @@ def _photo_tests(factory: DatasetFactory, count: int) -> ImageDataset:
 
 def _usable_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))  # what this process may use, not what exists
+        cores = len(os.sched_getaffinity(0))  # the cores that this process may use
     else:
         cores = os.cpu_count() or 1
     return min(max(cores - 1, 0), 8)

@@ -1,4 +1,4 @@
-"""Building blocks of the splits: sampled data sets of any source, and the folders of a pool."""
+"""Building blocks of the splits: data sets of any source, and the folders of a pool."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ _HELD_OUT = ("val", "validation", "test")
 
 @dataclass(frozen=True)
 class DatasetFactory:
-    """Makes data sets of image sources, with the transforms and the seed that a run asks for."""
+    """Creates data sets of image sources with the transforms and the seed of a run."""
 
     preprocessing: Preprocessing
     options: DataOptions
     seed: int
 
     def random_crops(self) -> RandomCropTransform:
-        """Return the transform for random crops that are cut where the image is decoded."""
+        """Return the transform for random crops in the process that decodes the image."""
         options = self.options
         return RandomCropTransform(self.preprocessing, options.crop_scale, flip=options.flip)
 
     def training_crops(self) -> Transform:
-        """Return the transform for random crops that are cut where ``augment`` says."""
+        """Return the transform for random crops in the worker or on the device, see ``augment``."""
         options = self.options
         if options.augment == "worker":
             return self.random_crops()
         return DeviceCropTransform(self.preprocessing, options.crop_scale, flip=options.flip)
 
     def evaluation(self, source: ImageSource, indices: Indices, split: str) -> ImageDataset:
-        """Return images with the crop that networks are evaluated on."""
+        """Return a data set of images with the evaluation crop."""
         transform = EvalTransform(self.preprocessing)
         return ImageDataset(source, transform, indices=indices, split=split, seed=self.seed)
 
     def sampled_test(self, source: ImageSource, count: int | None) -> ImageDataset:
-        """Return at most ``count`` test images of a source, drawn with the seed."""
+        """Return a data set of at most ``count`` test images, drawn with the seed."""
         order = generator(self.seed, SPLIT_DRAW).permutation(len(source))
         return self.evaluation(source, np.sort(order[:count]), "test")
 
@@ -76,25 +76,25 @@ def check_seed(seed: int) -> None:
 
 
 def image_count(total: int, fraction: float) -> int:
-    """Return the number of images that a fraction of ``total`` is, at least 1."""
+    """Return ``fraction`` of ``total`` images, rounded, at least 1."""
     return max(1, round(total * fraction))
 
 
 def find_folders(root: Path, test_root: str | os.PathLike[str] | None) -> tuple[Path, Path | None]:
-    """Return the pool's folder and the test images' folder, None if they are to be set apart."""
+    """Return the folder of the pool, and that of the test images if there is one."""
     pool = root / "train" if (root / "train").is_dir() else root
     if test_root is not None:
         held_out = Path(test_root).expanduser()
         a, b = pool.resolve(), held_out.resolve()
         if a.is_relative_to(b) or b.is_relative_to(a):
             raise FatError(
-                f"The test folder {held_out} and the training folder {pool} overlap, so the test "
-                "would be on training images. Type data.test_root=DIR with a folder outside."
+                f"The test folder {held_out} and the training folder {pool} overlap. Type "
+                "data.test_root=DIR with a folder outside of the training folder."
             )
         return pool, held_out
     if pool == root:
         return pool, None
     beside = [root / name for name in _HELD_OUT if (root / name).is_dir()]
     if len(beside) > 1:
-        logger.info("Testing on %s; not used: %s.", beside[0], ", ".join(map(str, beside[1:])))
+        logger.info("Testing on %s; ignoring %s.", beside[0], ", ".join(map(str, beside[1:])))
     return pool, beside[0] if beside else None

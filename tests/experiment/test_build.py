@@ -111,7 +111,7 @@ def test_an_index_is_read_where_its_folder_is_now(tmp_path: Path) -> None:
     assert sizes(moved) == sizes(data)
 
 
-def test_copies_stay_out_of_what_judges(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicates_of_test_images_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "images"
     own_folder(root / "train")
     own_folder(root / "val", ("owl",))
@@ -119,7 +119,7 @@ def test_copies_stay_out_of_what_judges(tmp_path: Path, caplog: pytest.LogCaptur
         content = (root / "val" / "owl" / f"{i}.png").read_bytes()
         (root / "train" / "cat" / f"copy{i}.png").write_bytes(content)
     before = make_data(config("folder", root=str(root)), IMAGENET, 0)
-    assert "copies are in a split that judges" in caplog.text
+    assert "are duplicates of test or validation images" in caplog.text
     assert isinstance(before.index, ImageIndex)
     before.index.check_disjoint()
     tests = {before.test.source.content(int(i)) for i in before.test.indices}
