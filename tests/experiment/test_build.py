@@ -111,7 +111,9 @@ def test_an_index_is_read_where_its_folder_is_now(tmp_path: Path) -> None:
     assert sizes(moved) == sizes(data)
 
 
-def test_duplicates_of_test_images_are_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_duplicates_of_test_images_are_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = tmp_path / "images"
     own_folder(root / "train")
     own_folder(root / "val", ("owl",))

@@ -1,4 +1,4 @@
-"""Where images come from."""
+"""Sources of images: folders, archives, the hub, built-in data sets."""
 
 import lazy_loader
 
