@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -98,3 +100,39 @@ def find_folders(root: Path, test_root: str | os.PathLike[str] | None) -> tuple[
     if len(beside) > 1:
         logger.info("Testing on %s; ignoring %s.", beside[0], ", ".join(map(str, beside[1:])))
     return pool, beside[0] if beside else None
+
+
+def _earlier_options(options: Mapping[str, Any]) -> DataOptions:
+    return DataOptions(**{key: value for key, value in options.items() if key != "seed"})
+
+
+def _earlier_check(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    _earlier_options(options)
+    return options
+
+
+_EARLIER: dict[str, Any] = {
+    "AUGMENT": ("worker", "device"),
+    "Cut": lambda preprocessing, options: DatasetFactory(
+        preprocessing, _earlier_options(options), options.get("seed", 0)
+    ),
+    "Feeding": dict,
+    "Sampling": dict,
+    "check_counts": lambda **counts: _earlier_check(counts) and None,
+    "check_sampling": _earlier_check,
+    "loading": lambda options: {
+        "batch_size": options.get("batch_size", DataOptions.batch_size),
+        "workers": options.get("workers"),
+        "seed": options.get("seed", 0),
+    },
+    "share": image_count,
+}
+"""Names of version 0.1, whose options were dictionaries."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EARLIER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"{__name__}.{name} was replaced by fat.data.config.DataOptions."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return _EARLIER[name]

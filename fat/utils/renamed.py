@@ -115,6 +115,7 @@ NAMES = {
     "callbacks.Progress": "ProgressBar",
     "callbacks.Snapshots": "PeriodicCheckpoint",
     "blocks.Blocks": "BlockOutputs",
+    "config.TeacherConfig": "FinetuneSpec",
     "distributed.alone": "local_only",
     "distributed.first": "main_process_first",
     "distributed.writes": "is_main_process",
