@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fat.evaluation.sensitivity_file import JSON as SENSITIVITY
-from fat.evaluation.sensitivity_file import read_sensitivity
 from fat.report import html
 from fat.report.html import Column, format_number, short
 from fat.report.plots import BARS, curves, filter_ranges, histogram, layer_figures, sensitivity_bars
@@ -229,8 +227,10 @@ def _csv_table(rows: Sequence[Mapping[str, str]]) -> tuple[list[Column], list[li
 
 def sensitivity_section(directory: Path, problems: list[str]) -> dict[str, Any] | None:
     """Return the error of the logits per quantized tensor; ``None`` if it was not measured."""
-    if not (directory / SENSITIVITY).is_file():
+    if not (directory / "sensitivity.json").is_file():
         return None
+    from fat.evaluation.sensitivity_file import read_sensitivity  # imports torch, which is slow
+
     try:
         report = read_sensitivity(directory)
         count = finite(report.images.get("count"))

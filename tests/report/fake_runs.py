@@ -372,13 +372,12 @@ def fail(directory: Path, *, error: str, message: str, command: str | None = Non
     return directory
 
 
-def fake_sweep(directory: Path, *, labelled: bool = True, listed: bool = True) -> Path:
+def fake_sweep(directory: Path, *, labelled: bool = True) -> Path:
     """Three networks at three bit-widths with two inits and two granularities; some fail.
 
     Args:
         directory: Where.
         labelled: Whether there are accuracies.
-        listed: Whether there is a sweep.json, besides what Hydra leaves.
     """
     directory.mkdir(parents=True)
     swept = [
@@ -445,16 +444,9 @@ def fake_sweep(directory: Path, *, labelled: bool = True, listed: bool = True) -
         else:
             fake_run(job, told, tensors=6, overrides=overrides)
         jobs.append({"directory": job.name, "overrides": overrides, "status": status})
-    if listed:
-        (directory / "sweep.json").write_text(
-            json.dumps(
-                {
-                    "id": "2026-11-26/08-00-00",
-                    "jobs": jobs,
-                    "command": "python train.py -m " + " ".join(swept),
-                }
-            )
-        )
+    command = "python train.py -m " + " ".join(swept)
+    content = {"id": "2026-11-26/08-00-00", "jobs": jobs, "command": command}
+    (directory / "sweep.json").write_text(json.dumps(content))
     return directory
 
 

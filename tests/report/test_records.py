@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from fat.report.records import (
     total_seconds,
     word,
 )
-from tests.report.fake_runs import fail, fake_run, fake_sweep, metrics
+from tests.report.fake_runs import fail, fake_run, metrics
 
 
 @pytest.mark.parametrize(
@@ -233,8 +234,8 @@ def test_a_job_that_stopped_before_its_configuration_is_one(tmp_path: Path) -> N
     assert (run.name, run.status, run.overrides) == ("0-a", "unfinished", ("model=x",))
 
 
-def test_a_sweep_by_its_list(tmp_path: Path) -> None:
-    sweep = read_sweep(fake_sweep(tmp_path / "sweep"))
+def test_a_sweep_by_its_list(sweep_directory: Path) -> None:
+    sweep = read_sweep(sweep_directory)
     assert sweep.title == "2026-11-26/08-00-00"
     assert sweep.command is not None
     assert sweep.command.startswith("python train.py -m model=")
@@ -252,8 +253,10 @@ def test_a_sweep_by_its_list(tmp_path: Path) -> None:
     )
 
 
-def test_a_sweep_without_its_list(tmp_path: Path) -> None:
-    sweep = read_sweep(fake_sweep(tmp_path / "sweep", listed=False))
+def test_a_sweep_without_its_list(sweep_directory: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(sweep_directory, tmp_path / "sweep"))
+    (directory / "sweep.json").unlink()
+    sweep = read_sweep(directory)
     assert sweep.title == "sweep"
     assert sweep.command == (
         "python train.py -m model=mobilenet_v2,mnasnet_100,efficientnet_lite0 quant.bits=8,6,4 "

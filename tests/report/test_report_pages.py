@@ -97,13 +97,6 @@ def check(source: str) -> Page:
     return page
 
 
-@pytest.fixture(scope="module")
-def sweep_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = fake_sweep(tmp_path_factory.mktemp("pages") / "sweep")
-    write_run(directory / "0-mobilenet_v2")
-    return directory
-
-
 def test_a_runs_page_has_everything(tmp_path: Path) -> None:
     told = metrics(command="python train.py model=mobilenet_v2")
     page = check(run_page(fake_run(tmp_path / "run", told)))
@@ -420,9 +413,11 @@ def test_loose_runs_are_compared_one_below_the_other(tmp_path: Path) -> None:
     assert "calibrated only" in [trace.get("name") for trace in page.figures[0]["data"]]
 
 
-def test_pages_of_version_0_1_are_those_of_todays_names(tmp_path: Path) -> None:
-    now = fake_sweep(tmp_path / "now/sweep")
-    then = Path(shutil.copytree(now, tmp_path / "then/sweep"))
+def test_pages_of_version_0_1_are_those_of_todays_names(
+    sweep_directory: Path, tmp_path: Path
+) -> None:
+    now = sweep_directory
+    then = Path(shutil.copytree(now, tmp_path / "sweep"))
     changed = 0
     for file in [*then.rglob("*.json"), *then.rglob("*.yaml")]:
         text = file.read_text()

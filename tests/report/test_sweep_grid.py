@@ -19,7 +19,7 @@ from fat.report.sweep_grid import (
     pareto_front,
     varied_options,
 )
-from tests.report.fake_runs import config, fake_sweep, metrics
+from tests.report.fake_runs import config, metrics
 
 
 def run(
@@ -110,8 +110,8 @@ def test_a_job_that_never_started_has_the_name_of_those_that_did() -> None:
     assert (second.bits, second.init) == ("W4A4", "percentile")
 
 
-def test_a_panel_for_each_init_and_further_option(tmp_path: Path) -> None:
-    runs = read_sweep(fake_sweep(tmp_path / "sweep")).runs
+def test_a_panel_for_each_init_and_further_option(sweep_directory: Path) -> None:
+    runs = read_sweep(sweep_directory).runs
     varied = varied_options(runs)
     assert list(varied) == ["model", "quant.bits", "init", "quant.granularity"]
     laid, along = panels(runs, varied, "accuracy")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fat.report.records import read_sweep
 from fat.report.tables import KNOWN, flatten_metrics, sweep_table, write_table
-from tests.report.fake_runs import fail, fake_run, fake_sweep, metrics
+from tests.report.fake_runs import fail, fake_run, metrics
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -68,8 +68,8 @@ def test_one_row_per_job(tmp_path: Path) -> None:
     assert third["option.quant.bits"] == "2"
 
 
-def test_columns_come_in_one_order(tmp_path: Path) -> None:
-    sweep = read_sweep(fake_sweep(tmp_path / "sweep"))
+def test_columns_come_in_one_order(sweep_directory: Path) -> None:
+    sweep = read_sweep(sweep_directory)
     header, rows = sweep_table(sweep)
     assert header[:8] == [
         "directory",
