@@ -25,6 +25,7 @@ def logits_sqnr_db(reference: Tensor, logits: Tensor) -> float:
         >>> logits_sqnr_db(tensor([3.0, 4.0]), tensor([3.0, 4.5]))
         20.0
     """
+    reference, logits = reference.detach(), logits.detach()
     signal = reference.double().square().sum()
     return sqnr_db(float(signal), float((reference.double() - logits.double()).square().sum()))
 

@@ -1,4 +1,4 @@
-"""Cut points: the right nodes by name, and proof that nothing flows around them."""
+"""Cut points by name, and that every path passes through them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def names(nodes: list[fx.Node]) -> list[str]:
 
 
 def reachable_without(module: fx.GraphModule, removed: fx.Node) -> bool:
-    """Whether the output can still be reached from the input, by following readers."""
+    """Return True if the output is reachable from the input."""
     waiting = [node for node in module.graph.nodes if node.op == "placeholder"]
     seen: set[fx.Node] = set()
     while waiting:
@@ -56,7 +56,7 @@ def reachable_without(module: fx.GraphModule, removed: fx.Node) -> bool:
 
 
 class Mixed(nn.Module):
-    """Branches, a gate, a constant that is read from anywhere, and a size taken early."""
+    """Branches, a gate, a constant with many readers, and an early size."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,15 +74,15 @@ class Mixed(nn.Module):
         return self.head(x.mean((2, 3)).view(count, -1))
 
 
-def test_a_mixed_network_is_cut_where_one_tensor_flows() -> None:
+def test_cut_points_of_a_mixed_network() -> None:
     module = trace(Mixed().eval())
-    # Not at `down`: the size that `view` reads passes it by. The constant does not count.
+    # Not at `down`: `view` reads an earlier size. The constant does not count.
     found = [node.name for node in cut_points(module)]
     assert found == ["stem", "add", "mul_1", "view", "head"]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_cut_points_are_all_nodes_without_which_nothing_arrives(name: str) -> None:
+def test_removing_a_cut_point_disconnects_the_output(name: str) -> None:
     module = folded(timm.create_model(name))
     found = set(cut_points(module))
     for node in module.graph.nodes:
@@ -90,7 +90,7 @@ def test_cut_points_are_all_nodes_without_which_nothing_arrives(name: str) -> No
             assert (node in found) is not reachable_without(module, node), node.name
 
 
-def test_the_rest_follows_from_a_cut_alone() -> None:
+def test_the_rest_can_be_computed_from_a_cut_point() -> None:
     module = folded(timm.create_model("mobilenetv3_small_050"))
     images = torch.randn(2, 3, 64, 64)
     cuts = cut_points(module)
@@ -104,7 +104,7 @@ def test_the_rest_follows_from_a_cut_alone() -> None:
         assert torch.equal(interpreter.env[nodes[-2]], logits)
 
 
-def test_a_tensor_that_is_also_returned_flows_around_what_follows() -> None:
+def test_a_returned_intermediate_prevents_later_cut_points() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
             y = x.relu()
@@ -137,14 +137,14 @@ BLOCKS = {
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_outputs_by_name(name: str) -> None:
-    """One place per block of the network's own structure, and none elsewhere."""
+    """One node per block of the network's structure, and no others."""
     first, count = BLOCKS[name]
     module = folded(timm.create_model(name))
     found = names(block_outputs(module))
     assert found[: len(first)] == first
     assert len(found) == count
     cuts = names(cut_points(module))
-    assert [cut for cut in cuts if cut in found] == found  # in the graph's order
+    assert [cut for cut in cuts if cut in found] == found  # in graph order
 
 
 # --- student and teacher ------------------------------------------------------
@@ -169,11 +169,11 @@ def has_counterpart(student: Student, node: fx.Node) -> bool:
     ("name", "reloaded"),
     [*((name, False) for name in ARCHITECTURES), ("mobilenetv1_100", True), ("resnet18", True)],
 )
-def test_counterparts_give_the_teachers_tensors_when_nothing_is_rounded(
+def test_counterparts_without_quantization_equal_the_teacher(
     tmp_path: Path, name: str, reloaded: bool
 ) -> None:
     student, images = small_student(name)
-    if reloaded:  # a loaded graph knows its nodes' names only
+    if reloaded:  # a loaded graph has the names of nodes only
         fat.save(student, tmp_path / "student.safetensors")
         student = fat.load(tmp_path / "student.safetensors")
     cuts = [node for node in cut_points(student.teacher) if has_counterpart(student, node)]
@@ -188,7 +188,7 @@ def test_counterparts_give_the_teachers_tensors_when_nothing_is_rounded(
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()), msg=node.name)
 
 
-def test_blocks_are_not_looked_for_in_a_students_graph() -> None:
+def test_block_outputs_rejects_a_students_graph() -> None:
     student, _ = small_student("resnet18")
     with pytest.raises(FatError, match=r"holds quantizers.*student\.teacher"):
         block_outputs(student.network)
@@ -201,7 +201,7 @@ def test_a_counterpart_is_the_quantizer_of_that_name() -> None:
         assert student.network.get_submodule(str(twin.target)).layer == layer_name(node)
 
 
-def test_what_is_before_a_fused_activation_has_no_counterpart() -> None:
+def test_input_of_a_fused_activation_has_no_counterpart() -> None:
     student, _ = small_student("mobilenetv2_050")
     stem = next(node for node in student.teacher.graph.nodes if node.target == "conv_stem")
     with pytest.raises(FatError, match=r"does not compute 'conv_stem'.*the activation's node"):
@@ -215,7 +215,7 @@ def test_what_is_before_a_fused_activation_has_no_counterpart() -> None:
         counterpart(student.network, other)
 
 
-def test_with_outputs_shares_tensors_and_leaves_the_graph_alone() -> None:
+def test_with_outputs_shares_tensors_and_keeps_the_graph() -> None:
     student, images = small_student("mobilenetv2_050")
     code = student.network.code
     nodes = [counterpart(student.network, n) for n in block_outputs(student.teacher)]
@@ -227,7 +227,7 @@ def test_with_outputs_shares_tensors_and_leaves_the_graph_alone() -> None:
     assert torch.equal(logits, student.network(images))
     sum(feature.square().mean() for feature in features).backward()
     names_of = {id(p): name for name, p in student.named_parameters()}
-    # What lies behind the last place gets no gradient from the features, all before it does.
+    # Features give gradients to everything before the last output, and to nothing after it.
     silent = {names_of[id(p)] for p in student.parameters() if p.grad is None}
     assert silent
     assert all(

@@ -1,4 +1,4 @@
-"""Predicates on nodes, each against what the operation does to numbers."""
+"""Predicates on nodes, compared with the effect of the operation on values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ CHANGING = {
 
 
 @pytest.mark.parametrize("name", PRESERVING)
-def test_operations_that_only_move_values(name: str) -> None:
+def test_value_preserving_operations(name: str) -> None:
     graph, node = last_node(PRESERVING[name])
     assert is_value_preserving(graph, node)
     images = torch.randn(2, 4, 4, 4)
@@ -102,7 +102,7 @@ def test_operations_that_compute(name: str) -> None:
         (nn.AdaptiveMaxPool2d(1), True),
     ],
 )
-def test_modules_that_only_move_values(layer: nn.Module, expected: bool) -> None:
+def test_value_preserving_modules(layer: nn.Module, expected: bool) -> None:
     graph, node = last_node(lambda x, layer: layer(x), layer)
     assert is_value_preserving(graph, node) is expected
     images = torch.randn(2, 4, 4, 4)
@@ -144,14 +144,14 @@ SIGNED = {
 
 
 @pytest.mark.parametrize("name", NON_NEGATIVE)
-def test_non_negative_results_are_known(name: str) -> None:
+def test_non_negative_results(name: str) -> None:
     graph, node = last_node(NON_NEGATIVE[name])
     assert non_negative(graph, node)
     assert float(graph(10 * torch.randn(2, 4, 8, 8)).min()) >= 0
 
 
 @pytest.mark.parametrize("name", SIGNED)
-def test_results_that_go_below_zero_are_not_called_non_negative(name: str) -> None:
+def test_results_that_may_be_negative(name: str) -> None:
     graph, node = last_node(SIGNED[name])
     assert float(graph(10 * torch.randn(2, 4, 8, 8)).min()) < 0
     assert not non_negative(graph, node)
@@ -177,7 +177,7 @@ def test_fused_activations_need_a_computing_operation_that_they_alone_read() -> 
     assert [str(n.target) for n in graph.graph.nodes if is_compute(graph, n)] == ["a", "b"]
 
 
-def test_neighbours_of_a_node(tiny: nn.Module) -> None:
+def test_neighbors_of_a_node(tiny: nn.Module) -> None:
     graph = trace(tiny)
     nodes = {str(node.target): node for node in graph.graph.nodes}
     assert only_user(nodes["stem"]) is nodes["bn"]

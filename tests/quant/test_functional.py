@@ -36,7 +36,7 @@ Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def draw(seed: int, shape: tuple[int, ...], grid: Grid, scale: float, per_channel: bool) -> Drawn:
-    """x, scale, zero point and the gradient that comes in, float32.
+    """Return x, scale, zero point and the incoming gradient, float32.
 
     x lies up to 0.45 steps around integers from 4 below to 4 above the grid, so that a rounding
     error of the division cannot change an integer.
@@ -54,7 +54,7 @@ def draw(seed: int, shape: tuple[int, ...], grid: Grid, scale: float, per_channe
 
 
 def rounding_of_a_byte(x: Tensor, scale: Tensor, grad: Tensor) -> float:
-    """What the gradient of one scale may be off by where the compiled kernels gave it."""
+    """Return the tolerance of the scale's gradient by the compiled kernels."""
     fused = not scale.dim() and kernels.usable(x.detach())
     return float(grad.abs().sum()) / 504 if fused else 0.0
 
@@ -62,7 +62,7 @@ def rounding_of_a_byte(x: Tensor, scale: Tensor, grad: Tensor) -> float:
 def closed_form(
     x: Tensor, scale: Tensor, zero_point: Tensor, grad: Tensor, grid: Grid
 ) -> tuple[np.ndarray, ...]:
-    """Output and the gradients to x, scale and zero point in float64, from the definition."""
+    """Return output and gradients in float64, from the definition."""
     x64, d, z, g = (t.detach().numpy().astype(np.float64) for t in (x, scale, zero_point, grad))
     rounded = np.rint(x64 / d) + z
     below, above = rounded < grid.qmin, rounded > grid.qmax
@@ -106,7 +106,7 @@ def test_value_and_gradients_are_the_closed_form(
     out.backward(grad)
     wanted = closed_form(x, step, zero_point, grad, grid)
     np.testing.assert_allclose(out.detach().numpy(), wanted[0], rtol=1e-6, atol=1e-6 * scale)
-    # What x gets is the incoming gradient or nothing, without any rounding.
+    # x gets the incoming gradient or 0, without rounding.
     assert inputs[0].grad is not None
     np.testing.assert_array_equal(inputs[0].grad.numpy(), wanted[1])
     reach = 1e-6 * float(grad.abs().sum()) * grid.qmax
@@ -136,7 +136,7 @@ def test_any_number_of_dimensions(shape: tuple[int, ...], per_channel: bool) -> 
     seed=st.integers(0, 2**31), grid=GRIDS, scale=st.floats(1e-4, 1e2), per_channel=st.booleans()
 )
 @settings(deadline=None, max_examples=60)
-def test_value_and_gradients_are_torchs_own(
+def test_value_and_gradients_equal_torchs(
     seed: int, grid: Grid, scale: float, per_channel: bool
 ) -> None:
     x, step, zero_point, grad = draw(seed, (4, 3, 5, 5), grid, scale, per_channel)
@@ -184,7 +184,7 @@ def test_an_expanded_gradient(layout: str) -> None:
 @pytest.mark.parametrize(
     "wanting", [(True, False, False), (False, True, False), (False, False, True)]
 )
-def test_only_who_asks_gets_a_gradient_and_it_is_the_same(wanting: tuple[bool, ...]) -> None:
+def test_only_tensors_that_require_grad_get_one(wanting: tuple[bool, ...]) -> None:
     grid = Grid(5, "affine")
     x, step, zero_point, grad = (t.double() for t in draw(3, (4, 2, 3, 3), grid, 1.0, False))
     inputs = [t.requires_grad_(on) for t, on in zip((x, step, zero_point), wanting, strict=True)]
@@ -197,7 +197,7 @@ def test_only_who_asks_gets_a_gradient_and_it_is_the_same(wanting: tuple[bool, .
             np.testing.assert_allclose(tensor.grad.numpy(), wanted, rtol=1e-12)
 
 
-def test_inputs_are_left_alone() -> None:
+def test_inputs_are_not_changed() -> None:
     grid = Grid(4, "affine")
     tensors = draw(4, (3, 4, 5, 2), grid, 0.3, True)
     before = [t.clone() for t in tensors]
@@ -210,7 +210,7 @@ def test_inputs_are_left_alone() -> None:
 
 @given(grid=GRIDS, power=st.integers(-20, 20), data=st.data())
 @settings(deadline=None, max_examples=50)
-def test_halves_go_to_the_even_neighbour(grid: Grid, power: int, data: st.DataObject) -> None:
+def test_halves_are_rounded_to_even(grid: Grid, power: int, data: st.DataObject) -> None:
     # A power of two keeps the halves exact.
     step = 2.0**power
     zero_point = data.draw(st.integers(0, grid.qmax)) if grid.kind == "affine" else 0
@@ -238,7 +238,7 @@ def test_fake_quantization_is_the_integers_times_the_step(
     np.testing.assert_array_equal(integers.numpy(), wanted)
     fake = fake_quantize(x, step, zero_point, grid.qmin, grid.qmax)
     assert torch.equal(dequantize(integers, step, zero_point), fake)
-    # Once on the grid a value stays where it is.
+    # Values on the grid do not change.
     assert torch.equal(fake_quantize(fake, step, zero_point, grid.qmin, grid.qmax), fake)
 
 
@@ -270,7 +270,7 @@ def test_nan_is_not_hidden() -> None:
     assert out.isnan().all()
 
 
-def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+def test_a_second_derivative_is_an_error() -> None:
     x, step = (torch.tensor(v, requires_grad=True) for v in (0.3, 0.5))
     out = fake_quantize(x, step, torch.tensor(0.0), -7, 7)
     grad = torch.ones((), requires_grad=True)
@@ -303,7 +303,7 @@ def test_clip_passes_gradient_inside_and_at_both_ends(
 
 @given(values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
 @settings(deadline=None, max_examples=50)
-def test_round_is_numpys_and_lets_the_gradient_pass(values: list[float]) -> None:
+def test_round_equals_numpys_and_passes_the_gradient(values: list[float]) -> None:
     x = torch.tensor([0.5, 1.5, -0.5, -2.5, *values], requires_grad=True)
     grad = torch.linspace(-2, 3, len(x))
     out = round_ste(x)
@@ -315,7 +315,7 @@ def test_round_is_numpys_and_lets_the_gradient_pass(values: list[float]) -> None
 
 @given(seed=st.integers(0, 2**31), exponent=st.floats(-12, 0), per_channel=st.booleans())
 @settings(deadline=None, max_examples=60)
-def test_biases_lie_on_the_int32_grid(seed: int, exponent: float, per_channel: bool) -> None:
+def test_biases_are_on_the_int32_grid(seed: int, exponent: float, per_channel: bool) -> None:
     generator = np.random.default_rng(seed)
     bias = generator.normal(size=6).astype(np.float32)
     step = generator.uniform(0.5, 2, 6 if per_channel else ()).astype(np.float32)
@@ -333,7 +333,7 @@ def test_biases_lie_on_the_int32_grid(seed: int, exponent: float, per_channel: b
     assert scale.grad is None
 
 
-def test_biases_keep_31_bits_and_saturate_there() -> None:
+def test_biases_keep_31_bits_and_saturate() -> None:
     assert np.iinfo(np.int32).max == INT32_MAX
     step = torch.tensor(2.0**-30)
     # 2^24 + 1 steps and a half: float32 division would lose the last bits of the integer.

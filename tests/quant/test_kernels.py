@@ -1,4 +1,4 @@
-"""The compiled kernels give what torch's operations give, and are built whatever happens around."""
+"""Compiled kernels equal the torch operations, and are built in any environment."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GRIDS = st.builds(
     bits=st.integers(2, 8),
     kind=st.sampled_from(["symmetric", "symmetric_unsigned", "affine"]),
 )
-# Small ones of any kind, and odd sizes over several blocks of the sums and over threads' shares.
+# Small shapes, and odd sizes that span several blocks and threads.
 SHAPES = st.lists(st.integers(0, 7), max_size=5).map(tuple) | st.sampled_from(
     [(1,), (4095,), (4097,), (3, 2731), (2, 3, 40, 41), (3, 5, 53, 61)]
 )
@@ -48,7 +48,7 @@ STEPS = st.floats(-38.0, 30.0).map(lambda exponent: float(np.float32(10.0**expon
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
-    """Leave the work to torch's operations."""
+    """Disable the kernels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_library", lambda: None)
         assert kernels.backend() == "torch"
@@ -56,7 +56,7 @@ def torch_alone() -> Iterator[None]:
 
 
 def same_bits(own: Tensor, other: Tensor) -> None:
-    """Equal to the last bit and the sign of zero; NaN where the other is NaN, of whichever kind."""
+    """Assert equality of all bits; any NaN equals any NaN."""
     assert own.shape == other.shape
     assert own.dtype == other.dtype == torch.float32
     mine, theirs = own.detach().numpy(), other.detach().numpy()
@@ -69,7 +69,7 @@ def same_bits(own: Tensor, other: Tensor) -> None:
 def draw(
     seed: int, shape: tuple[int, ...], grid: Grid, step: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, step, zero point and the gradient that comes in; x has values of every kind but NaN."""
+    """Return x, step, zero point and the incoming gradient; x has special values but no NaN."""
     generator = np.random.default_rng(seed)
     zero_point = generator.integers(0, grid.qmax + 1) if grid.kind == "affine" else 0
     with np.errstate(over="ignore"):
@@ -90,7 +90,7 @@ def draw(
 def run(
     x: Tensor, step: Tensor, zero_point: Tensor, grad: Tensor, grid: Grid, inplace: bool = False
 ) -> tuple[Tensor, ...]:
-    """Output and the gradients to x, step and zero point."""
+    """Return the output and the gradients of x, step and zero point."""
     leaves = [t.clone(memory_format=torch.preserve_format) for t in (x, step, zero_point)]
     leaves = [t.requires_grad_() for t in leaves]
     x = leaves[0].view_as(leaves[0]) if not inplace else leaves[0] * 1.0
@@ -113,7 +113,7 @@ def run(
     grad_layout=st.sampled_from(list(LAYOUTS)),
 )
 @settings(deadline=None, max_examples=120)
-def test_activations_as_torch_computes_them(
+def test_activations_equal_torch_operations(
     seed: int, shape: tuple[int, ...], grid: Grid, step: float, layout: str, grad_layout: str
 ) -> None:
     x, scale, zero_point, grad = draw(seed, shape, grid, step)
@@ -124,14 +124,14 @@ def test_activations_as_torch_computes_them(
     found = run(x, scale, zero_point, grad, grid)
     same_bits(found[0], wanted[0])
     same_bits(found[1], wanted[1])
-    assert kernels.usable(x, found[0])  # it lies as x does
+    assert kernels.usable(x, found[0])  # same layout as x
 
-    # Without a graph, and written over the input.
+    # Without autograd, and in place.
     same_bits(fake_quantize(x, scale, zero_point, grid.qmin, grid.qmax), wanted[0])
     for own, other in zip(run(x, scale, zero_point, grad, grid, inplace=True), found, strict=True):
         same_bits(own, other)
 
-    # The sums against float64; which integer a value goes to is float32's division.
+    # Sums in float64; float32 division determines the integers.
     with np.errstate(over="ignore", invalid="ignore"):
         ratio = x.numpy() / np.float32(step)
         assert ratio.dtype == np.float32
@@ -172,8 +172,8 @@ def test_nan_reaches_the_output_and_the_gradient_of_the_step(count: int) -> None
 
 
 @needs_kernels
-def test_the_error_of_the_steps_gradient_is_that_of_the_byte() -> None:
-    """And it is not always 0: this is what a byte in place of a float costs."""
+def test_gradient_of_the_step_has_the_error_of_one_byte() -> None:
+    """The error is not always 0: the cost of one byte instead of a float."""
     x, step, zero_point, _ = draw(0, (1000,), Grid(8, "symmetric"), 0.1)
     x = x.clamp(-12, 12)
     grad = torch.ones(1000)
@@ -211,7 +211,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.zeros(2, 3, device="meta"),
     ],
 )
-def test_other_tensors_are_left_to_torch(x: Tensor) -> None:
+def test_unsupported_tensors_use_torch_operations(x: Tensor) -> None:
     assert not kernels.usable(x)
     if x.device.type == "cpu":
         out = fake_quantize(x, torch.tensor(0.5), torch.tensor(0.0), -7, 7)
@@ -221,7 +221,7 @@ def test_other_tensors_are_left_to_torch(x: Tensor) -> None:
 
 
 @needs_kernels
-def test_all_tensors_have_to_lie_alike() -> None:
+def test_all_tensors_need_the_same_layout() -> None:
     plain = torch.zeros(2, 3, 4, 5)
     last = plain.contiguous(memory_format=torch.channels_last)
     assert kernels.usable(plain)
@@ -230,13 +230,13 @@ def test_all_tensors_have_to_lie_alike() -> None:
     assert not kernels.usable(plain, plain.double())
 
 
-# --- written over the input ----------------------------------------------------------------------
+# --- in-place operation --------------------------------------------------------------------------
 
 STEP, ZERO = torch.tensor(0.5), torch.tensor(0.0)
 
 
 def overwritten(x: Tensor, step: Tensor = STEP) -> bool:
-    """Whether the result takes the place of x; else x must be as it was."""
+    """Return True if the result is stored in x; otherwise x must be unchanged."""
     before = x.detach().clone()
     zero = torch.zeros_like(step)
     out = fake_quantize(x, step.clone().requires_grad_(), zero, -3, 3, inplace=True)
@@ -248,13 +248,13 @@ def overwritten(x: Tensor, step: Tensor = STEP) -> bool:
 
 
 @needs_kernels
-def test_what_may_be_overwritten_is() -> None:
+def test_input_is_overwritten_where_allowed() -> None:
     x = torch.linspace(-3, 3, 11).requires_grad_() * 1.01
     assert overwritten(x)
     assert x._version > 0
 
 
-def test_what_may_not_be_overwritten_is_not() -> None:
+def test_input_is_not_overwritten_elsewhere() -> None:
     values = 1.01 * torch.linspace(-3, 3, 12)
     assert not overwritten(values.clone())  # the caller's own data, such as images
     assert not overwritten(values.clone().requires_grad_())  # a parameter
@@ -276,11 +276,11 @@ def test_what_may_not_be_overwritten_is_not() -> None:
     ],
     ids=["saved by what gave it", "saved by another reader", "changed for another reader"],
 )
-def test_overwriting_what_is_still_needed_is_loud(
+def test_overwriting_a_needed_tensor_is_an_error(
     before: Callable[[Tensor], Tensor], after: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
     x = before(torch.linspace(-1, 1, 9).requires_grad_())
-    other = x.square() if before is not torch.exp else None  # keeps x for its backward pass
+    other = x.square() if before is not torch.exp else None  # saves x for its backward pass
     y = fake_quantize(x, STEP.clone().requires_grad_(), ZERO, -3, 3, inplace=True)
     total = after(x, y).sum() + (0.0 if other is None else other.sum())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -288,7 +288,7 @@ def test_overwriting_what_is_still_needed_is_loud(
 
 
 @needs_kernels
-def test_one_of_several_views_is_refused() -> None:
+def test_overwriting_one_of_several_views_is_an_error() -> None:
     x = (torch.linspace(-1, 1, 8).requires_grad_() * 1.0).chunk(2)[0]
     with pytest.raises(RuntimeError, match="view and is being modified inplace"):
         fake_quantize(x, STEP.clone().requires_grad_(), ZERO, -3, 3, inplace=True)
@@ -314,7 +314,7 @@ WEIGHTS = st.sampled_from(
     grad_layout=st.sampled_from(list(LAYOUTS)),
 )
 @settings(deadline=None, max_examples=150)
-def test_weights_as_torch_computes_them(
+def test_weights_equal_torch_operations(
     seed: int,
     shape: tuple[int, ...],
     bits: int,
@@ -356,7 +356,7 @@ def test_weights_as_torch_computes_them(
     found = weights(compiled=True)
     same_bits(found[0], wanted[0])
 
-    # The closed form: W' and the integers in float32, as the definition has them, sums in float64.
+    # Closed form: W' and integers in float32 as in the definition, sums in float64.
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         clipped = np.clip(factor, np.float32(low), np.float32(high))
         moved = {
@@ -375,9 +375,9 @@ def test_weights_as_torch_computes_them(
     axes = tuple(range(1, len(shape))) if per_filter else None
     total, room = terms.sum(axis=axes), 1e-5 * np.abs(terms).sum() + 1e-30
     np.testing.assert_allclose(found[1].numpy(), total, rtol=1e-5, atol=room)
-    # torch's path subtracts out and W', each known to 2^-24 of itself, so up to 2^-24 of q steps.
+    # The torch operations subtract out and W', each accurate to 2^-24, so up to 2^-24 of q steps.
     room += 1e-6 * qmax * np.abs(grad).sum()
-    if step > 1e-30:  # below, that difference has no digits left
+    if step > 1e-30:  # below, the difference has no significant digits
         np.testing.assert_allclose(wanted[1].numpy(), total, rtol=1e-5, atol=room)
     if adjust is Adjust.NOTHING:
         return
@@ -387,7 +387,7 @@ def test_weights_as_torch_computes_them(
 
 
 @needs_kernels
-def test_a_factor_that_lies_differently_is_left_to_torch() -> None:
+def test_a_factor_of_another_layout_uses_torch_operations() -> None:
     generator = torch.Generator().manual_seed(0)
     weight, factor = (torch.rand(4, 3, 2, 2, generator=generator) for _ in range(2))
     last = factor.contiguous(memory_format=torch.channels_last)
@@ -399,7 +399,7 @@ def test_a_factor_that_lies_differently_is_left_to_torch() -> None:
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_factor_without_a_use_does_nothing(compiled: bool) -> None:
+def test_an_unused_factor_has_no_effect(compiled: bool) -> None:
     weight = torch.tensor([[0.3, -0.7]])
     if compiled:
         out = fake_quantize_weight(weight, torch.tensor(0.1), 7, 5 * weight)
@@ -414,7 +414,7 @@ def test_a_factor_without_a_use_does_nothing(compiled: bool) -> None:
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, compiled once for the tests below."""
+    """Return the library, compiled once for all tests."""
     if kernels.backend() == "torch":
         pytest.skip("no C compiler, or FAT_KERNELS=off: there is no library to build")
     return kernels._build(kernels._compiler(), tmp_path_factory.mktemp("built") / "kernels.so")
@@ -422,7 +422,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A new process, as far as the kernels see, with folders ``cache`` and ``tmp`` of its own."""
+    """Simulate a new process with separate folders ``cache`` and ``tmp``."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(kernels.SWITCH, raising=False)
     (tmp_path / "tmp").mkdir()
@@ -434,7 +434,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def compiler(built: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
-    """``CC`` is a script that copies what was compiled before; the result counts its uses."""
+    """Set ``CC`` to a script that copies the compiled library; return a counter of its calls."""
     script, uses = fresh / "cc", fresh / "uses"
     script.write_text(
         "#!/bin/sh\n"
@@ -448,22 +448,22 @@ def compiler(built: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 
 
 def works() -> bool:
-    """Whether the kernels, or torch in their place, give the right numbers."""
+    """Return True if fake quantization, by kernels or torch, gives correct results."""
     x = torch.tensor([-9.0, 0.2, 0.3, 9.0])
     return fake_quantize(x, STEP, ZERO, -7, 7).tolist() == [-3.5, 0.0, 0.5, 3.5]
 
 
 def libraries(folder: Path) -> list[Path]:
-    """All files under the folder, hidden ones included."""
+    """Return all files in the folder, including hidden ones."""
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_the_real_library_is_what_the_tests_copy(built: Path) -> None:
+def test_the_compiled_library_is_intact(built: Path) -> None:
     assert kernels._intact(built)
     assert built.read_bytes().startswith((b"\x7fELF", b"\xcf\xfa\xed\xfe"))
 
 
-def test_built_once_and_found_by_the_next_process(fresh: Path, compiler: Callable[[], int]) -> None:
+def test_the_library_is_built_once_and_cached(fresh: Path, compiler: Callable[[], int]) -> None:
     assert kernels.backend() == "compiled"
     assert works()
     assert compiler() == 1
@@ -475,7 +475,7 @@ def test_built_once_and_found_by_the_next_process(fresh: Path, compiler: Callabl
     assert libraries(fresh / "tmp") == []
 
 
-def test_another_source_compiler_or_flag_is_another_library(
+def test_the_key_depends_on_source_compiler_flags_and_processor(
     fresh: Path, compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = kernels._compiler()
@@ -491,8 +491,8 @@ def test_another_source_compiler_or_flag_is_another_library(
     assert len(set(keys)) == 5
 
 
-def test_damaged_libraries_are_built_again(fresh: Path, compiler: Callable[[], int]) -> None:
-    """Loading half a library kills the process; so it must not come to that."""
+def test_damaged_libraries_are_rebuilt(fresh: Path, compiler: Callable[[], int]) -> None:
+    """Loading a truncated library would crash the process."""
     assert kernels.backend() == "compiled"
     (library,) = libraries(fresh / "cache")
     content = library.read_bytes()
@@ -500,7 +500,7 @@ def test_damaged_libraries_are_built_again(fresh: Path, compiler: Callable[[], i
     flipped[len(content) // 2] ^= 1
     damages = [b"", content[:64], content[: len(content) // 2], content[:-1], bytes(flipped)]
     for count, damage in enumerate(damages, start=2):
-        # A new file, since the old one is still mapped into this process.
+        # A new file, because the old one is still mapped into this process.
         library.unlink()
         library.write_bytes(damage)
         assert not kernels._intact(library)
@@ -522,7 +522,7 @@ def test_several_processes_may_build_at_once(fresh: Path, compiler: Callable[[],
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(load, range(3))) == [True] * 3
-    assert compiler() == 3  # none waited for another
+    assert compiler() == 3  # without waiting for each other
     (library,) = libraries(fresh / "cache")
     assert kernels._intact(library)
 
@@ -539,7 +539,7 @@ def test_a_cache_that_cannot_be_written(
     assert compiler() == 2
 
 
-def test_a_cache_that_can_only_be_read_serves_what_it_holds(
+def test_a_read_only_cache_is_used(
     fresh: Path, compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert kernels.backend() == "compiled"
@@ -553,7 +553,7 @@ def test_a_cache_that_can_only_be_read_serves_what_it_holds(
     assert compiler() == 1
 
 
-def test_a_user_without_a_home(
+def test_a_user_without_a_home_directory(
     fresh: Path, compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def homeless() -> Path:
@@ -566,7 +566,7 @@ def test_a_user_without_a_home(
     assert libraries(fresh / "tmp") == []
 
 
-def test_the_compiler_may_come_with_arguments(
+def test_cc_may_contain_arguments(
     fresh: Path, built: Path, compiler: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", f"env FAT_TEST=1 '{os.environ['CC']}'")
@@ -588,7 +588,7 @@ SILENT = '#!/bin/sh\n[ "$1" = --version ] && echo 1.0 && exit\n'
     ],
     ids=["missing", "broken", "does not compile", "says nothing", "writes nothing"],
 )
-def test_without_a_working_compiler_torch_computes_and_one_message_says_so(
+def test_without_a_working_compiler_torch_is_used_with_one_message(
     fresh: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

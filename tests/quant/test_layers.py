@@ -35,7 +35,7 @@ def test_padding_against_timm_and_the_formula(
     assert made.shape[2:] == tuple(math.ceil(s / d) for s, d in zip(size, stride, strict=True))
 
 
-def test_an_odd_pixel_goes_to_the_bottom_and_to_the_right() -> None:
+def test_an_odd_pixel_is_padded_at_the_bottom_and_right() -> None:
     padded = pad_same(torch.ones(1, 1, 4, 4), (3, 3), (2, 2), (1, 1))
     assert padded[0, 0].tolist() == [[1, 1, 1, 1, 0]] * 4 + [[0, 0, 0, 0, 0]]
 
@@ -84,4 +84,4 @@ def test_a_clip_per_channel_is_relu6_of_the_scaled_channel() -> None:
     scaled = scales.reshape(1, 5, 1, 1)
     torch.testing.assert_close(clip(scaled * x), scaled * nn.functional.relu6(x))
     assert torch.equal(clip(x[:, :, 0, 0]), clip(x)[:, :, 0, 0])
-    assert clip.state_dict() == {}  # the bounds are what the layer is, as 6 is of ReLU6
+    assert clip.state_dict() == {}  # the bounds define the layer

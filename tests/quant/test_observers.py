@@ -16,7 +16,7 @@ SHARES = (0.5, 0.9, 0.99, 0.9999)
 
 
 def heavy_tailed(seed: int, count: int, scale: float = 1.0) -> Tensor:
-    """Values over several orders of magnitude, so that the range doubles many times."""
+    """Return values over several orders of magnitude, so that the range doubles many times."""
     generator = np.random.default_rng(seed)
     values = scale * generator.standard_t(1.5, size=count)
     return torch.from_numpy(values.astype(np.float32))
@@ -44,7 +44,7 @@ def check_counts(statistics: HistogramStatistics, x: Tensor) -> None:
     scale=st.sampled_from([1e-30, 1e-3, 1.0, 1e25]),
 )
 @settings(deadline=None, max_examples=60)
-def test_histogram_is_numpys_however_the_batches_are_cut(
+def test_histogram_equals_numpys_for_any_batches(
     seed: int, count: int, cuts: list[int], bins: int, scale: float
 ) -> None:
     x = heavy_tailed(seed, count, scale)
@@ -60,7 +60,7 @@ def test_histogram_is_numpys_however_the_batches_are_cut(
 
 
 def test_values_on_the_edges_of_bins() -> None:
-    x = torch.arange(-64.0, 65.0) / 64  # edges of bins, whatever the range at that moment
+    x = torch.arange(-64.0, 65.0) / 64  # on the edges of bins at any range
     statistics = HistogramStatistics(128)
     for value in x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]:
         statistics.update(value)
@@ -68,7 +68,7 @@ def test_values_on_the_edges_of_bins() -> None:
 
 
 @pytest.mark.parametrize("first", [0.25, 1.0, 0.3])
-def test_doubling_adds_neighbours(first: float) -> None:
+def test_doubling_merges_neighboring_bins(first: float) -> None:
     statistics = HistogramStatistics(64)
     values = torch.tensor([first * 2**k * sign for k in range(12) for sign in (1, -0.9)])
     for value in values:
@@ -97,7 +97,7 @@ def test_other_types_of_numbers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_any_layout_and_no_change_to_what_is_watched(memory_format: torch.memory_format) -> None:
+def test_any_layout_is_observed_and_not_changed(memory_format: torch.memory_format) -> None:
     x = heavy_tailed(4, 240).reshape(2, 3, 8, 5).contiguous(memory_format=memory_format)
     x.requires_grad_()
     before = x.detach().clone()
@@ -116,7 +116,7 @@ def test_any_layout_and_no_change_to_what_is_watched(memory_format: torch.memory
     share=st.floats(0.0, 1.0),
 )
 @settings(deadline=None, max_examples=80)
-def test_histogram_quantiles_lie_by_numpys(
+def test_histogram_quantiles_are_close_to_numpys(
     seed: int, count: int, cuts: list[int], share: float
 ) -> None:
     x = heavy_tailed(seed, count)
@@ -128,7 +128,7 @@ def test_histogram_quantiles_lie_by_numpys(
         (x.double().numpy(), statistics.quantile(share)),
         (x.double().abs().numpy(), statistics.magnitude_quantile(share)),
     ):
-        # Between the neighbours of numpy's order statistics, give or take the bin they share.
+        # Between the neighbors of numpy's order statistics, to within a bin.
         step = 1 / (count - 1)
         low = np.quantile(values, max(share - step, 0.0), method="lower") - width
         high = np.quantile(values, min(share + step, 1.0), method="higher") + width
@@ -138,7 +138,7 @@ def test_histogram_quantiles_lie_by_numpys(
         assert found.dtype == torch.float64
 
 
-def test_quantiles_of_many_values_are_numpys_but_for_a_bin() -> None:
+def test_quantiles_of_many_values_equal_numpys_within_a_bin() -> None:
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0))
     statistics = HistogramStatistics()
     for part in x.split(7_000):
@@ -154,7 +154,7 @@ def test_quantiles_of_many_values_are_numpys_but_for_a_bin() -> None:
         )
 
 
-def test_the_ends_are_those_of_the_data_and_not_of_the_bins() -> None:
+def test_minimum_and_maximum_are_those_of_the_data() -> None:
     statistics = HistogramStatistics(64)
     statistics.update(torch.tensor([-0.3, 0.1, 6.0]))
     assert statistics.quantile(0.0).item() == pytest.approx(-0.3)
@@ -226,7 +226,7 @@ def test_one_outlier_moves_the_range_but_not_the_quantile(scale: float) -> None:
 @pytest.mark.parametrize("kind", [RangeStatistics, HistogramStatistics])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("when", [0, 1, 2])
-def test_what_is_not_finite_is_not_passed_over(
+def test_values_that_are_not_finite_are_reported(
     kind: type[RangeStatistics], bad: float, when: int
 ) -> None:
     batches = [torch.tensor([1.0, -2.0]), torch.tensor([3.0])]
@@ -256,7 +256,7 @@ def test_seen(kind: type[RangeStatistics]) -> None:
     share=st.floats(0.0, 1.0),
 )
 @settings(deadline=None, max_examples=60)
-def test_samples_are_numpys(seed: int, rows: int, count: int, share: float) -> None:
+def test_sample_statistics_equal_numpys(seed: int, rows: int, count: int, share: float) -> None:
     x = heavy_tailed(seed, rows * count).reshape(rows, count)
     statistics = SampleStatistics(x)
     values = x.double().numpy()
@@ -272,7 +272,7 @@ def test_samples_are_numpys(seed: int, rows: int, count: int, share: float) -> N
 
 @given(seed=st.integers(0, 2**31), rows=st.integers(1, 4), count=st.integers(1, 80))
 @settings(deadline=None, max_examples=40)
-def test_moments_and_histogram_of_samples_are_numpys(seed: int, rows: int, count: int) -> None:
+def test_moments_and_histogram_of_samples_equal_numpys(seed: int, rows: int, count: int) -> None:
     x = heavy_tailed(seed, rows * count).reshape(rows, count)
     x[0, count // 2] = 0.0
     values = x.double().numpy()
@@ -294,7 +294,7 @@ def test_moments_and_histogram_of_samples_are_numpys(seed: int, rows: int, count
     counts, width = statistics.histogram()
     half = counts.shape[1] // 2
     for row, own, step in zip(values, counts.numpy(), width.tolist(), strict=True):
-        # The last bin of numpy is closed, as is the one that holds the largest value.
+        # numpy's last bin is closed.
         wanted, _ = np.histogram(row[row != 0.0], bins=(np.arange(2 * half + 1) - half) * step)
         assert own.sum() == wanted.sum() == np.count_nonzero(row)
         # A value on an edge may round to either side of it.
@@ -329,7 +329,7 @@ def test_moments_and_points_of_a_stream(
 
     points, times = statistics.points()
     assert times[0, 0].item() == np.count_nonzero(values == 0.0)
-    # The middle of a bin is at most half a bin from what it stands for.
+    # The center of a bin is at most half a bin from its values.
     repeated = np.sort(np.repeat(points[0].numpy(), times[0].long().numpy()))
     assert np.abs(repeated - np.sort(values)).max() <= 0.51 * width
 
@@ -344,7 +344,7 @@ def test_an_outlier_does_not_move_the_moments() -> None:
     assert statistics.mean().item() == pytest.approx(values.mean(), rel=1e-12)
 
 
-def test_zeros_are_kept_apart_also_when_they_come_first() -> None:
+def test_zeros_are_counted_separately_even_when_first() -> None:
     statistics = HistogramStatistics(64)
     for part in (torch.zeros(5), torch.tensor([0.001, -0.0, 1.0]), torch.zeros(2)):
         statistics.update(part)

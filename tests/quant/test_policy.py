@@ -28,7 +28,7 @@ def first_given(*bits: int | None) -> int:
 
 @given(spec=SPECS, first=st.booleans(), last=st.booleans(), non_negative=st.booleans())
 @settings(deadline=None, max_examples=150)
-def test_the_most_special_rule_wins(
+def test_the_most_specific_rule_wins(
     spec: QuantSpec, first: bool, last: bool, non_negative: bool
 ) -> None:
     edges = [spec.last_bits if last else None, spec.first_bits if first else None]
@@ -60,7 +60,7 @@ def test_the_edges_of_a_network_of_four_bits(first: bool, last: bool, bits: int)
 
 @given(spec=SPECS, first=st.booleans(), last=st.booleans(), bits=st.integers(2, 8))
 @settings(deadline=None, max_examples=50)
-def test_a_rule_for_one_layer_wins_there_and_nowhere_else(
+def test_layer_bits_apply_to_that_layer_only(
     spec: QuantSpec, first: bool, last: bool, bits: int
 ) -> None:
     ruled = replace(spec, layer_bits={"conv": bits})

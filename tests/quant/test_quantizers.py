@@ -29,7 +29,7 @@ def spec_of(**options: Any) -> QuantSpec:
 
 
 def watching(grid: Grid, x: Tensor, spec: QuantSpec) -> ActivationQuantizer:
-    """An activation quantizer calibrated on x."""
+    """Return an activation quantizer calibrated on x."""
     quantizer = ActivationQuantizer("input", spec, grid)
     quantizer.start_observing()
     quantizer(x)
@@ -42,7 +42,7 @@ ALPHAS = {"fat": (0.5, 1.0), "lsq": (0.4, 1.3), "tqt": (-1.2, 0.4)}
 
 
 def move_factors(module: nn.Module, seed: int) -> None:
-    """Trained factors somewhere in their ranges."""
+    """Set trained factors to random values in their ranges."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(parameter: Tensor | None, low: float, high: float) -> None:
@@ -58,7 +58,7 @@ def move_factors(module: nn.Module, seed: int) -> None:
 
 
 def adjusted(layer: QuantLayer, steps: Tensor) -> Tensor:
-    """The layer's weight as its factors move it, in float32; ``steps`` broadcast to the weight."""
+    """Return the layer's adjusted weight in float32; ``steps`` broadcasts to the weight."""
     weight = layer.weight.numpy()
     if layer.factor is None:
         return layer.weight
@@ -72,11 +72,11 @@ def is_power_of_two(values: Tensor) -> bool:
     return bool(np.all(np.frexp(values.detach().numpy())[0] == 0.5))
 
 
-# The pure integer reference: numpy, int64, nothing of the package.
+# Integer reference in numpy and int64, independent of the package.
 
 
 def integers(values: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> np.ndarray:
-    """Integers minus zero point; the division is float32's, as in QuantizeLinear."""
+    """Return integers minus zero point, by float32 division as in QuantizeLinear."""
     ratio = values.detach().numpy() / scale.detach().numpy()
     assert ratio.dtype == np.float32
     z = zero_point.detach().numpy().astype(np.int64)
@@ -104,7 +104,7 @@ def integer_convolution(
     dilation: tuple[int, int],
     groups: int,
 ) -> np.ndarray:
-    """Σ w·x over int64, kernel position by kernel position."""
+    """Return Σ w·x in int64, per kernel position."""
     x = np.pad(x, ((0, 0), (0, 0), *sides))
     filters, per_group, *kernel = weight.shape
     out = [(x.shape[2 + a] - dilation[a] * (kernel[a] - 1) - 1) // stride[a] + 1 for a in range(2)]
@@ -121,14 +121,14 @@ def integer_convolution(
 def check_against_integers(
     out: Tensor, accumulators: np.ndarray, magnitudes: np.ndarray, scale: np.ndarray, terms: int
 ) -> None:
-    """``out`` is the accumulators times the step, to float32 rounding, and rounds to them exactly.
+    """Assert that ``out`` is accumulators times step up to float32 rounding.
 
     Args:
-        out: What the layer gave.
-        accumulators: Integers it should stand for.
-        magnitudes: The same sum over absolute values: what float32's rounding is relative to.
+        out: Output of the layer.
+        accumulators: Expected integers.
+        magnitudes: The same sum over absolute values, to which float32 rounding is relative.
         scale: s_w·s_x, broadcastable.
-        terms: How many values were added.
+        terms: Number of added values.
     """
     assert magnitudes.max() < INT32_MAX
     found = out.detach().numpy().astype(np.float64) / scale.astype(np.float64)
@@ -139,7 +139,7 @@ def check_against_integers(
 def check_not_a_bit_differs(
     out: Tensor, sums: np.ndarray, magnitudes: np.ndarray, weight_scale: Tensor, input_scale: Tensor
 ) -> None:
-    """With steps that are powers of two the rescale is a shift, and float32 holds every sum."""
+    """Power-of-two steps make rescaling a shift, and float32 holds every sum."""
     assert is_power_of_two(weight_scale)
     assert is_power_of_two(input_scale)
     assert magnitudes.max() < 2**24
@@ -171,7 +171,7 @@ ACTIVATIONS = st.sampled_from(["symmetric", "symmetric_unsigned", "affine"])
     channels_last=st.booleans(),
 )
 @settings(deadline=None, max_examples=200)
-def test_convolution_is_the_integer_reference(
+def test_convolution_equals_the_integer_reference(
     seed: int,
     weight_bits: int,
     activation_bits: int,
@@ -256,7 +256,7 @@ def test_convolution_is_the_integer_reference(
     lead=st.sampled_from([(5,), (2, 3), (1, 2, 2)]),
 )
 @settings(deadline=None, max_examples=100)
-def test_linear_is_the_integer_reference(
+def test_linear_equals_the_integer_reference(
     seed: int,
     weight_bits: int,
     activation_bits: int,
@@ -306,9 +306,7 @@ def test_linear_is_the_integer_reference(
     seed=st.integers(0, 2**31), kind=ACTIVATIONS, exponents=st.tuples(*[st.integers(-9, -3)] * 2)
 )
 @settings(deadline=None, max_examples=30)
-def test_with_steps_that_are_powers_of_two_not_a_bit_differs(
-    seed: int, kind: str, exponents: tuple[int, int]
-) -> None:
+def test_power_of_two_steps_are_bit_exact(seed: int, kind: str, exponents: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     spec = spec_of(granularity="per_tensor")
     grid = Grid(8, kind)  # type: ignore[arg-type]
@@ -334,14 +332,14 @@ def test_with_steps_that_are_powers_of_two_not_a_bit_differs(
     q = integers(x, torch.tensor(x_step), torch.tensor(float(zero_point)), grid)
     b = bias_integers(layer.bias, np.float32(w_step * x_step), 4)
     sums = integer_convolution(q, w, ((1, 1), (1, 1)), (1, 1), (1, 1), 1) + b[:, None, None]
-    assert np.abs(sums).max() < 2**24  # so float32 holds them all
+    assert np.abs(sums).max() < 2**24  # float32 holds them exactly
     np.testing.assert_array_equal(
         layer(source(x)).detach().numpy(), (sums * (w_step * x_step)).astype(np.float32)
     )
 
 
 def vanishing(scale: float, granularity: str, bias: float = 0.5) -> tuple[QuantConv2d, Tensor]:
-    """Three filters of which the middle one has all but vanished, and its input."""
+    """Return a layer whose middle one of three filters almost vanishes, and its input."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 2, 3, 3, generator=generator)
     weight[1] *= scale
@@ -357,7 +355,7 @@ def vanishing(scale: float, granularity: str, bias: float = 0.5) -> tuple[QuantC
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e-30, 1e-12])
 @pytest.mark.parametrize("bias", [0.5, 0.123456, 300.0])
 @pytest.mark.parametrize("factor", [1.0, 0.5])
-def test_a_vanishing_filter_delivers_its_bias(scale: float, bias: float, factor: float) -> None:
+def test_a_vanishing_filter_keeps_its_bias(scale: float, bias: float, factor: float) -> None:
     layer, x = vanishing(scale, "per_channel", bias)
     before = layer.weight.abs().amax(dim=(1, 2, 3))
     assert layer.calibrate() == 1
@@ -374,7 +372,7 @@ def test_a_vanishing_filter_delivers_its_bias(scale: float, bias: float, factor:
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30])
-def test_a_vanishing_tensor_with_one_threshold_delivers_its_biases(scale: float) -> None:
+def test_a_vanishing_tensor_with_one_threshold_keeps_its_biases(scale: float) -> None:
     layer, x = vanishing(scale, "per_tensor")
     assert layer.calibrate() == 1
     out = layer(layer.input_quantizer(x)).mean(dim=(0, 2, 3))
@@ -411,7 +409,7 @@ def test_ordinary_filters_are_not_widened(seed: int, granularity: str, bits: int
     np.testing.assert_array_equal(layer.weight_quantizer.thresholds.low.numpy(), -wanted)
 
 
-def test_biases_lie_on_the_grid_of_the_accumulators() -> None:
+def test_biases_are_on_the_grid_of_the_accumulators() -> None:
     layer, _ = vanishing(1.0, "per_channel", 0.7)
     layer.calibrate()
     move_factors(layer, 3)
@@ -423,10 +421,10 @@ def test_biases_lie_on_the_grid_of_the_accumulators() -> None:
     assert ((bias - layer.bias).abs() <= 0.5 * step + 1e-7).all()  # type: ignore[operator]
 
 
-# Gradients through a whole layer.
+# --- gradients through a layer -------------------------------------------------------------------
 
 
-def test_gradient_of_a_bias_passes_straight_through() -> None:
+def test_bias_gradient_is_straight_through() -> None:
     layer, x = vanishing(1.0, "per_channel")
     layer.calibrate()
     out = layer(layer.input_quantizer(x))
@@ -464,7 +462,7 @@ def test_gradient_of_weight_thresholds_through_the_layer(granularity: str) -> No
     np.testing.assert_allclose(alpha.grad.numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_of_pointwise_factors_and_their_projection() -> None:
+def test_gradient_and_projection_of_weight_factors() -> None:
     weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4]])
     spec = QuantSpec(
         weights="scale",
@@ -485,7 +483,7 @@ def test_gradient_of_pointwise_factors_and_their_projection() -> None:
     wanted = np.clip(np.rint(scaled * 127), -127, 127) / 127
     np.testing.assert_allclose(out.detach().numpy()[:, 0], wanted, atol=1e-6)
     out.backward(torch.arange(1.0, 7.0)[:, None])
-    # The ends pass, what lies outside does not; 1.0·1.1 is past the threshold, so clipped.
+    # Gradients pass at the ends but not outside; 1.0·1.1 exceeds the threshold and is clipped.
     inside = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 1.0])
     torch.testing.assert_close(
         layer.factor.grad, (torch.arange(1.0, 7.0) * inside * weight[0])[None]
@@ -520,7 +518,7 @@ def rounding_layer(
     reach=st.sampled_from([(-1.0, 1.0), (-0.5, 0.5), (-0.25, 0.0), (0.0, 2.0)]),
 )
 @settings(deadline=None, max_examples=60)
-def test_learned_rounding_stays_near_the_weight(
+def test_adaround_stays_near_the_weight(
     seed: int, bits: int, granularity: str, reach: tuple[float, float]
 ) -> None:
     """No integer is further from weight/step than the range and a half, and some are not nearest.
@@ -535,8 +533,8 @@ def test_learned_rounding_stays_near_the_weight(
     step = (scale.reshape(-1, 1) if scale.dim() else scale).numpy()
     ratio = layer.weight.numpy().astype(np.float64) / step
     found = layer.quantized()[0].detach().numpy() / step
-    np.testing.assert_allclose(found, np.rint(ratio), atol=1e-4)  # it starts at the nearest
-    # Also where an optimizer's step has left the range.
+    np.testing.assert_allclose(found, np.rint(ratio), atol=1e-4)  # training starts at the nearest
+    # Also after an optimizer step left the range.
     layer.factor.data = 3 * torch.randn(layer.factor.shape, generator=generator)
     found = np.rint(layer.quantized()[0].detach().numpy() / step)
     assert np.all(np.abs(found) <= q)
@@ -546,7 +544,7 @@ def test_learned_rounding_stays_near_the_weight(
     )
     assert np.all(np.abs(found - np.rint(ratio)) <= math.ceil(max(-reach[0], reach[1])))
     moved = ratio + np.clip(layer.factor.detach().numpy(), *reach)
-    # Float32 may round a half otherwise; the largest weight of a filter often stands on one.
+    # Float32 may round halves differently; the largest weight of a filter is often at one.
     is_half = np.abs(np.abs(moved - np.rint(moved)) - 0.5) < 1e-4
     assert np.all((found == np.clip(np.rint(moved), -q, q)) | is_half)
     assert np.mean(is_half) < 0.5
@@ -556,7 +554,7 @@ def test_learned_rounding_stays_near_the_weight(
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_gradient_of_learned_rounding(granularity: str) -> None:
+def test_gradient_of_adaround(granularity: str) -> None:
     """∂out/∂f = the step, inside the grid and inside the range, its ends included."""
     weight = torch.tensor([[0.2, -0.5, 0.7, 1.0, 0.3, -0.4], [0.1, 0.2, -0.3, 0.1, 0.0, 0.25]])
     layer = rounding_layer(weight, granularity, 4, (-1.0, 1.0))
@@ -576,11 +574,11 @@ def test_gradient_of_learned_rounding(granularity: str) -> None:
     )
 
 
-# LSQ's number of elements.
+# --- LSQ's number of elements --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("granularity", "wanted"), [("per_channel", 18), ("per_tensor", 90)])
-def test_weights_share_a_threshold_among_so_many(granularity: str, wanted: int) -> None:
+def test_number_of_weights_per_threshold(granularity: str, wanted: int) -> None:
     spec = spec_of(thresholds="lsq", granularity=granularity)
     weight = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[1] *= 1e-30
@@ -603,7 +601,7 @@ def test_activations_count_the_elements_of_one_image(batch: int) -> None:
     assert quantizer.thresholds.elements.item() == 60
 
 
-# What is trained and what is kept.
+# --- parameters and buffers ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -644,7 +642,7 @@ def test_the_source_keeps_its_weights() -> None:
 
 
 @pytest.mark.parametrize("who", ["weight", "input", "both"])
-def test_switched_off_the_layer_is_torchs(who: str) -> None:
+def test_a_disabled_layer_equals_torchs(who: str) -> None:
     layer, x = vanishing(1.0, "per_channel")
     layer.calibrate()
     source = layer.input_quantizer
@@ -664,12 +662,12 @@ def test_switched_off_the_layer_is_torchs(who: str) -> None:
     torch.testing.assert_close(layer(on_grid), F.conv2d(on_grid, weight, layer.bias))
 
 
-# Calibration.
+# --- calibration ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("init", [InitSpec("minmax"), InitSpec("percentile", 99.0)])
-def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: InitSpec) -> None:
+def test_observing_keeps_values_and_sets_thresholds(kind: str, init: InitSpec) -> None:
     x = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0)) + 0.3
     if kind == "symmetric_unsigned":
         x = x.relu()
@@ -694,7 +692,7 @@ def test_watching_changes_nothing_and_gives_the_thresholds(kind: str, init: Init
     assert len(out.unique()) <= steps + 1
 
 
-def test_what_was_watched_can_be_forgotten() -> None:
+def test_observed_statistics_can_be_discarded() -> None:
     quantizer = watching(Grid(8, "symmetric"), torch.tensor([2.0]), spec_of())
     before = {name: value.clone() for name, value in quantizer.state_dict().items()}
     quantizer.start_observing()
@@ -703,11 +701,11 @@ def test_what_was_watched_can_be_forgotten() -> None:
     for name, value in quantizer.state_dict().items():
         assert torch.equal(value, before[name])
     assert quantizer(torch.tensor([50.0])).item() == pytest.approx(2.0)
-    quantizer.stop_observing(keep=True)  # nothing is being watched: nothing happens
+    quantizer.stop_observing(keep=True)  # not observing: no effect
     assert quantizer.thresholds.high.item() == 2.0
 
 
-def test_each_calibration_starts_anew() -> None:
+def test_each_calibration_starts_over() -> None:
     quantizer = watching(Grid(8, "symmetric"), torch.tensor([2.0]), spec_of())
     quantizer.start_observing()
     quantizer(torch.tensor([0.5]))
@@ -716,7 +714,7 @@ def test_each_calibration_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("init", ["minmax", "percentile"])
-def test_no_image_came(init: str) -> None:
+def test_calibration_without_images(init: str) -> None:
     spec = spec_of(activation_init=InitSpec(init))  # type: ignore[arg-type]
     quantizer = ActivationQuantizer("blocks.0.act1", spec, Grid(8, "symmetric_unsigned"))
     quantizer.start_observing()
@@ -751,7 +749,7 @@ def test_values_that_are_not_finite(init: str, bad: float, when: int) -> None:
     granularity=st.sampled_from(["per_tensor", "per_channel"]),
 )
 @settings(deadline=None, max_examples=40)
-def test_weights_are_put_on_their_grid(
+def test_weights_are_on_their_grid(
     seed: int, bits: int, shape: tuple[int, ...], granularity: str
 ) -> None:
     weight = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -766,11 +764,11 @@ def test_weights_are_put_on_their_grid(
         quantized.detach().numpy(), np.rint(values / step) * step, rtol=1e-5, atol=1e-7
     )
     assert quantizer.scale().shape == ((shape[0],) if granularity == "per_channel" else ())
-    # The largest weight is on the last integer, so calibration saturates nothing.
+    # The largest weight is on the last integer, so that nothing saturates.
     assert float((quantized.detach() - weight).abs().max()) <= 0.5001 * step.max()
 
 
-def test_messages_for_people() -> None:
+def test_representations() -> None:
     layer = QuantConv2d("blocks.0.conv", torch.ones(2, 3, 1, 1), None, spec_of(), WEIGHT_GRID)
     assert isinstance(layer, QuantLayer)
     assert "blocks.0.conv, weight=[2, 3, 1, 1], bias=False" in repr(layer)
@@ -795,8 +793,8 @@ def calibrated_quantizer(
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(0.0, 2.0)])
-def test_the_unsigned_grid_clips_as_the_activation_before_it_would(activation: nn.Module) -> None:
-    """Values and both gradients are those of activation, then quantizer.
+def test_the_unsigned_grid_clips_like_its_activation(activation: nn.Module) -> None:
+    """Values and gradients equal those of activation followed by quantizer.
 
     Gradients differ by convention where a value lies outside the clip but rounds to its edge: the
     straight-through estimator counts it as inside the grid. No value here is that close.
@@ -825,7 +823,7 @@ def test_the_unsigned_grid_clips_as_the_activation_before_it_would(activation: n
     assert torch.equal(fused(x), activation(x))
 
 
-def test_a_clip_per_channel_is_applied_before_the_grid_and_limits_it() -> None:
+def test_a_clip_per_channel_precedes_and_limits_the_grid() -> None:
     bounds = (6.0, 1.5, 0.02)
     x = torch.linspace(-3, 9, 25).reshape(1, 1, 5, 5).repeat(1, 3, 1, 1)
     quantizer = calibrated_quantizer(ChannelClip(bounds), x, alpha_range=(0.5, 2.0))
@@ -845,7 +843,7 @@ def test_a_clip_per_channel_is_applied_before_the_grid_and_limits_it() -> None:
     assert torch.equal(quantizer(x), clipped)
 
 
-def test_no_threshold_passes_the_bound_of_its_clip_whatever_alpha_may_do() -> None:
+def test_no_threshold_exceeds_the_bound_of_its_clip() -> None:
     x = torch.tensor([-3.0, 2.0, 4.0]).reshape(1, 3, 1, 1)
     quantizer = calibrated_quantizer(nn.ReLU6(), x, alpha_range=(0.5, 2.0))
     quantizer.thresholds.alpha.data.fill_(1.9)
@@ -861,7 +859,7 @@ def test_no_threshold_passes_the_bound_of_its_clip_whatever_alpha_may_do() -> No
 def test_nothing_above_6_comes_out_after_relu6(
     thresholds: str, bits: int, power_of_two: bool
 ) -> None:
-    """Also where the grid's upper end, a power of two times 2^n − 1, lies above 6."""
+    """Also if the upper end of a power-of-two grid exceeds 6."""
     x = torch.linspace(-9, 9, 2001).reshape(1, 1, 3, 667)
     spec = QuantSpec(thresholds=thresholds, power_of_two=power_of_two, alpha_range=(0.5, 1.3))  # type: ignore[arg-type]
     for top in (0.3, 3.1, 9.0):
@@ -906,7 +904,7 @@ def test_overwriting_the_input_changes_neither_values_nor_gradients(
         assert torch.equal(one, two)
 
 
-def test_a_clip_that_the_grid_does_not_do_is_applied_before_rounding() -> None:
+def test_clips_outside_the_grid_are_applied_before_rounding() -> None:
     spec = QuantSpec(scheme="symmetric")
     quantizer = ActivationQuantizer("layer", spec, Grid(8, "symmetric"), nn.Hardtanh(-1.0, 2.0))
     quantizer.start_observing()

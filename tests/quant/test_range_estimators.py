@@ -48,7 +48,7 @@ def test_expected_thresholds_and_strategies_have_the_same_names() -> None:
 def wanted_thresholds(
     values: np.ndarray, kind: str, options: InitSpec
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(low, high) of [rows, values] in float64, by numpy."""
+    """Return (low, high) of [rows, values] in float64, by numpy."""
     share = 1.0 if options.name == "minmax" else options.percentile / 100
     if kind == "symmetric":
         high = np.quantile(np.abs(values), share, axis=1)
@@ -76,7 +76,7 @@ def wanted_thresholds(
     exponent=st.integers(-30, 30),
 )
 @settings(deadline=None, max_examples=100)
-def test_weights_thresholds_are_numpys_row_by_row(
+def test_weight_thresholds_equal_numpys_per_row(
     seed: int,
     rows: int,
     count: int,
@@ -108,7 +108,7 @@ def test_weights_thresholds_are_numpys_row_by_row(
     offset=st.sampled_from([0.0, 3.0, -3.0]),
 )
 @settings(deadline=None, max_examples=50)
-def test_activations_percentile_is_numpys_but_for_a_bin(
+def test_activation_percentiles_equal_numpys_within_a_bin(
     seed: int, kind: GridKind, percentile: float, parts: int, offset: float
 ) -> None:
     count = 5000
@@ -188,7 +188,7 @@ def test_a_constant_is_inside_its_range(name: str, kind: GridKind, value: float)
         assert (low.item(), high.item()) == pytest.approx(wanted, rel=1e-3)
 
 
-def test_an_outlier_rules_minmax_and_not_the_percentile() -> None:
+def test_an_outlier_affects_minmax_but_not_percentile() -> None:
     x = torch.cat([torch.linspace(-1, 1, 50_001), torch.tensor([1000.0])])
     grid = Grid(8, "symmetric")
     for statistics in everything(x):
@@ -197,13 +197,13 @@ def test_an_outlier_rules_minmax_and_not_the_percentile() -> None:
         assert high == pytest.approx(0.999, abs=0.3)
 
 
-# The strategies that search or compute. References are plain numpy over the values themselves.
+# --- strategies that search; the references are numpy over the values ----------------------------
 
 
 def numpy_error(
     x: np.ndarray, low: float, high: float, kind: str, bits: int, exponent: float = 2.0
 ) -> float:
-    """Σ |x − Q(x)|^exponent, written down from the definition of the grid."""
+    """Return Σ |x − Q(x)|^exponent by the definition of the grid."""
     if kind == "symmetric":
         q = 2 ** (bits - 1) - 1
         step, bottom, top = high / q, -q, q
@@ -216,7 +216,7 @@ def numpy_error(
 
 
 def student_error(x: Tensor, low: Tensor, high: Tensor, grid: Grid, exponent: float) -> Tensor:
-    """The error [rows] that a network with these thresholds makes."""
+    """Return the error [rows] of a network with these thresholds."""
     thresholds = Thresholds(QuantSpec(thresholds="frozen"), grid, len(x))
     thresholds.set_range(low, high)
     scale, zero_point = (t[:, None] for t in thresholds())
@@ -280,8 +280,8 @@ def test_no_symmetric_threshold_has_a_smaller_error(
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("shape", ["gauss", "heavy", "skewed", "shifted", "relu"])
-def test_hardly_an_asymmetric_range_has_a_smaller_error(shape: str, bits: int) -> None:
-    """Turn by turn is not both ends at once: a few percent may be missed."""
+def test_hardly_any_affine_range_has_a_smaller_error(shape: str, bits: int) -> None:
+    """Optimizing one end at a time may be a few percent worse than both at once."""
     x = sample(shape, 2_000)
     bottom, top = min(float(x.min()), 0.0), float(x.max())
     shares = np.linspace(0.0, 1.0, 41)
@@ -330,7 +330,7 @@ def test_the_error_in_the_network_is_never_above_that_of_minmax(
     assert (errors[0] <= errors[1] * (1 + 1e-4) + count * (1e-6 * reach) ** power).all()
 
 
-def test_rows_are_searched_apart_and_in_blocks() -> None:
+def test_rows_are_searched_independently_and_in_blocks() -> None:
     x = torch.from_numpy(sample("heavy", 5 * 20_000)).float().reshape(5, -1)
     x = x * torch.tensor([1.0, 1e-3, 50.0, 0.0, 1e20])[:, None]
     for name in ("mse", "lp", "entropy"):
@@ -343,7 +343,7 @@ def test_rows_are_searched_apart_and_in_blocks() -> None:
             assert alone.item() == wanted.item()
 
 
-def test_exact_zeros_do_not_move_an_activations_threshold() -> None:
+def test_exact_zeros_do_not_affect_activation_thresholds() -> None:
     x = torch.from_numpy(sample("relu", 20_000)).float()
     crowded = torch.cat([torch.zeros(10**6), x])
     for name in ("mse", "lp", "entropy"):
@@ -353,7 +353,7 @@ def test_exact_zeros_do_not_move_an_activations_threshold() -> None:
 
 
 def numpy_divergence(counts: np.ndarray, start: int, end: int, levels: int) -> float:
-    """KL(P‖Q) bin by bin, by the words of the docstring."""
+    """Return KL(P‖Q) bin by bin, as the docstring defines it."""
     p = counts[start:end].copy()
     q = np.zeros_like(p)
     p[0] += counts[:start].sum()
@@ -404,7 +404,7 @@ def test_no_candidate_loses_less_information(shape: str, kind: GridKind, bits: i
             a = below
         found = numpy_divergence(counts, zero - a, zero + b, grid.qmax + 1)
         assert found <= min(losses.values()) + 1e-9
-        # The search went on around the best, and nowhere else.
+        # The search refined around the best only.
         best = min(losses, key=losses.__getitem__)
         assert abs(b - above * best / 100) <= above / 100 + 1
 
@@ -435,7 +435,7 @@ GAUSS = {2: 1.71, 3: 2.15, 4: 2.559, 5: 2.936, 6: 3.287, 7: 3.615, 8: 3.924}
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_aciq_of_a_gaussian_is_the_published_table(bits: int) -> None:
+def test_aciq_of_a_gaussian_equals_the_published_table(bits: int) -> None:
     x = sample("gauss", 400_000)
     one_sided = np.maximum(x, 0.0)
     for statistics in both(x):
@@ -457,7 +457,7 @@ def test_aciq_of_a_gaussian_is_the_published_table(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("scale", [0.01, 1.0])
-def test_aciq_of_a_laplace_is_lamberts_function(bits: int, scale: float) -> None:
+def test_aciq_of_a_laplace_uses_lamberts_function(bits: int, scale: float) -> None:
     x = sample("laplace", 400_000) * scale
     for kind, values, goal in (
         ("symmetric", x, 3 * 4**bits),
@@ -480,9 +480,7 @@ def test_aciq_of_a_laplace_is_lamberts_function(bits: int, scale: float) -> None
         ("shifted", "affine", 4),
     ],
 )
-def test_aciq_is_close_to_the_least_error_where_its_assumption_holds(
-    shape: str, kind: GridKind, bits: int
-) -> None:
+def test_aciq_is_near_optimal_for_its_distributions(shape: str, kind: GridKind, bits: int) -> None:
     x = sample(shape, 100_000)
     errors = []
     for name in ("aciq", "mse"):
@@ -498,7 +496,7 @@ def test_aciq_is_close_to_the_least_error_where_its_assumption_holds(
     exponent=st.integers(-30, 30),
 )
 @settings(deadline=None, max_examples=40)
-def test_lsq_is_its_formula(seed: int, bits: int, kind: GridKind, exponent: int) -> None:
+def test_lsq_equals_its_formula(seed: int, bits: int, kind: GridKind, exponent: int) -> None:
     values = np.random.default_rng(seed).normal(0.5, 1.0, 100) * 10.0**exponent
     x = torch.from_numpy(values).float()
     exact = x.double().numpy()
@@ -512,7 +510,7 @@ def test_lsq_is_its_formula(seed: int, bits: int, kind: GridKind, exponent: int)
         if kind == "affine":
             ends = min(exact.min(), 0.0), max(exact.max(), 0.0)
             assert low * ends[1] == pytest.approx(high * ends[0], rel=1e-5)
-    # May lie beyond every value, as the formula has it.
+    # May exceed every value by its formula.
     if kind == "symmetric_unsigned" and bits == 8:
         assert high > exact.max()
 

@@ -40,7 +40,7 @@ def double(tensor: Tensor) -> np.ndarray:
 def calibrated(
     grid: Grid, low: Tensor, high: Tensor, elements: int | None = None, **options: Any
 ) -> Thresholds:
-    """Thresholds with one row for each of low and high."""
+    """Return thresholds with one row for each of low and high."""
     thresholds = Thresholds(QuantSpec(**options), grid, len(low) if low.dim() else None)
     thresholds.set_range(low, high, elements)
     return thresholds
@@ -101,7 +101,7 @@ def test_gradient_of_alpha_through_the_quantizer(
     rows = 6 if vector else None
     top = numbers(seed, 0.5, 2.0, rows)
     alpha = numbers(seed + 1, 0.3, 1.5, rows)
-    if vector:  # both ends, and a little past them
+    if vector:  # both ends, and slightly beyond
         alpha[:4] = torch.tensor([limits[0], limits[1], limits[0] - 1e-4, limits[1] + 1e-4])
     thresholds = symmetric(grid, top, alpha, alpha_range=limits)
     scale, zero_point = (t.reshape(-1, 1) if vector else t for t in thresholds())
@@ -122,7 +122,7 @@ def test_gradient_of_alpha_through_the_quantizer(
     assert thresholds.alpha is not None
     assert thresholds.alpha.grad is not None
     by_step = double(top) / grid.qmax
-    # One threshold for all: the kernels keep rounding errors in a byte.
+    # With one threshold the kernels store rounding errors in one byte.
     byte = 0.0 if vector else np.sum(np.abs(double(grad))) / 504
     room = 1e-4 + passes * byte * by_step
     assert np.all(
@@ -134,10 +134,8 @@ def test_gradient_of_alpha_through_the_quantizer(
 @pytest.mark.parametrize("parametrization", TRAINED)
 @pytest.mark.parametrize("kind", ["symmetric", "symmetric_unsigned", "affine"])
 @pytest.mark.parametrize("rows", [None, 4])
-def test_alpha_starts_where_nothing_changes_and_moves(
-    parametrization: str, kind: str, rows: int | None
-) -> None:
-    """The paper's trap: FAT's α starts at the upper end of its range, where a clamp is dead."""
+def test_alpha_starts_neutral_and_trains(parametrization: str, kind: str, rows: int | None) -> None:
+    """FAT's α starts at the upper end of its range, where torch.clamp has no gradient."""
     grid = Grid(4, kind)  # type: ignore[arg-type]
     top = torch.ones(()) if rows is None else torch.ones(rows)
     low = 0 * top if kind == "symmetric_unsigned" else -top
@@ -167,7 +165,7 @@ def test_alpha_starts_where_nothing_changes_and_moves(
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "affine"])
-def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> None:
+def test_alpha_beyond_its_range_is_projected_and_can_return(kind: str) -> None:
     grid = Grid(8, kind)  # type: ignore[arg-type]
     thresholds = calibrated(grid, torch.tensor(-1.0), torch.tensor(1.0), alpha_range=ALPHA)
     alpha = thresholds.get_parameter("alpha")
@@ -180,7 +178,7 @@ def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> Non
 
     move(-1.0)
     assert alpha.item() > 1.0
-    # Left there, it is dead: this is why there is a projection.
+    # Without projection it would get no gradient.
     assert thresholds()[0].item() == pytest.approx(2 / 255 if kind == "affine" else 1 / 127)
     optimizer.zero_grad()
     thresholds()[0].backward()
@@ -194,7 +192,7 @@ def test_alpha_pushed_past_its_end_is_projected_and_comes_back(kind: str) -> Non
 
 @pytest.mark.parametrize("parametrization", TRAINED)
 @pytest.mark.parametrize("start", [-30.0, -3.0, 1e-4, 0.49, 0.5, 0.7, 1.0, 1.01, 9.0, 11.0, 2000.0])
-def test_projection_is_numpys_clip(parametrization: str, start: float) -> None:
+def test_projection_equals_numpys_clip(parametrization: str, start: float) -> None:
     thresholds = symmetric(Grid(8, "symmetric"), torch.ones(3), start, thresholds=parametrization)
     thresholds.project()
     wanted = np.full(3, np.clip(np.float32(start), *np.float32(REACH[parametrization])))
@@ -204,7 +202,7 @@ def test_projection_is_numpys_clip(parametrization: str, start: float) -> None:
     np.testing.assert_allclose(thresholds.factors()["alpha"].numpy(), factor, rtol=1e-6)
 
 
-def test_factors_are_those_that_act() -> None:
+def test_factors_are_the_effective_ones() -> None:
     thresholds = asymmetric(8, torch.tensor(-1.0), torch.tensor(1.0), 1.7, -0.9)
     assert {k: v.item() for k, v in thresholds.factors().items()} == pytest.approx(
         {"alpha": 1.0, "shift": -0.2}
@@ -232,7 +230,7 @@ def draw_range(
 
 @given(**RANGES, alpha=st.floats(0.3, 1.2), shift=st.floats(-0.4, 0.6))
 @settings(deadline=None, max_examples=80)
-def test_asymmetric_step_and_zero_point(
+def test_affine_step_and_zero_point(
     seed: int,
     bits: int,
     rows: int | None,
@@ -250,11 +248,11 @@ def test_asymmetric_step_and_zero_point(
     np.testing.assert_allclose(double(scale), step, rtol=1e-5)
     exact = -(double(low) + np.clip(shift, *SHIFT) * extent) / step
     wanted = np.clip(exact, 0, steps)
-    # Rounding moves it by at most a half, and it is an integer of the grid.
+    # Rounding changes it by at most 1/2, to an integer of the grid.
     assert np.all(np.abs(double(zero_point) - wanted) <= 0.5 + 1e-3)
     assert np.all(double(zero_point) == np.rint(double(zero_point)))
     assert np.all((double(zero_point) >= 0) & (double(zero_point) <= steps))
-    # So zero is exact whatever the factors are.
+    # Zero is exact for all factors.
     zeros = torch.zeros_like(low)
     assert torch.equal(fake_quantize(zeros, scale, zero_point, 0, steps), zeros)
     assert torch.equal(quantize(zeros, scale, zero_point, 0, steps), zero_point.int())
@@ -290,7 +288,7 @@ def test_gradients_are_the_closed_form(
     elements: int,
     weights: tuple[float, float],
 ) -> None:
-    """∂(a·step + b·zero point)/∂α and /∂shift in float64, for everything that can be trained."""
+    """Return ∂(a·step + b·zero point)/∂α and /∂shift in float64."""
     name, alpha = choice
     low, high = draw_range(seed, rows, exponent, reach)
     if kind == "symmetric":
@@ -327,7 +325,7 @@ def test_gradients_are_the_closed_form(
     step_by_alpha = by_factor * extent / grid.qmax
     if power_of_two:
         logarithm = np.log2(step)
-        # Float32 may find a step that is all but a power of two on its other side.
+        # Float32 may round a step close to a power of two to its other side.
         assume(np.all(np.abs(logarithm - np.rint(logarithm)) > 1e-5))
         rounded = 2.0 ** np.ceil(logarithm)
         step, step_by_alpha = rounded, step_by_alpha * rounded / step
@@ -340,7 +338,7 @@ def test_gradients_are_the_closed_form(
         shift_in = float(moved == np.float32(shift)) * share
         start = double(low) + moved * extent
         position = -start / step
-        # Float32 may round a half to the other side.
+        # Float32 may round halves differently.
         fraction = np.abs(position - np.floor(position) - 0.5)
         assume(np.all((fraction > 1e-3) | (position < -1) | (position > grid.qmax + 1)))
         z_in = 1.0 * ((np.rint(position) >= 0) & (np.rint(position) <= grid.qmax))
@@ -351,7 +349,7 @@ def test_gradients_are_the_closed_form(
         np.testing.assert_allclose(double(found), by_shift, rtol=1e-4)
     found = thresholds.get_parameter("alpha").grad
     assert found is not None
-    # The two parts may all but cancel; start = T_l + shift·R may, too.
+    # The two parts may almost cancel; so may start = T_l + shift·R.
     room = 1e-5 * sum(np.abs(term) for term in terms)
     if len(terms) == 2:
         room = room + 1e-5 * np.abs(weights[1] * z_in / step * step_by_alpha * extent / step)
@@ -361,20 +359,20 @@ def test_gradients_are_the_closed_form(
 @given(bits=st.integers(1, 0x7F7FFFFF), grad=st.floats(-2, 2, width=32))
 @settings(deadline=None, max_examples=200)
 def test_powers_of_two_are_exact_and_pass_the_gradient(bits: int, grad: float) -> None:
-    """For any float32 above 0: denormals, powers of two themselves, and the largest numbers."""
+    """Any float32 above 0: denormals, powers of two, and the largest numbers."""
     step = torch.tensor([bits] * 9, dtype=torch.int32).view(torch.float32).requires_grad_()
     out = power_of_two_ste(step)
     out.backward(torch.full((9,), grad))
     value = float(step[0].detach())
     mantissa, exponent = math.frexp(value)
     wanted = math.ldexp(1.0, min(exponent - (mantissa == 0.5), 127))
-    assert out.tolist() == [wanted] * 9  # as vectors and one by one
+    assert out.tolist() == [wanted] * 9  # as vectors and individually
     assert step.grad is not None
     np.testing.assert_allclose(step.grad.numpy(), np.float32(grad) * (wanted / value), rtol=1e-6)
 
 
 @pytest.mark.parametrize("exponent", range(-149, 128))
-def test_a_power_of_two_stays_what_it_is(exponent: int) -> None:
+def test_a_power_of_two_is_unchanged(exponent: int) -> None:
     step = torch.tensor(2.0**exponent)
     assert power_of_two_ste(step).item() == 2.0**exponent == step.item()
     if exponent > -149:
@@ -396,7 +394,7 @@ def test_lsqs_gradient_is_scaled_by_the_elements_and_the_levels(kind: str, bits:
     assert float(grads["lsq"] / grads["fat"]) == pytest.approx(1 / math.sqrt(150_528 * levels))
 
 
-def test_lsqs_number_of_elements_is_kept() -> None:
+def test_lsq_number_of_elements_is_saved() -> None:
     grid = Grid(8, "symmetric")
     one = torch.tensor([1.0, 2.0])
     source = calibrated(grid, -one, one, 36, thresholds="lsq")
@@ -411,7 +409,7 @@ def test_lsqs_number_of_elements_is_kept() -> None:
 
 @pytest.mark.parametrize("alpha", [-3.0, 0.0, 0.7])
 def test_tqts_step_and_its_gradient(alpha: float) -> None:
-    """Jain et al. 2019, eq. 7: ∂step/∂log2 T = step · ln 2, of the step that is used."""
+    """Jain et al. 2019, eq. 7: ∂step/∂log2 T = step · ln 2, with the rounded step."""
     for power_of_two in (False, True):
         thresholds = symmetric(
             Grid(8, "symmetric"),
@@ -456,7 +454,7 @@ def test_steps_that_are_powers_of_two(
     scale, zero_point = module()
     assert np.all(np.frexp(scale.detach().numpy())[0] == 0.5)
     assert torch.all((scale >= plain) & (scale < 2 * plain))
-    # The grid reaches both thresholds, to half a step: z is rounded.
+    # The grid reaches both thresholds to within half a step, because z is rounded.
     step, z = double(scale), double(zero_point)
     assert np.all((grid.qmax - z + 0.5) * step >= double(high) * (1 - 1e-6))
     if kind != "symmetric_unsigned":
@@ -465,7 +463,7 @@ def test_steps_that_are_powers_of_two(
 
 @given(seed=st.integers(0, 2**31), bits=BITS)
 @settings(deadline=None, max_examples=60)
-def test_gradients_through_the_asymmetric_quantizer(seed: int, bits: int) -> None:
+def test_gradients_through_the_affine_quantizer(seed: int, bits: int) -> None:
     generator = np.random.default_rng(seed)
     low, high = -numbers(seed, 0.2, 1.0, None), numbers(seed + 1, 0.2, 1.0, None)
     alpha, shift = generator.uniform(0.5, 1.0), generator.uniform(-0.2, 0.2)
@@ -535,7 +533,7 @@ def test_projection_keeps_zero_between_the_thresholds(
     size = 1e-6 * extent * (1 + np.abs(data_shift) + factor)
     assert np.all(start <= size)
     assert np.all(start + factor * extent >= -size)
-    # Both factors can move on from there.
+    # Both factors can still be trained.
     thresholds()[1].sum().backward()
     grad = thresholds.get_parameter("shift").grad
     assert grad is not None
@@ -555,10 +553,10 @@ def test_projection_keeps_zero_between_the_thresholds(
     alpha=st.floats(-12.0, 12.0) | st.sampled_from([-1e4, 1e4]),
 )
 @settings(deadline=None, max_examples=80)
-def test_no_threshold_passes_its_limit(
+def test_no_threshold_exceeds_its_limit(
     seed: int, bits: int, rows: int | None, name: str, kind: str, alpha: float
 ) -> None:
-    """6 after ReLU6: calibration and training stop there, and α below it is left alone."""
+    """Calibration and training are limited to 6 after ReLU6; smaller α is not changed."""
     grid = Grid(bits, kind)  # type: ignore[arg-type]
     thresholds = Thresholds(QuantSpec(thresholds=name, alpha_range=(0.5, 1.3)), grid, rows)  # type: ignore[arg-type]
     thresholds.limit = 6.0
@@ -579,7 +577,7 @@ def test_no_threshold_passes_its_limit(
     assert torch.equal(thresholds.get_parameter("alpha"), before)
 
 
-def test_projection_leaves_factors_that_are_in_order() -> None:
+def test_projection_keeps_valid_factors() -> None:
     thresholds = asymmetric(8, torch.tensor(-1.0), torch.tensor(3.0), 0.8, 0.1)
     thresholds.project()
     factors = {name: value.item() for name, value in thresholds.factors().items()}
@@ -590,7 +588,7 @@ def test_projection_leaves_factors_that_are_in_order() -> None:
 @pytest.mark.parametrize("thresholds", [*TRAINED, "frozen"])
 @pytest.mark.parametrize("extent", [0.0, 1e-40])
 @pytest.mark.parametrize("power_of_two", [False, True])
-def test_no_extent_gives_a_finite_step(
+def test_an_empty_range_gives_a_finite_step(
     kind: str, thresholds: str, extent: float, power_of_two: bool
 ) -> None:
     grid = Grid(8, kind)  # type: ignore[arg-type]
@@ -635,7 +633,7 @@ def test_parameters_exist_from_the_start(thresholds: str, kind: str, rows: int |
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_calibrating_again_starts_anew(name: str) -> None:
+def test_recalibration_resets_factors(name: str) -> None:
     thresholds = asymmetric(8, torch.tensor(-1.0), torch.tensor(1.0), 0.6, 0.2, thresholds=name)
     thresholds.set_range(torch.tensor([-2.0]), torch.tensor([3.0]))
     values = {key: value.item() for key, value in thresholds.named_parameters()}
@@ -657,7 +655,7 @@ def test_a_saved_state_gives_the_same_grid(name: str, power_of_two: bool) -> Non
         assert torch.equal(own, other)
 
 
-# --------------------------------------------------------------------- what is said of thresholds
+# --- reported ranges and factors -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -701,7 +699,7 @@ def test_factors_at_an_end_of_their_range(kind: str) -> None:
     assert found.at_edge(5e-3).tolist() == [True, True, False, True, True]
 
 
-def test_relu6_ends_a_range() -> None:
+def test_relu6_limits_a_range() -> None:
     found = Thresholds(QuantSpec(thresholds="lsq"), Grid(8, "symmetric_unsigned"), None)
     found.limit = 6.0
     found.set_range(torch.tensor(0.0), torch.tensor(3.0), elements=1)
@@ -710,6 +708,6 @@ def test_relu6_ends_a_range() -> None:
         assert bool(found.at_edge()) is at_edge
 
 
-def test_what_is_frozen_stands_at_no_end() -> None:
+def test_frozen_thresholds_have_no_range_ends() -> None:
     frozen = calibrated(Grid(8, "symmetric"), -torch.ones(2), torch.ones(2), thresholds="frozen")
     assert frozen.at_edge() is None

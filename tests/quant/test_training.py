@@ -1,4 +1,4 @@
-"""Every grid and every way to train it, through a whole network: one step moves everything."""
+"""One training step of a network changes every parameter, for all grids and parametrizations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from fat.training.losses import rmse
 from fat.training.module import DistillModule
 
 CUT = InitSpec("percentile", 98.0)
-"""Leaves some values outside most grids: else the shift of a lower threshold has no gradient."""
+"""Leaves values outside most grids; without them the shift has no gradient."""
 
 
 @torch.no_grad()
 def shifts_inside(student: Student, images: Tensor) -> set[str]:
-    """Names of the shifts of grids that hold all values: nothing depends on them."""
+    """Return the names of shifts without effect: those of grids that hold all values."""
     found: set[str] = set()
 
     def note(quantizer: ActivationQuantizer, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -41,22 +41,22 @@ def shifts_inside(student: Student, images: Tensor) -> set[str]:
 @pytest.mark.parametrize("thresholds", ["fat", "lsq", "tqt", "frozen"])
 @pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-def test_one_step_moves_every_parameter(
+def test_one_step_changes_every_parameter(
     tiny: nn.Module, images: Tensor, granularity: str, scheme: str, thresholds: str
 ) -> None:
-    """At all bit-widths; both ways to train weights and both kinds of steps meet each of them."""
+    """For all bit-widths, with both weight options and both kinds of steps."""
     for bits in range(2, 9):
         options: dict[str, Any] = {
             "bits": bits,
             "weights": ("scale", "adaround")[bits % 2],
-            # At 2 and 3 bits coarser steps would round whole layers to 0, and nothing passes those.
+            # At 2 and 3 bits coarser steps would round whole layers to 0.
             "power_of_two": bits > 3 and bits % 3 == 0,
         }
         spec = QuantSpec(
             granularity=granularity,  # type: ignore[arg-type]
             scheme=scheme,  # type: ignore[arg-type]
             thresholds=thresholds,  # type: ignore[arg-type]
-            alpha_range=(0.5, 1.3),  # room above 1, so that a factor may go either way
+            alpha_range=(0.5, 1.3),  # room above 1, so that factors can move both ways
             activation_init=CUT,
             **options,
         )

@@ -1,4 +1,4 @@
-"""Folding: the right pairs by name, weights as the closed form in float64 says, outputs equal."""
+"""Folding: pairs by name, weights against the float64 closed form, equal outputs."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_timm_networks_keep_their_function(name: str) -> None:
     assert logits_sqnr_db(network(images), graph(images)) > 80
 
 
-def test_a_norm_without_a_layer_beside_it_becomes_a_convolution() -> None:
+def test_a_norm_without_a_neighboring_layer_becomes_a_convolution() -> None:
     images = torch.randn(4, 3, 8, 8)
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
     network = realistic(network, images)
@@ -159,7 +159,7 @@ def test_a_norm_without_a_layer_beside_it_becomes_a_convolution() -> None:
     assert logits_sqnr_db(network(images), graph(images)) > 100
 
 
-def test_a_layer_that_others_read_too_is_not_folded() -> None:
+def test_a_layer_with_other_readers_is_not_folded() -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -208,7 +208,7 @@ def test_the_closed_form_is_the_norm_and_the_layer_after_it(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_one_norm_after_two_convolutions_goes_into_both() -> None:
+def test_one_norm_after_two_convolutions_is_folded_into_both() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()

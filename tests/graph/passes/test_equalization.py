@@ -1,4 +1,4 @@
-"""Equalization: the right pairs, filters closer together, and the same function."""
+"""Equalization: pairs, smaller spread of filters, and the same function."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def folded_graph(network: nn.Module) -> fx.GraphModule:
 
 
 class Chain(nn.Module):
-    """Depthwise, activation or none, convolution; ranges of the filters far apart."""
+    """Depthwise convolution, optional activation, convolution; very different filter ranges."""
 
     def __init__(self, act: nn.Module | None, following: nn.Module | None = None) -> None:
         super().__init__()
@@ -120,12 +120,12 @@ def test_pairs_of_timms_mobilenet_are_its_depthwise_convolutions() -> None:
 
 
 @pytest.mark.parametrize("act", [nn.Hardswish(), nn.SiLU(), nn.Hardtanh(-1.0, 1.0), nn.Sigmoid()])
-def test_activations_that_no_scale_passes_are_left_alone(act: nn.Module) -> None:
+def test_activations_that_do_not_commute_with_scales_are_excluded(act: nn.Module) -> None:
     graph = marked(Chain(act).eval())
     assert find_depthwise_pairs(graph) == find_groups(graph) == []
 
 
-def test_a_depthwise_result_that_others_read_is_left_alone() -> None:
+def test_a_depthwise_result_with_other_readers_is_excluded() -> None:
     class Residual(Chain):
         def forward(self, x: Tensor) -> Tensor:
             y = self.act(self.dw(x))
@@ -135,7 +135,7 @@ def test_a_depthwise_result_that_others_read_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("act", [None, nn.ReLU()], ids=["none", "relu"])
-def test_without_an_upper_bound_the_function_is_kept_exactly(act: nn.Module | None) -> None:
+def test_without_an_upper_bound_the_function_is_unchanged(act: nn.Module | None) -> None:
     graph = folded_graph(Chain(act).eval()).double()
     images = torch.randn(4, 6, 12, 12, dtype=torch.float64)
     unseen = 50 * torch.randn(4, 6, 12, 12, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_without_an_upper_bound_the_function_is_kept_exactly(act: nn.Module | No
     report = equalize_depthwise(graph, [images], OPTIONS)
 
     after = ranges(graph.get_submodule("dw"))
-    torch.testing.assert_close(after, after.mean().expand(6))  # all filters have one range now
+    torch.testing.assert_close(after, after.mean().expand(6))  # all filters have the same range
     assert not torch.allclose(before, graph.get_submodule("dw").weight)
     (pair,) = report.pairs
     assert (pair.first, pair.following, pair.locked) == ("dw", "next", 0)
@@ -226,15 +226,15 @@ def test_the_control_value_by_hand() -> None:
     torch.testing.assert_close(scales, torch.tensor([2.0, 1.0, 2 / 3], dtype=torch.float64))
 
 
-def test_dead_filters_and_channels_that_never_fire() -> None:
-    # Channel 0 is dead and takes no part in the control value (1 + 3)/2 = 2, although its bias
-    # alone passes the bound; channel 2 never fires: no cap.
+def test_dead_filters_and_inactive_channels() -> None:
+    # Channel 0 is dead and excluded from the control value (1 + 3)/2 = 2, although its bias
+    # alone exceeds the bound; channel 2 is never active: no cap.
     scales, locked = depthwise_scales(
         torch.tensor([0.0, 1.0, 3.0]), torch.tensor([7.0, 2.0, -1.0]), 6.0, OPTIONS
     )
     assert not locked.any()
     torch.testing.assert_close(scales, torch.tensor([1.0, 2.0, 2 / 3], dtype=torch.float64))
-    # One that never fires and is tiny may take any scale, within reason.
+    # A tiny, inactive channel may take any scale up to the bound.
     scales, _ = depthwise_scales(torch.tensor([1e-7, 1.0]), torch.tensor([-1.0, 1.0]), 6.0, OPTIONS)
     assert scales[0] == MAX_SCALE
     # All dead: nothing to do.
@@ -313,7 +313,7 @@ def test_a_chain_of_three_depthwise_convolutions_keeps_the_function() -> None:
     torch.testing.assert_close(graph(images), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_grouped_convolution_after_it_is_left_alone() -> None:
+def test_a_following_grouped_convolution_is_excluded() -> None:
     graph = marked(Chain(nn.ReLU(), nn.Conv2d(6, 6, 1, groups=2)).eval())
     assert find_groups(graph) == []
 
@@ -350,7 +350,7 @@ def test_groups_of_a_mobile_network(tiny: nn.Module) -> None:
 
 
 class Everything(nn.Module):
-    """Every way in which channels may be tied: multiplier, stream, pool, linear, shared ReLU6."""
+    """Every kind of channel group: multiplier, stream, pool, linear, shared ReLU6."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -458,7 +458,7 @@ def test_cross_layer_respects_relu6() -> None:
     assert logits_sqnr_db(expected, graph(images)) > 100
 
 
-def test_methods_follow_one_another() -> None:
+def test_methods_are_applied_in_order() -> None:
     images = torch.randn(16, 3, 32, 32)
     network = realistic(TinyNet(), images)
     one, other = (marked(network, images) for _ in range(2))
@@ -474,7 +474,7 @@ def test_methods_follow_one_another() -> None:
 
 
 class Uneven(nn.Module):
-    """Three convolutions, ReLU6 between: filters a thousand times apart, its bound reached."""
+    """Three convolutions with ReLU6 at its bound; filter ranges differ by a factor of 1000."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -519,11 +519,11 @@ def test_statistics_against_autograd(images: Tensor) -> None:
     assert set(got.low) == set(got.high) == names
     assert set(got.activation) == {"act", "act2"}
     a = graph.get_submodule("a")(images)
-    # Not bit for bit: convolutions of one image and of a batch add up in different orders.
+    # Not bit for bit: convolutions of one image and of a batch sum in different orders.
     torch.testing.assert_close(got.high["a"].float(), a.amax((0, 2, 3)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got.low["a"].float(), a.amin((0, 2, 3)), rtol=1e-4, atol=1e-5)
 
-    # The expectation over random directions, taken exactly: one backward pass per logit.
+    # Exact expectation over random directions: one backward pass per logit.
     exact_weight, exact_activation = torch.zeros(8, 8), torch.zeros(8)
     weight = graph.get_submodule("b").weight.requires_grad_(True)
     for image in images.split(1):
@@ -633,7 +633,7 @@ def quantized_sqnr(network: nn.Module, images: Tensor, spec: QuantSpec) -> tuple
         return student, logits_sqnr_db(student.float_logits(images), student(images))
 
 
-def test_exact_makes_one_threshold_per_tensor_enough(images: Tensor) -> None:
+def test_exact_equalization_makes_per_tensor_thresholds_sufficient(images: Tensor) -> None:
     network = Uneven().eval()
     _, plain = quantized_sqnr(network, images, SCALAR)
     student, exact = quantized_sqnr(network, images, with_method("exact"))
@@ -641,7 +641,7 @@ def test_exact_makes_one_threshold_per_tensor_enough(images: Tensor) -> None:
     assert float_shift_db(student, images) > 100
 
 
-def test_the_quantizer_clips_every_channel_at_its_own_bound(images: Tensor) -> None:
+def test_the_quantizer_clips_each_channel_at_its_bound(images: Tensor) -> None:
     student, _ = quantized_sqnr(Uneven().eval(), images, with_method("exact"))
     quantizer = next(q for q in student.activation_quantizers() if q.layer == "act")
     assert isinstance(quantizer.activation, ChannelClip)
@@ -655,7 +655,7 @@ def test_the_quantizer_clips_every_channel_at_its_own_bound(images: Tensor) -> N
     assert bool((quantizer(torch.full((1, 8, 1, 1), -1e6)) == 0).all())
 
 
-def test_what_a_moved_clip_does_against_its_definition() -> None:
+def test_clip_shift_equals_its_definition() -> None:
     x, gradient = 4 * torch.randn(1, 3, 9, 9), torch.randn(1, 3, 9, 9)
     got = clip_shift(x, gradient, 6.0)
     assert got.shape == (3, len(LOG_SCALES))
@@ -667,7 +667,7 @@ def test_what_a_moved_clip_does_against_its_definition() -> None:
     assert float(got[:, 69].max()) == 0.0
 
 
-def test_balanced_charges_for_moving_the_function(images: Tensor) -> None:
+def test_balanced_accounts_for_changes_of_the_function(images: Tensor) -> None:
     graph, groups = uneven(images)
     model = model_of(graph, groups, images, SCALAR, keeps_clips=True)
     free = model_of(graph, groups, images, SCALAR)
@@ -680,11 +680,11 @@ def test_balanced_charges_for_moving_the_function(images: Tensor) -> None:
     )
     best = balanced_scales(model)
     assert float(model(best)) < float(model(model.zeros()))
-    # Scales that pay no heed to the clips, as those of the exact form, would move more.
+    # Scales that ignore the clips, such as those of exact, would change it more.
     assert 0 < float(model.shift(best)) < float(model.shift(balanced_scales(free)))
 
 
-def test_balanced_keeps_relu6_and_gains(images: Tensor) -> None:
+def test_balanced_keeps_relu6_and_improves_sqnr(images: Tensor) -> None:
     network = Uneven().eval()
     _, plain = quantized_sqnr(network, images, SCALAR)
     student, balanced = quantized_sqnr(network, images, with_method("balanced"))

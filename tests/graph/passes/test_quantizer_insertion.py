@@ -1,4 +1,4 @@
-"""Where each quantizer sits, by layer name, and on which grid."""
+"""Positions of quantizers by layer name, and their grids."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def grids(graph: fx.GraphModule) -> dict[str, tuple[int, str]]:
 
 
 def what_runs_between(graph: fx.GraphModule, name: str) -> list[str]:
-    """Modules from the layer onward, as long as one reads the other."""
+    """Return the chain of modules from the layer on."""
     nodes = {str(node.target): node for node in graph.graph.nodes}
     node, found = nodes[name], []
     while len(node.users) == 1 and (node := next(iter(node.users))).op == "call_module":
@@ -95,9 +95,7 @@ def test_places_in_a_mobile_network(tiny: nn.Module, images: Tensor) -> None:
     assert isinstance(quantizer_table(graph)["act"].activation, nn.ReLU6)
 
 
-def test_every_layer_reads_values_on_the_grid_that_its_bias_counts_with(
-    tiny: nn.Module, images: Tensor
-) -> None:
+def test_bias_grid_matches_the_grid_of_the_layers_input(tiny: nn.Module, images: Tensor) -> None:
     graph, report = inserted(tiny, images, QuantSpec(bits=4, scheme="symmetric"))
     seen: dict[str, Tensor] = {}
     for name in report.layers:
@@ -116,7 +114,7 @@ def test_every_layer_reads_values_on_the_grid_that_its_bias_counts_with(
     torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
 
 
-def test_weights_biases_and_geometry_are_taken_over(images: Tensor) -> None:
+def test_weights_biases_and_geometry_are_copied(images: Tensor) -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=(1, 2), dilation=2),
         nn.ReLU(),
@@ -175,7 +173,7 @@ def test_places_in_timms_mobilenetv2() -> None:
     assert not any("flatten" in name for name in here)
 
 
-def test_other_activations_are_operations_of_their_own_in_mobilenetv3() -> None:
+def test_other_activations_are_separate_operations_in_mobilenetv3() -> None:
     graph, _ = inserted(timm.create_model("mobilenetv3_small_050"), torch.zeros(1, 3, 64, 64))
     here = places(graph)
     assert here[:3] == ["input", "conv_stem", "bn1_act"]
@@ -204,7 +202,7 @@ def test_max_pools_keep_their_grid_in_a_resnet() -> None:
         here
     )
     assert not any(name.endswith("add") for name in here)
-    # Biases behind the max-pool live on the grid of what went into it.
+    # Biases after the max-pool are on the grid of its input.
     assert graph.get_submodule("layer1.0.conv1").input_quantizer.layer == "act1"
     assert graph.get_submodule("fc").input_quantizer.layer == "global_pool.pool"
     assert graph.get_submodule("layer2.0.downsample.0").input_quantizer.layer == "layer1.1.act2"
@@ -227,7 +225,7 @@ class Mixture(nn.Module):
         return self.out(z.reshape(n, -1))
 
 
-def test_only_data_that_was_computed_is_quantized(images: Tensor) -> None:
+def test_only_computed_data_is_quantized(images: Tensor) -> None:
     graph, report = inserted(Mixture(), images)
     assert places(graph) == [
         "input",
@@ -269,7 +267,7 @@ def test_grids_follow_the_sign_of_the_values(tiny: nn.Module, images: Tensor) ->
             assert graph.get_submodule(layer).weight_quantizer.grid.kind == "symmetric"
 
 
-def test_what_averages_and_multiplies_non_negative_values_is_unsigned() -> None:
+def test_averages_and_products_of_non_negative_values_are_unsigned() -> None:
     graph, _ = inserted(timm.create_model("mnasnet_small"), torch.zeros(1, 3, 64, 64))
     kinds = {name: kind for name, (_, kind) in grids(graph).items()}
     assert kinds["bn2_act"] == kinds["global_pool.pool"] == "symmetric_unsigned"
@@ -322,13 +320,13 @@ def test_input_quantizers_are_those_the_graph_shows(tiny: nn.Module, images: Ten
         "blocks.1.conv_pwl": "blocks.1.act2",
         "classifier": "pool",
     }
-    # Identity: the very module whose step the bias needs.
+    # Identity: the module whose step the bias needs.
     assert graph.get_submodule("classifier").input_quantizer is graph.get_submodule(
         f"{QUANTIZERS}.pool"
     )
 
 
-def test_an_activation_on_the_networks_input_keeps_the_inputs_own_grid(images: Tensor) -> None:
+def test_an_activation_of_the_input_keeps_the_inputs_grid(images: Tensor) -> None:
     graph, _ = inserted(nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 3), nn.Flatten()), images)
     assert grids(graph) == {
         "input": (8, "symmetric"),
@@ -337,12 +335,12 @@ def test_an_activation_on_the_networks_input_keeps_the_inputs_own_grid(images: T
     }
 
 
-def test_nothing_to_quantize_is_said(images: Tensor) -> None:
+def test_a_network_without_layers_is_rejected(images: Tensor) -> None:
     with pytest.raises(FatError, match="no convolution or linear layer"):
         inserted(nn.Sequential(nn.ReLU(), nn.Flatten()), images)
 
 
-def test_a_layer_used_twice_becomes_two_with_thresholds_of_their_own(images: Tensor) -> None:
+def test_a_layer_used_twice_becomes_two_with_separate_thresholds(images: Tensor) -> None:
     shared = nn.Conv2d(3, 3, 1)
     graph, report = inserted(nn.Sequential(shared, nn.ReLU(), shared), images)
     assert report.layers == ("0", "0_1")
@@ -375,20 +373,20 @@ def test_names_with_dots_do_not_collide(images: Tensor) -> None:
     assert places(graph) == ["input", "a.0", "a_0"]
 
 
-def test_relu_instead_of_relu6_changes_no_place(images: Tensor) -> None:
+def test_relu_and_relu6_get_the_same_quantizers(images: Tensor) -> None:
     graph, _ = inserted(TinyNet(act=nn.ReLU), images)
     assert places(graph) == TINY_PLACES
     graph, _ = inserted(TinyNet(act=nn.Hardswish), images)
     assert len(places(graph)) == len(TINY_PLACES) + 5  # before and after each activation
 
 
-def test_bits_of_a_layer_that_is_not_there(tiny: nn.Module, images: Tensor) -> None:
+def test_layer_bits_of_an_unknown_layer(tiny: nn.Module, images: Tensor) -> None:
     spec = QuantSpec(layer_bits={"stem": 8, "blocks.0.conv_dv": 4})
     with pytest.raises(FatError, match=r"'blocks.0.conv_dv'. Did you mean 'blocks.0.conv_dw'"):
         insert_quantizers(trace(tiny), spec, images)
 
 
-# --- what is written over its input --------------------------------------------------------------
+# --- in-place quantization -----------------------------------------------------------------------
 
 
 def overwriting(graph: fx.GraphModule) -> set[str]:
@@ -398,12 +396,12 @@ def overwriting(graph: fx.GraphModule) -> set[str]:
 def test_results_of_layers_and_additions_may_be_overwritten(
     tiny: nn.Module, images: Tensor
 ) -> None:
-    """Not the caller's images, and not what a pool's backward pass may look at again."""
+    """Neither the caller's images, nor tensors that the backward pass of a pool may need."""
     graph, report = inserted(tiny, images)
     assert overwriting(graph) == set(report.activations) - {"input", "pool"}
 
 
-def test_what_another_operation_reads_is_not_overwritten(images: Tensor) -> None:
+def test_inputs_of_other_operations_are_not_overwritten(images: Tensor) -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -415,12 +413,12 @@ def test_what_another_operation_reads_is_not_overwritten(images: Tensor) -> None
             return (self.b(y) + y) * torch.sigmoid(y)
 
     graph, _ = inserted(Shared(), images)
-    # Hard-swish and sigmoid keep what they read or gave; the product keeps its factors.
+    # Hard-swish and sigmoid save their input or output, the product its factors.
     assert overwriting(graph) == {"a", "b", "add"}
 
 
 def test_a_second_reader_forbids_overwriting(tiny: nn.Module, images: Tensor) -> None:
-    """Passes leave none beside the quantizer, but a graph from a file may hold one."""
+    """Passes create no other reader, but a graph from a file may have one."""
     graph, _ = inserted(tiny, images)
     before = overwriting(graph)
     (node,) = (node for node in graph.graph.nodes if node.target == "blocks.0.conv_pwl")

@@ -1,4 +1,4 @@
-"""The tracer keeps names and the function, and leaves one spelling of everything."""
+"""Tracing keeps names and the function, and gives a canonical form."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def modules_called(module: fx.GraphModule) -> list[str]:
 
 
 class Spelled(nn.Module):
-    """Convolution, an activation in some spelling, convolution."""
+    """Convolution, an activation in some form, convolution."""
 
     def __init__(self, activation: Any) -> None:
         super().__init__()
@@ -70,10 +70,10 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_of_an_activation_becomes_a_module(spelling: str) -> None:
+def test_every_form_of_an_activation_becomes_a_module(spelling: str) -> None:
     function, kind = SPELLINGS[spelling]
     network = Spelled(function).eval()
-    images = 20 * torch.randn(2, 3, 8, 8)  # passes 6 and falls below 0
+    images = 20 * torch.randn(2, 3, 8, 8)  # above 6 and below 0
     expected = network(images)
 
     traced = trace(network)
@@ -92,7 +92,7 @@ def test_every_spelling_of_an_activation_becomes_a_module(spelling: str) -> None
     torch.testing.assert_close(traced(images), expected, rtol=0, atol=0)
 
 
-def test_additions_and_multiplications_have_one_spelling() -> None:
+def test_additions_and_multiplications_have_one_form() -> None:
     class Sums(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             y = torch.add(x, 1)
@@ -110,7 +110,7 @@ def test_additions_and_multiplications_have_one_spelling() -> None:
     assert torch.equal(traced(images), Sums()(images))
 
 
-def test_a_scaled_addition_is_not_taken_for_a_plain_one() -> None:
+def test_a_scaled_addition_is_kept() -> None:
     class Scaled(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return torch.add(x, x.abs(), alpha=3)
@@ -120,7 +120,7 @@ def test_a_scaled_addition_is_not_taken_for_a_plain_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "mobilenetv3_small_050", "resnet18"])
-def test_names_are_those_of_the_network_and_the_original_is_untouched(name: str) -> None:
+def test_names_are_kept_and_the_original_is_unchanged(name: str) -> None:
     network = timm.create_model(name).eval()
     images = torch.randn(2, 3, 64, 64)
     before = {key: value.clone() for key, value in network.state_dict().items()}
@@ -170,7 +170,7 @@ def test_no_activation_works_in_place() -> None:
 
 
 @pytest.mark.parametrize("size", [64, 65, 79])
-def test_timms_same_convolution_becomes_ours(size: int) -> None:
+def test_conv2d_same_of_timm_becomes_same_conv2d(size: int) -> None:
     network = timm.create_model("tf_efficientnet_lite0").eval()
     traced = trace(network)
     assert type(traced.get_submodule("conv_stem")) is SameConv2d
@@ -179,7 +179,7 @@ def test_timms_same_convolution_becomes_ours(size: int) -> None:
     torch.testing.assert_close(traced(images), network(images))
 
 
-def test_timms_linear_becomes_torchs() -> None:
+def test_linear_of_timm_becomes_torch_linear() -> None:
     network = timm.create_model("mobilenetv3_small_050").eval()
     assert type(network.classifier) is not nn.Linear
     traced = trace(network)
@@ -187,7 +187,7 @@ def test_timms_linear_becomes_torchs() -> None:
     assert torch.equal(traced.get_submodule("classifier").weight, network.classifier.weight)
 
 
-def test_what_does_nothing_at_inference_is_gone() -> None:
+def test_operations_without_effect_at_inference_are_removed() -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -222,17 +222,17 @@ def test_an_untraceable_network_as_a_whole_is_named() -> None:
         trace(Undecided().eval())
 
 
-def test_training_mode_is_refused() -> None:
+def test_training_mode_is_rejected() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     with pytest.raises(FatError, match="training mode"):
         trace(network)
     network.eval()
-    network[1].train()  # would fold statistics that the network does not use
+    network[1].train()  # would fold statistics that are not used
     with pytest.raises(FatError, match="training mode"):
         trace(network)
 
 
-def test_a_convolution_with_arithmetic_of_its_own_is_refused_by_name() -> None:
+def test_a_convolution_with_other_arithmetic_is_rejected_by_name() -> None:
     class Standardized(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:
             return F.conv2d(x, self.weight - self.weight.mean(), self.bias) + x.mean()
@@ -241,7 +241,7 @@ def test_a_convolution_with_arithmetic_of_its_own_is_refused_by_name() -> None:
         trace(nn.Sequential(nn.ReLU(), Standardized(3, 4, 1)).eval())
 
 
-def test_layer_names_of_functions_tell_their_owner(tiny: nn.Module, images: Tensor) -> None:
+def test_layer_names_of_functions_include_their_owner(tiny: nn.Module, images: Tensor) -> None:
     traced = trace(tiny)
     names = [layer_name(node) for node in traced.graph.nodes if node.op != "output"]
     assert names[:4] == ["input", "stem", "bn", "act"]
@@ -249,7 +249,7 @@ def test_layer_names_of_functions_tell_their_owner(tiny: nn.Module, images: Tens
     assert "flatten" in names
 
 
-def test_mark_data_tells_tensors_from_sizes() -> None:
+def test_mark_data_distinguishes_tensors_from_sizes() -> None:
     class Sizes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             n, c = x.shape[:2]

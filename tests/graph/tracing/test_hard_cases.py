@@ -1,4 +1,4 @@
-"""Where folding and equalization are hard: each case keeps its function and runs in integers."""
+"""Hard cases of folding and equalization keep their function and run in integers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EXACT = fat.QuantSpec(equalize=fat.EqualizeSpec("exact"))
 
 
 def chain(*layers: nn.Module) -> nn.Module:
-    """Between a stem and a head."""
+    """Put layers between a stem and a head."""
     stem = (nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
     return nn.Sequential(*stem, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(5))
 
@@ -69,7 +69,7 @@ def squeeze_excite() -> nn.Module:
 
 
 class Statistics(nn.Module):
-    """Normalises with statistics that its state_dict leaves out."""
+    """Normalizes with statistics that are not in its state_dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,19 +80,19 @@ class Statistics(nn.Module):
 
 
 def called_twice() -> nn.Module:
-    """A block with arithmetic of its own, used again."""
+    """A block with arithmetic, used twice."""
     block = Parts(lambda x, c: (x + c(x)) * 0.5, c=nn.Conv2d(8, 8, 3, padding=1))
     return chain(block, nn.ReLU(), block)
 
 
 def divided(x: Tensor) -> Tensor:
-    """Linear attention's: where no channel is positive, ε alone is divided by."""
+    """Linear attention: without positive channels the divisor is ε."""
     x = F.relu(x - 1.0)
     return x / (x.sum(1, keepdim=True) + 1e-2)
 
 
 def over_channels(x: Tensor) -> Tensor:
-    """Normalised as some networks spell it out."""
+    """Normalization written out as in some networks."""
     x = x - x.mean(1, keepdim=True)
     return x / torch.sqrt(x.pow(2).mean(1, keepdim=True) + 1e-5)
 
@@ -103,7 +103,7 @@ def for_each_image(x: Tensor, s: Statistics) -> Tensor:
 
 
 class Quiet(nn.Module):
-    """A norm over channels, before which most pixels are as good as zero."""
+    """A norm over channels whose input is almost zero at most pixels."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -254,13 +254,13 @@ BECOME_CONVOLUTIONS = {
     "norm of the images": 1,
     "concatenation": 1,
 }
-"""How many batch norms have no layer to go into."""
+"""Number of batch norms without a layer to be folded into."""
 
 
 def case(name: str, images: Tensor) -> nn.Module:
     torch.manual_seed(0)
     network = CASES[name]()
-    network.eval()(images)  # lazy layers take their size
+    network.eval()(images)  # initialize lazy layers
     return realistic(network, images)
 
 
@@ -270,7 +270,7 @@ def fold(network: nn.Module, images: Tensor) -> tuple[nn.Module, FoldReport]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_norm_is_left_and_the_function_is_kept(name: str, images: Tensor) -> None:
+def test_all_norms_are_folded_and_the_function_is_kept(name: str, images: Tensor) -> None:
     network = case(name, images)
     graph, report = fold(network, images)
     assert logits_sqnr_db(network(images), graph(images)) > 100
@@ -287,7 +287,9 @@ def test_equalization_keeps_the_function(name: str, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_runs_in_integers_and_is_kept(name: str, images: Tensor, tmp_path: object) -> None:
+def test_students_are_accurate_and_survive_saving(
+    name: str, images: Tensor, tmp_path: object
+) -> None:
     network = case(name, images)
     student = fat.prepare(network, images)
     fat.calibrate(student, images)
@@ -308,9 +310,7 @@ def test_it_runs_in_integers_and_is_kept(name: str, images: Tensor, tmp_path: ob
         ("norm in float32", ["layer_norm"]),
     ],
 )
-def test_only_what_is_not_divided_by_is_on_a_grid(
-    name: str, quantized: list[str], images: Tensor
-) -> None:
+def test_divisors_are_not_quantized(name: str, quantized: list[str], images: Tensor) -> None:
     network = fat.prepare(case(name, images), images).network
     found = [
         getattr(before.target, "__name__", str(before.target))
@@ -318,7 +318,7 @@ def test_only_what_is_not_divided_by_is_on_a_grid(
         if isinstance(module_of(network, node), ActivationQuantizer)
         and (before := cast(fx.Node, source(node))).op in ("call_function", "call_method")
     ]
-    assert found[-len(quantized) :] == quantized  # what comes before shifts its input
+    assert found[-len(quantized) :] == quantized  # earlier ones shift the input
 
 
 @pytest.mark.slow
@@ -338,7 +338,7 @@ def test_only_what_is_not_divided_by_is_on_a_grid(
         "a product with a matrix",
     ],
 )
-def test_the_file_computes_the_same(name: str, images: Tensor, tmp_path: object) -> None:
+def test_onnx_file_equals_the_student(name: str, images: Tensor, tmp_path: object) -> None:
     student = fat.prepare(case(name, images), images)
     fat.calibrate(student, images)
     report = fat.export_onnx(student, f"{tmp_path}/student.onnx", images)
@@ -346,7 +346,7 @@ def test_the_file_computes_the_same(name: str, images: Tensor, tmp_path: object)
     assert report["kernels"]["integer_layers"] == len(student.layers())
 
 
-def test_what_cannot_be_folded_is_named_with_what_to_do(images: Tensor) -> None:
+def test_a_norm_that_cannot_be_folded_is_named_with_a_remedy(images: Tensor) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.ReLU(), nn.BatchNorm1d(784))
     with pytest.raises(fat.FatError, match=r"'3' is a BatchNorm1d .* Put a linear layer before"):
         fold(network.eval(), images)

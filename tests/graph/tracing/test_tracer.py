@@ -1,4 +1,4 @@
-"""Questions about sizes are answered, those about values are not; constants are computed."""
+"""Sizes are evaluated in tracing, values are not; constants are folded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fat.utils.errors import FatError
 
 
 class Net(nn.Module):
-    """A forward that is a function, with a weight and a table to play with."""
+    """A forward function with a weight and a table."""
 
     def __init__(self, function: Callable[[Net, Tensor], Tensor]) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def looked_up(net: Net, x: Tensor) -> Tensor:
 
 
 def blocks(net: Net, x: Tensor) -> Tensor:
-    """Attention within halves of the rows, as nested transformers have."""
+    """Attention within halves of the rows, as in nested transformers."""
     n, c, h, _ = net.conv(x).shape
     tokens = net.conv(x).unflatten(2, (-1, h // 2 if h % 2 == 0 else h)).transpose(1, 2)
     q = tokens.transpose(3, 4).reshape(n, 1, tokens.shape[1], -1, c)
@@ -97,7 +97,7 @@ ASKING = (
 
 
 @pytest.mark.parametrize("function", [blocks, without_heads])
-def test_attention_is_of_images_heads_tokens_and_channels(
+def test_attention_has_dimensions_images_heads_tokens_channels(
     function: Callable[[Net, Tensor], Tensor],
 ) -> None:
     images = torch.randn(2, 3, 8, 8)
@@ -136,7 +136,7 @@ def activated(net: Net, x: Tensor) -> Tensor:
 
 
 def activated_before_the_branch(net: Net, x: Tensor) -> Tensor:
-    """As in networks that activate first: the shortcut is of what was activated."""
+    """As in pre-activation networks: the shortcut starts after the activation."""
     y = net.conv(x)
     z = net.act(y)
     return y + z.sigmoid()
@@ -177,11 +177,11 @@ def set_parts(net: Net, x: Tensor) -> Tensor:
         set_parts,
     ],
 )
-def test_what_is_written_in_place_is_read(function: Callable[[Net, Tensor], Tensor]) -> None:
+def test_in_place_results_reach_later_readers(function: Callable[[Net, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     net = Net(function).eval()
     images = torch.randn(5, 3, 8, 8)
-    with torch.no_grad():  # parts may be written into
+    with torch.no_grad():  # allows writing into parts
         torch.testing.assert_close(trace(net, images)(images), net(images))
 
 
@@ -246,7 +246,7 @@ def set_and_spread(net: Net, x: Tensor) -> Tensor:
         (set_and_spread, r"cannot be traced: it writes into part of.*torch\.cat"),
     ],
 )
-def test_writing_into_a_part_is_refused(
+def test_unsupported_in_place_writes_are_rejected(
     function: Callable[[Net, Tensor], Tensor], said: str
 ) -> None:
     with pytest.raises(FatError, match=said):
@@ -255,7 +255,7 @@ def test_writing_into_a_part_is_refused(
 
 @pytest.mark.parametrize("function", ASKING)
 @pytest.mark.parametrize("side", [8, 9])
-def test_networks_that_ask_for_sizes_compute_the_same(
+def test_networks_that_depend_on_sizes_keep_their_function(
     function: Callable[[Net, Tensor], Tensor], side: int
 ) -> None:
     torch.manual_seed(0)
@@ -266,22 +266,22 @@ def test_networks_that_ask_for_sizes_compute_the_same(
         torch.testing.assert_close(graph(batch), net(batch))
 
 
-def test_a_network_that_asks_nothing_is_traced_for_any_size() -> None:
+def test_a_network_without_sizes_is_traced_for_any_size() -> None:
     net = Net(lambda net, x: net.conv(x).mean((2, 3))).eval()
     graph = trace(net, torch.randn(2, 3, 8, 8))
     images = torch.randn(2, 3, 12, 10)
     torch.testing.assert_close(graph(images), net(images))
 
 
-def test_what_sizes_tell_leaves_no_trace_in_the_graph() -> None:
+def test_size_computations_are_removed_from_the_graph() -> None:
     graph = trace(Net(unpacked).eval(), torch.randn(2, 3, 8, 8))
     (reshape,) = (node for node in graph.graph.nodes if node.target == "reshape")
     assert reshape.args[2:] == (4, 64)
-    assert isinstance(reshape.args[1], torch.fx.Node)  # the number of images stays open
+    assert isinstance(reshape.args[1], torch.fx.Node)  # the number of images is not fixed
 
 
 @pytest.mark.parametrize("function", [positions, looked_up])
-def test_constants_are_one_tensor(function: Callable[[Net, Tensor], Tensor]) -> None:
+def test_constants_become_one_tensor(function: Callable[[Net, Tensor], Tensor]) -> None:
     graph = trace(Net(function).eval(), torch.randn(2, 3, 8, 8))
     kinds = [node.op for node in graph.graph.nodes]
     assert kinds == ["placeholder", "call_module", "get_attr", "call_function", "output"]
@@ -299,24 +299,26 @@ def test_constants_are_one_tensor(function: Callable[[Net, Tensor], Tensor]) -> 
         (lambda net, x: net.conv(x).reshape(x.shape[1], math.ceil(x.shape[0] / 2)), "number of im"),
     ],
 )
-def test_other_questions_are_refused(function: Callable[[Net, Tensor], Tensor], said: str) -> None:
+def test_value_dependent_networks_are_rejected(
+    function: Callable[[Net, Tensor], Tensor], said: str
+) -> None:
     with pytest.raises(FatError, match=f"cannot be traced: .*{said}"):
         trace(Net(function).eval(), torch.randn(2, 3, 8, 8))
 
 
-def test_without_a_size_the_question_is_named() -> None:
+def test_without_a_size_the_error_names_the_reason() -> None:
     with pytest.raises(FatError, match="depends on sizes, and the image size is unknown"):
         trace(Net(branch).eval())
 
 
-def test_torch_is_as_it_was_afterwards() -> None:
+def test_torch_functions_are_restored() -> None:
     before = torch.arange
     with pytest.raises(FatError):
         trace(Net(branch).eval())
     assert torch.arange is before
 
 
-def test_what_a_forward_takes_beside_images_keeps_its_default() -> None:
+def test_other_arguments_of_forward_keep_their_defaults() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
