@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal
+from typing import Literal
 
-from fat.report.records import Run, dig, number, word
+from fat.report.records import Run, dig, leaves, number, word
 
 __all__ = [
     "MEASURES",
@@ -85,7 +85,13 @@ def varied_options(runs: Sequence[Run]) -> dict[str, list[str]]:
     options = [_typed(run) for run in runs]
     if len({frozenset(typed) for typed in options}) != 1 or not any(options):
         # For a run without a configuration, what was typed is used as far as the names agree.
-        whole = [_flat(run.config) for run in runs]
+        whole = [
+            {
+                name: value if isinstance(value, str) else json.dumps(value, default=str)
+                for name, value in leaves(run.config).items()
+            }
+            for run in runs
+        ]
         known = {name for flat in whole for name in flat}
         options = [
             flat or {name: value for name, value in typed.items() if name in known or not known}
@@ -103,18 +109,6 @@ def varied_options(runs: Sequence[Run]) -> dict[str, list[str]]:
 def _typed(run: Run) -> dict[str, str]:
     pairs = (entry.partition("=") for entry in run.overrides)
     return {name.lstrip("+~"): value for name, _, value in pairs}
-
-
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = (
-                value if isinstance(value, str) else json.dumps(value, default=str)
-            )
-    return flat
 
 
 def _is(name: str, among: Sequence[str]) -> bool:

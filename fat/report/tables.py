@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fat.report.records import Run, Sweep, number
+from fat.report.records import Run, Sweep, leaves, number
 from fat.report.sweep_grid import varied_options
 from fat.report.text import METRICS_KEYS
 from fat.utils.io import write_csv
@@ -36,7 +36,7 @@ KNOWN = (
 """Columns that are always present, so that programs can rely on them."""
 
 
-def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, str]:
     """Flatten metrics.json to texts by dotted name.
 
     Numbers have all their digits and lists are JSON; null, NaN and infinity are empty.
@@ -45,13 +45,7 @@ def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, s
         >>> flatten_metrics({"float": {"top1": 90.0, "top5": None}, "trained": None})
         {'float.top1': '90.0', 'float.top5': '', 'trained': ''}
     """
-    flat: dict[str, str] = {}
-    for key, value in metrics.items():
-        if isinstance(value, Mapping):
-            flat |= flatten_metrics(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = _text(value)
-    return flat
+    return {name: _text(value) for name, value in leaves(metrics).items()}
 
 
 def _text(value: object) -> str:

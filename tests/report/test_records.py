@@ -10,12 +10,16 @@ import pytest
 import yaml
 
 from fat import FatError
+from fat.experiment.config import RunConfig
 from fat.report.records import (
+    RENAMED_OPTIONS,
+    RENAMED_VALUES,
     find_runs,
     finite,
     is_run,
     is_sweep,
     latencies,
+    leaves,
     number,
     read_csv,
     read_run,
@@ -23,6 +27,7 @@ from fat.report.records import (
     total_seconds,
     word,
 )
+from fat.utils.options import entries
 from tests.report.fake_runs import fail, fake_run, metrics
 
 
@@ -127,6 +132,20 @@ def test_files_of_version_0_1_read_with_todays_names(tmp_path: Path) -> None:
         {"layer": "vector", "grid": "symmetric_unsigned"},
         {"layer": "b", "grid": "affine"},
     ]
+
+
+def test_all_renamed_options_are_known() -> None:
+    """The names are those that the options declare, as far as version 0.1 wrote them."""
+    declared = {
+        f"{entry.key.rpartition('.')[0]}.{earlier}": entry.key
+        for entry in entries(RunConfig)
+        for earlier in entry.rule.earlier
+    }
+    file = Path(__file__).parents[1] / "legacy/config_keys.yaml"
+    written = leaves(yaml.safe_load(file.read_text())["train"])
+    assert {key: declared[key] for key in written if key in declared} == RENAMED_OPTIONS
+    values = {entry.key: entry.rule.renamed for entry in entries(RunConfig) if entry.rule.renamed}
+    assert values == {key: RENAMED_VALUES[key] for key in RENAMED_VALUES if "." in key}
 
 
 def test_a_sweep_of_version_0_1_has_todays_command(tmp_path: Path) -> None:
