@@ -1,4 +1,4 @@
-"""The pages in a real browser: drawn, quiet, as wide as the screen, and their tables work."""
+"""The pages in a real browser: plots are drawn, nothing overflows, tables work, no requests."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """run, hostile, failed and sweep with their pages, and comparison.html over them."""
+    """Folders run, hostile, failed and sweep with their pages, and comparison.html."""
     place = tmp_path_factory.mktemp("browser")
     hostile = metrics(model=HOSTILE, init=HOSTILE, command=HOSTILE)
     runs = [
@@ -50,7 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Watch:
-    """What a page did that nobody asked for."""
+    """Console messages and requests of a page."""
 
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -60,13 +60,13 @@ class Watch:
 def opened(
     browser: Any, file: Path, size: dict[str, int], *, drawn: bool = False
 ) -> Iterator[tuple[Any, Watch]]:
-    """A page in a window; it may complain of nothing and ask for nothing.
+    """Open a page; it must log nothing to the console and request nothing.
 
     Args:
-        browser: What opens it.
+        browser: The browser.
         file: The page.
-        size: Of the window.
-        drawn: Wait for all plots, also for those out of sight.
+        size: Size of the window.
+        drawn: Wait for all plots, including those out of view.
     """
     watch = Watch()
     phone = size is PHONE
@@ -141,7 +141,7 @@ def test_hostile_names_are_shown_and_do_nothing(browser: Any, pages: Path) -> No
 
 
 def column(page: Any, title: str) -> tuple[int, list[str]]:
-    """A column of the table of all runs: its place, and its texts from top to bottom."""
+    """Index and texts of a column of the table of all runs."""
     heads = page.locator("#table-all-runs th button").all_inner_texts()
     place = heads.index(title)
     cells = page.locator(f"#table-all-runs tbody tr td:nth-child({place + 1})")

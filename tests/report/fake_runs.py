@@ -1,4 +1,4 @@
-"""Run and sweep directories made up for the tests of report pages; also a look at the pages.
+"""Made-up run and sweep directories for the tests of report pages.
 
 ``python -m tests.report.fake_runs DIR`` writes an example of each, with its pages.
 """
@@ -28,7 +28,7 @@ from fat.quant.config import BITS, QuantSpec
 HOSTILE = (
     "</script><script>document.title='broken'</script><b onmouseover=\"x\">&amp; 'q' %{x} $1$ 日本"
 )
-"""What a layer, a class or a message may be called; every page must show it as it is."""
+"""Hostile name of a layer, a class or a message; every page must show it verbatim."""
 MEGABYTES = {"mobilenet_v2": 14.0, "mnasnet_100": 17.5, "efficientnet_lite0": 18.5}
 
 
@@ -64,7 +64,7 @@ def metrics(
     command: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """metrics.json of a run that lost ``drops`` points after calibration and after training."""
+    """metrics.json of a run with accuracy ``drops`` after calibration and after training, points."""
     size = MEGABYTES.get(model, 10.0)
     before, after = drops
     float_top1 = 72.5 if labelled else None
@@ -159,7 +159,7 @@ def metrics(
 
 
 def config(told: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """config.yaml that goes with metrics.json."""
+    """config.yaml that matches metrics.json."""
     content: dict[str, Any] = {
         "model": {"name": told["model"], "weights": None},
         "data": {"source": "folder", "root": "DIR"},
@@ -361,7 +361,7 @@ def _details(layers: Sequence[Sequence[object]], name: str) -> dict[str, Any]:
 
 
 def fail(directory: Path, *, error: str, message: str, command: str | None = None) -> Path:
-    """A run that failed before its first figures."""
+    """A run that failed before its first metrics."""
     directory.mkdir(parents=True)
     traceback = (
         f'Traceback (most recent call last):\n  File "fat/models.py", line 3\n{error}: {message}\n'

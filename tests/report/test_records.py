@@ -1,4 +1,4 @@
-"""Runs and sweeps are read as far as they are there."""
+"""Reading runs and sweeps, complete, incomplete and damaged ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m fat.report``: what it writes, and what it says to a mistake."""
+"""``python -m fat.report``: written files, and messages on wrong arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of runs and sweeps, of whole ones and of what a failure left."""
+"""Pages of runs and sweeps, complete and failed ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VOID = {"meta", "link", "input", "img", "br"}
 
 
 class Page(HTMLParser):
-    """A page taken apart: its text, its tags, and the figures in it.
+    """A parsed page: its text, tags, and figures.
 
     Attributes:
         text: All text outside of scripts and styles, in one line.
@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 
 def check(source: str) -> Page:
-    """A page that holds together: balanced, with valid figures and nothing from outside."""
+    """Check that a page is well-formed, with valid figures, and refers to nothing outside."""
     page = Page(source)
     for figure in page.figures:
         go.Figure(figure)
@@ -226,7 +226,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 
 def test_a_page_of_files_that_hold_anything(tmp_path: Path) -> None:
-    """NaN and infinity, wrong types and half of a file are all somebody's run."""
+    """NaN, infinity, wrong types and truncated files still give a page."""
     directory = fake_run(tmp_path / "run", tensors=4)
     (directory / "metrics.json").write_text(
         '{"status": "trained", "model": 3, "float": {"top1": NaN}, "calibrated": {"top1": '

@@ -1,4 +1,4 @@
-"""What differs between runs, how heat maps are laid out, and Pareto fronts."""
+"""Differing options, layout of heat maps, and Pareto fronts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""sweep.csv against values worked out by hand."""
+"""sweep.csv against values computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The workspace against the library's own model of it, and against what runs log."""
+"""The workspace matches the library's own model of it, and the names that runs log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No key is found, and nothing may be asked of W&B."""
+    """No API key is found, and W&B is never contacted."""
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -44,7 +44,7 @@ def panels(content: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def keys(content: dict[str, Any], section: str) -> set[str]:
-    """All keys of a section, ``config`` or ``summary``, that the workspace asks for."""
+    """All keys of a section, ``config`` or ``summary``, that the workspace refers to."""
     text = json.dumps(content)
     found = set(re.findall(rf'"{section}:([\w.]+)"', text))
     for panel in panels(content):
@@ -127,7 +127,7 @@ def test_every_option_that_is_asked_for_exists() -> None:
 
 
 def dotted(nested: dict[str, Any], prefix: str = "") -> set[str]:
-    """Names of the figures of metrics.json as loggers are given them."""
+    """Dotted names of the metrics in metrics.json, as loggers receive them."""
     names: set[str] = set()
     for key, value in nested.items():
         inner = dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}"}
@@ -136,7 +136,7 @@ def dotted(nested: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 class Heard:
-    """A logger that keeps the names of figures."""
+    """A logger that records the names of metrics."""
 
     def __init__(self) -> None:
         self.names: set[str] = set()
@@ -255,7 +255,7 @@ def test_the_package_is_missing(
 
 
 def test_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent is what the dry run prints; the answer becomes the address."""
+    """What is sent equals the output of --dry-run; the response determines the URL."""
     sent: list[Any] = []
 
     def upsert(view: Any) -> dict[str, Any]:

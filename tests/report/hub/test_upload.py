@@ -1,4 +1,4 @@
-"""A run on the hub: what the card says, what is never told, and what is uploaded."""
+"""A run on the hub: the model card, redaction of private values, and the upload."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def metrics_of(**changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run whose every file tells of its owner."""
+    """The directory of a run with its owner's name in every file."""
     directory = tmp_path_factory.mktemp("run")
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(16, 3, 16, 16, generator=generator)
@@ -142,7 +142,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def text_of(folder: Path) -> str:
-    """Everything that can be read in a folder's files, their metadata included."""
+    """The text of all files in a folder, including their metadata."""
     parts = [path.name + path.read_bytes().decode("latin-1") for path in folder.iterdir()]
     return "\n".join(parts)
 
@@ -536,7 +536,7 @@ def test_images_are_prepared_as_for_the_figures(
 
 
 class LocalHub(HfApi):
-    """The client, with the hub's answers made up and commits applied to a folder."""
+    """A client that fakes the hub's responses and applies commits to a folder."""
 
     def __init__(self, root: Path, owner: str = "bob", fails: Exception | None = None) -> None:
         super().__init__(token="hf_fake")
