@@ -64,7 +64,7 @@ def metrics(
     command: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """metrics.json of a run with accuracy ``drops`` after calibration and after training, points."""
+    """metrics.json of a run with accuracy ``drops`` after calibration and training, points."""
     size = MEGABYTES.get(model, 10.0)
     before, after = drops
     float_top1 = 72.5 if labelled else None
