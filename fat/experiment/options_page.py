@@ -104,9 +104,14 @@ def _order(inside: list[Entry], entry: Entry) -> tuple[int, ...]:
 def _comment(entry: Entry) -> str:
     names = entry.rule.names(entry.kind) or ()
     listed = all(name in entry.meaning for name in names)
-    allowed = "" if listed else f" ({', '.join(names)})"
+    allowed = "" if listed else f" ({_folder(entry) or ', '.join(names)})"
     effect = f" [{entry.effect_text}]" if entry.effect_text else ""
     return f"{entry.meaning}{allowed}{effect}"
+
+
+def _folder(entry: Entry) -> str:
+    """Return the folder with a file per name for names of a registry, so that it may grow."""
+    return f"names in conf/{entry.key.split('.')[0]}/" if callable(entry.rule.allowed) else ""
 
 
 def _row(entry: Entry) -> str:
@@ -115,7 +120,7 @@ def _row(entry: Entry) -> str:
     cells = (
         f"`{entry.key}`",
         f"`{entry.default_text}`" if entry.default_text else "",
-        entry.allowed,
+        _folder(entry) or entry.allowed,
         f"{entry.meaning}.{effect}",
         f"`{entry.owner.__name__}.{entry.path[-1]}`",
     )
