@@ -1,27 +1,28 @@
-"""One run as a flat list: built from a config, everything left in a directory."""
+"""One run, from a config to a run directory; :func:`_run` lists its steps."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import environments
 from pytorch_lightning.strategies import DDPStrategy
 from tqdm.auto import tqdm
 
 from fat.data.datamodule import FatDataModule
-from fat.evaluation.bit_allocation import choose_bits, mean_bits, size_mb
+from fat.evaluation.bit_allocation import mean_bits, size_mb
 from fat.evaluation.details import LAYERS, write_details
 from fat.evaluation.evaluator import Disagreements, accuracy_drop, evaluate
 from fat.evaluation.layer_analysis import float_shift_db, layer_errors
-from fat.evaluation.sensitivity_file import SensitivityReport, format_bits, read_sensitivity
+from fat.evaluation.sensitivity_file import SensitivityReport
 from fat.experiment.build import (
     InputSpec,
     asked_target,
@@ -32,6 +33,7 @@ from fat.experiment.build import (
     own_classes,
 )
 from fat.experiment.config import RunConfig, TrainerConfig
+from fat.experiment.mixed_bits import check_layers, check_network, mixed_spec
 from fat.experiment.run_directory import (
     CHECKPOINTS,
     EQUALIZATION,
@@ -49,11 +51,14 @@ from fat.experiment.run_directory import (
 )
 from fat.experiment.run_files import (
     advice,
+    has_failed,
+    summary,
     versions,
     write_equalization,
     write_metrics,
     write_thresholds,
 )
+from fat.export.base import ExportBackend
 from fat.models.calibration import calibrate
 from fat.models.float_model import FloatNetwork, load_float_network
 from fat.models.logits_cache import TeacherLogitsCache
@@ -66,11 +71,13 @@ from fat.report.plots import run_figures
 from fat.report.run_page import HTML, write_run
 from fat.report.text import format_export, format_metrics
 from fat.training.callbacks import AlphaHistory, CSVHistory
+from fat.training.finetuning import FinetuneResult
 from fat.training.fitting import FitResult, fit
 from fat.training.loggers import finish, log_results, make_logger, sync_command
 from fat.training.module import NO_LABELS
 from fat.training.resume import clear_starts
 from fat.utils import distributed
+from fat.utils.commands import command_line
 from fat.utils.errors import FatError
 
 __all__ = ["run"]
@@ -79,7 +86,7 @@ logger = logging.getLogger(__name__)
 
 LOG = "train.log"
 DETAILED = 16
-"""So many validation images are what the run's page shows of the layers."""
+"""Number of validation images for the layer statistics on the run's page."""
 
 
 def run(
@@ -91,44 +98,43 @@ def run(
     shared: Path | None = None,
     resume: bool = False,
 ) -> float:
-    """Quantize one network, train its thresholds, judge it, and leave the run directory.
+    """Quantize a network, train its thresholds, evaluate it, and write the run directory.
 
     Args:
-        config: What conf/ composed. With more than one device, one process is started for each,
-            unless torchrun has done so.
+        config: The options. With more than one device, one process is started for each, unless
+            torchrun has done so.
         directory: The run directory.
-        command: What gives this run again, for reports.
-        sweep: What the sweep that it belongs to is called.
-        shared: Folder where the runs of a sweep leave what they have in common.
-        resume: Go on with the run that the directory holds, if it holds one.
+        command: The command that repeats this run, for reports.
+        sweep: Name of the sweep that the run belongs to.
+        shared: Folder for what the runs of a sweep share.
+        resume: Resume the run in the directory, if there is one.
 
     Returns:
-        What a sweeper should make small: points of top-1 lost against the float network, or
-        100 − agreement where there are no labels.
+        The value that a sweeper minimizes: points of top-1 accuracy lost against the float
+        network, or 100 − agreement if there are no labels.
 
     Raises:
-        FatError: For anything the user can mend.
+        FatError: For anything that the user can fix.
         KeyboardInterrupt: After Ctrl-C, when the best student so far has been saved.
     """
     trainer = config.trainer
-    arguments = (config, directory, command, sweep, shared, resume)
     accelerator = accelerator_of(trainer)
     if distributed.started_outside():
         distributed.check_devices(trainer.devices)
         distributed.join(accelerator)
         if not distributed.is_main_process():
             logging.getLogger().setLevel(logging.ERROR)
-        # Each process was given one of its own, named after the time.
+        # Each process has been given its own directory, named after the time.
         directory = Path(distributed.broadcast_object(str(directory)))
-        arguments = (config, directory, command, sweep, shared, resume)
-    elif trainer.devices > 1:
+    arguments = (config, directory, command, sweep, shared, resume)
+    if trainer.devices > 1 and not distributed.started_outside():
         value: float = distributed.launch(_run_as_one_of, arguments, trainer.devices, accelerator)
         return value
     return _run(*arguments)
 
 
 def _run_as_one_of(config: RunConfig, directory: Path, *others: Any) -> float:
-    """A run in one of the processes that :func:`run` started, where nobody set up logging."""
+    """Run in one of the processes that :func:`run` started, which have no logging set up."""
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if distributed.rank() == 0:
         directory.mkdir(parents=True, exist_ok=True)
@@ -149,87 +155,27 @@ def _run(
     writes = distributed.is_main_process()
     with distributed.main_process_first():
         earlier = begin(directory, config, resume=resume or not writes)
-    spec, recipe, finetuning = config.quant, config.optim, config.finetuning
     target = asked_target(config.export)
     if config.hub is not None:
         check_before(config.hub)
-    measured = read_sensitivity(config.mixed) if config.mixed is not None else None
-    if measured is not None:
-        spec = _with_mixed_bits(spec, measured, config.budget_mb)
+    spec, measured = mixed_spec(config)
     set_up(config.trainer, config.seed)
-    device = device_of(config.trainer)
     if earlier is not None and earlier["status"] == "finished":
         logger.info("%s is finished already.", directory)
         return objective(earlier)
+
+    seconds = {} if earlier is None else earlier["seconds"]
     progress = config.trainer.progress and writes
-    clock = _Clock({} if earlier is None else earlier["seconds"])
-
-    with clock("load"), distributed.main_process_first():
-        loaded = load_float_network(**asdict(config.model), seed=config.seed)
-        source = for_images(loaded, config.data)
-        _check_measured(measured, source)
-        wanted = InputSpec.of(source)
-        if finetuning is not None:  # the network will have the data's own classes
-            classes = own_classes(config.data)
-            wanted = replace(wanted, num_classes=len(classes), classes=classes)
-        images = config.data
-        if resume and images.index is None and (directory / IMAGES).is_file():
-            images = replace(images, index=str(directory / IMAGES))  # whatever came since
-        data = make_data(images, wanted, config.seed, device=device, progress=progress)
-        data.setup()
-        if data.index is not None and writes:
-            data.index.save(directory / IMAGES)
-        if recipe.label_weight and recipe.epochs and not data.train.source.labelled:
-            raise FatError(NO_LABELS)  # known now, rather than after the first epoch
-
-    teacher = None
-    if finetuning is not None:
-        assert wanted.classes is not None
-        with clock("finetune"), distributed.main_process_first():  # the others find it in the cache
-            source, teacher = finetuned(
-                source,
-                data,
-                finetuning,
-                wanted.classes,
-                seed=config.seed,
-                device=device,
-                progress=progress,
-            )
-
-    with clock("prepare"), distributed.local_only():
-        examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
-        student = prepare(source.network, examples or data.example_batch()[0], spec)
-        _check_layers(measured, student)
-        student.origin = _origin(source)
-        check_saveable(student)
-        _say_prepared(student)
-        if student.report is not None and student.report.equalize is not None and writes:
-            write_equalization(directory / EQUALIZATION, student.report.equalize)
-    student = student.to(device)
+    job = _Job(config, directory, sweep, resume, writes, progress, _Clock(seconds))
+    network, inputs, data = job.load(measured)
+    network, teacher = job.finetune(network, inputs, data)
+    student = job.prepare(network, data, spec, measured)
     student.teacher_cache = TeacherLogitsCache(student.teacher, shared and shared / "logits.sqlite")
-
-    with clock("calibrate"):
-        batches = data.calibration_dataloader().to(device)
-        calibrate(student, tqdm(batches, "Calibrate", leave=False, disable=not progress))
-        shift = None
-        if spec.equalize.method != "none":
-            shift = float_shift_db(student, data.val_dataloader().to(device))
-            logger.info("Equalization moved the float logits to %.1f dB on unseen images.", shift)
-
-    differing = Disagreements()
-    if earlier is None:
-        with clock("evaluate"):
-            before = evaluate(
-                student,
-                data.test_dataloader().to(device),
-                progress=_bar(progress, "calibrated"),
-                differing=differing,
-            )
-    else:
-        before = _before(earlier)
-    metrics: dict[str, Any] = {
-        "model": source.name,
-        "weights": source.weights,
+    shift = job.calibrate(student, data)
+    before, differing = job.evaluate(student, data, "calibrated", earlier)
+    metrics = {
+        "model": network.name,
+        "weights": network.weights,
         "teacher": None if teacher is None else asdict(teacher),
         "data": {"source": config.data.source, "root": config.data.root, **data.summary()},
         "bits": {"weight": mean_bits(student), "activation": spec.for_activations},
@@ -247,135 +193,54 @@ def _run(
         "trained": None,
         "accuracy_drop": before["accuracy_drop"],
         "equalization": _equalization(student, shift),
-        "seconds": clock.seconds,
+        "seconds": job.clock.seconds,
     }
-    rows = {"float": before["float"], "calibrated": before["quantized"]}
     if earlier is None:
-        if writes:  # now, so that whatever happens while training costs no finished result
-            write_metrics(directory / METRICS, metrics)
-            save(student, directory / STUDENT)
-        logger.info(
-            "Before training, on %d test images:\n%s", before["images"], format_metrics(rows)
-        )
+        job.save_calibrated(student, metrics, before["images"])
 
-    result: FitResult | None = None
-    after = before
-    log = None
-    if recipe.trains:
-        log = (
-            make_logger(
-                run_name=config.name or _run_name(source.name, spec),
-                folder=directory,
-                config=stored_config(config),
-                **{**asdict(config.logger), "group": config.logger.group or sweep},
-            )
-            if writes
-            else None
-        )
-        with clock("train"):
-            result = fit(
-                student,
-                data.train_dataloader().to(device),
-                validation=data.val_dataloader().to(device),
-                spec=recipe,
-                callbacks=[
-                    CSVHistory(directory / HISTORY),
-                    *([AlphaHistory()] if log is not None else []),
-                ],
-                progress=progress,
-                seed=config.seed,
-                trainer_options={**_devices(config.trainer), "logger": log or False},
-                checkpoints=directory / CHECKPOINTS,
-                checkpoint_every=config.trainer.checkpoint_every,
-                resume=resume,
-            )
-            student = student.to(device)
-            if writes:
-                save(student, directory / STUDENT)
-                write_thresholds(directory / THRESHOLDS, student)
-        if result.interrupted:
-            logger.warning(
-                "Interrupted after %d steps. The best student so far (step %d) is in %s; judge it "
-                "with: python evaluate.py run=%s\nGo on with: python train.py resume=%s",
-                result.steps,
-                result.best_step,
-                directory / STUDENT,
-                directory,
-                directory,
-            )
-            raise KeyboardInterrupt
-        differing = Disagreements()
-        with clock("evaluate"):
-            after = evaluate(
-                student,
-                data.test_dataloader().to(device),
-                progress=_bar(progress, "trained"),
-                differing=differing,
-            )
-        rows["trained"] = after["quantized"]
+    result, run_logger = None, None
+    if config.optim.trains:
+        run_logger = job.make_logger(network.name, spec)
+        result = job.train(student, data, run_logger)
+        after, differing = job.evaluate(student, data, "trained")
         metrics["trained"] = after["quantized"]
         metrics["training"] = asdict(result)
+        metrics["accuracy_drop"] = after["accuracy_drop"]
     elif writes:
         write_thresholds(directory / THRESHOLDS, student)
-    metrics["accuracy_drop"] = after["accuracy_drop"]
+
     data.share_skipped()
-    seen, together = differing.gather(), distributed.size()
+    seen, processes = differing.gather(), distributed.size()
     if not writes:
         return objective(metrics)
-
-    with distributed.local_only():  # the rest needs one process
+    with distributed.local_only():
         metrics["data"] |= data.summary()
         metrics["status"] = "finished" if target is None else "trained"
-        with clock("report"):
-            shown = [part.to(device) for part in data.example_batch(DETAILED, "validation")]
-            # Of several processes the first knows its own images' names only.
-            names = data.test.readable_names() if together == 1 else None
-            write_details(directory, student, shown, seen, names=names)
-        metrics["seconds"] = clock.seconds
-        _keep(directory, metrics)
-        _summarise(directory, spec, rows, metrics, result, student, data, device, sync_command(log))
-        files: list[Path] = []
-        if target is not None:  # last: a file that fails its test costs no finished result
-            with clock("export"):
-                report = export_student(
-                    student,
-                    target,
-                    directory,
-                    data.test_dataloader(),
-                    config.export,
-                    metrics,
-                    progress=progress,
-                )
-            files.append(directory / report["file"])
-            metrics["exported"] = {target.name: report}
-            metrics["status"] = "finished"
-            metrics["seconds"] = clock.seconds
-            _keep(directory, metrics)
-            logger.info("\n%s", format_export(report))
-        if log is not None:
+        # Of several processes the first knows the names of its own images only.
+        names = data.test.readable_names() if processes == 1 else None
+        job.report(student, data, metrics, seen, names)
+        job.log_summary(student, data, metrics, spec, result, sync_command(run_logger))
+        files = []
+        if target is not None:  # last: an export that fails loses no finished result
+            files.append(job.export(student, data, metrics, target))
+        if run_logger is not None:
             log_results(
-                log,
+                run_logger,
                 metrics,
                 result.steps if result else 0,
                 table=directory / LAYERS,
                 figures=run_figures(directory),
                 files=files,
             )
-            finish(log)
+            finish(run_logger)
         clear_starts(directory / CHECKPOINTS)
         if config.hub is not None:
             logger.info("On the hub: %s", push_to_hub(directory, config.hub))
     return objective(metrics)
 
 
-def _keep(directory: Path, metrics: Mapping[str, Any]) -> None:
-    """Write what is known of a run, for programs and for people."""
-    write_metrics(directory / METRICS, metrics)
-    write_run(directory)
-
-
 class _Clock:
-    """Seconds spent under each name, on top of those that an interrupted run had spent."""
+    """Seconds spent under each name, added to those of an interrupted run."""
 
     def __init__(self, seconds: Mapping[str, float]) -> None:
         self.seconds = dict(seconds)
@@ -390,8 +255,246 @@ class _Clock:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 3)
 
 
-def _bar(progress: bool, name: str) -> str | None:
-    return f"Evaluate {name}" if progress else None
+@dataclass(frozen=True)
+class _Job:
+    """The steps of a run, and what they have in common."""
+
+    config: RunConfig
+    directory: Path
+    sweep: str | None
+    resume: bool
+    writes: bool
+    progress: bool
+    clock: _Clock
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the student."""
+        return device_of(self.config.trainer)
+
+    def load(
+        self, measured: SensitivityReport | None
+    ) -> tuple[FloatNetwork, InputSpec, FatDataModule]:
+        """Load the float network and the images; the spec says what images the network takes."""
+        config = self.config
+        with self.clock("load"), distributed.main_process_first():
+            loaded = load_float_network(**asdict(config.model), seed=config.seed)
+            network = for_images(loaded, config.data)
+            check_network(measured, network)
+            inputs = InputSpec.of(network)
+            if config.finetuning is not None:  # the network gets the data's own classes
+                classes = own_classes(config.data)
+                inputs = replace(inputs, num_classes=len(classes), classes=classes)
+            images = config.data
+            if self.resume and images.index is None and (self.directory / IMAGES).is_file():
+                # The images of the first start, whatever has been added since.
+                images = replace(images, index=str(self.directory / IMAGES))
+            data = make_data(
+                images, inputs, config.seed, device=self.device, progress=self.progress
+            )
+            data.setup()
+            if data.index is not None and self.writes:
+                data.index.save(self.directory / IMAGES)
+            recipe = config.optim
+            if recipe.label_weight and recipe.epochs and not data.train.source.labelled:
+                raise FatError(NO_LABELS)  # now rather than after the first epoch
+        return network, inputs, data
+
+    def finetune(
+        self, network: FloatNetwork, inputs: InputSpec, data: FatDataModule
+    ) -> tuple[FloatNetwork, FinetuneResult | None]:
+        """Train a new classifier for the data's own classes, if ``teacher=finetune``."""
+        if self.config.finetuning is None:
+            return network, None
+        assert inputs.classes is not None
+        # The other processes find it in the cache.
+        with self.clock("finetune"), distributed.main_process_first():
+            return finetuned(
+                network,
+                data,
+                self.config.finetuning,
+                inputs.classes,
+                seed=self.config.seed,
+                device=self.device,
+                progress=self.progress,
+            )
+
+    def prepare(
+        self,
+        network: FloatNetwork,
+        data: FatDataModule,
+        spec: QuantSpec,
+        measured: SensitivityReport | None,
+    ) -> Student:
+        """Build the student: fold batch norms, equalize layers, insert quantizers."""
+        with self.clock("prepare"), distributed.local_only():
+            examples = data.calibration_dataloader() if spec.equalize.method != "none" else None
+            student = prepare(network.network, examples or data.example_batch()[0], spec)
+            check_layers(measured, student)
+            student.origin = {
+                "name": network.name,
+                "weights": network.weights,
+                "num_classes": network.num_classes,
+                "classes": network.classes,
+                "preprocessing": network.preprocessing.to_dict(),
+            }
+            check_saveable(student)
+            _log_prepared(student)
+            if student.report is not None and student.report.equalize is not None and self.writes:
+                write_equalization(self.directory / EQUALIZATION, student.report.equalize)
+        return student.to(self.device)
+
+    def calibrate(self, student: Student, data: FatDataModule) -> float | None:
+        """Set the thresholds; return how much equalization moved the float logits, in dB."""
+        with self.clock("calibrate"):
+            batches = data.calibration_dataloader().to(self.device)
+            calibrate(student, tqdm(batches, "Calibrate", leave=False, disable=not self.progress))
+            if student.spec.equalize.method == "none":
+                return None
+            shift = float_shift_db(student, data.val_dataloader().to(self.device))
+            logger.info("Equalization moved the float logits to %.1f dB on unseen images.", shift)
+            return shift
+
+    def evaluate(
+        self,
+        student: Student,
+        data: FatDataModule,
+        stage: str,
+        earlier: Mapping[str, Any] | None = None,
+    ) -> tuple[dict[str, Any], Disagreements]:
+        """Evaluate on the test images, unless an interrupted run has done so."""
+        differing = Disagreements()
+        if earlier is not None:
+            top1 = earlier["float"]["top1"], earlier["calibrated"]["top1"]
+            drop = accuracy_drop(*top1)
+            measured = {"float": earlier["float"], "quantized": earlier["calibrated"]}
+            return {**measured, "accuracy_drop": drop}, differing
+        with self.clock("evaluate"):
+            found = evaluate(
+                student,
+                data.test_dataloader().to(self.device),
+                progress=f"Evaluate {stage}" if self.progress else None,
+                differing=differing,
+            )
+        return found, differing
+
+    def save_calibrated(self, student: Student, metrics: Mapping[str, Any], images: int) -> None:
+        """Save the calibrated student before training, which may be interrupted."""
+        if self.writes:
+            write_metrics(self.directory / METRICS, metrics)
+            save(student, self.directory / STUDENT)
+        rows = {name: metrics[name] for name in ("float", "calibrated")}
+        logger.info("Before training, on %d test images:\n%s", images, format_metrics(rows))
+
+    def make_logger(self, model: str, spec: QuantSpec) -> Logger | None:
+        """Create the Lightning logger of the main process."""
+        if not self.writes:
+            return None
+        options = self.config.logger
+        bits = "mixed" if spec.layer_bits else spec.for_weights
+        name = f"{model}-w{bits}a{spec.for_activations}-{spec.granularity}"
+        return make_logger(
+            run_name=self.config.name or name,
+            folder=self.directory,
+            config=stored_config(self.config),
+            **{**asdict(options), "group": options.group or self.sweep},
+        )
+
+    def train(self, student: Student, data: FatDataModule, run_logger: Logger | None) -> FitResult:
+        """Train the thresholds and save the best student."""
+        directory, trainer = self.directory, self.config.trainer
+        with self.clock("train"):
+            result = fit(
+                student,
+                data.train_dataloader().to(self.device),
+                validation=data.val_dataloader().to(self.device),
+                spec=self.config.optim,
+                callbacks=[
+                    CSVHistory(directory / HISTORY),
+                    *([AlphaHistory()] if run_logger is not None else []),
+                ],
+                progress=self.progress,
+                seed=self.config.seed,
+                trainer_options={**_devices(trainer), "logger": run_logger or False},
+                checkpoints=directory / CHECKPOINTS,
+                checkpoint_every=trainer.checkpoint_every,
+                resume=self.resume,
+            )
+            student.to(self.device)
+            if self.writes:
+                save(student, directory / STUDENT)
+                write_thresholds(directory / THRESHOLDS, student)
+        if result.interrupted:
+            logger.warning(
+                "Interrupted after %d steps. The best student so far (step %d) is in %s; evaluate "
+                "it with: %s\nResume with: %s",
+                result.steps,
+                result.best_step,
+                directory / STUDENT,
+                command_line("evaluate", f"run={directory}"),
+                command_line("train", f"resume={directory}"),
+            )
+            raise KeyboardInterrupt
+        return result
+
+    def report(
+        self,
+        student: Student,
+        data: FatDataModule,
+        metrics: Mapping[str, Any],
+        seen: Disagreements,
+        names: Sequence[str] | None,
+    ) -> None:
+        """Write the statistics of the layers, metrics.json and the run's page."""
+        with self.clock("report"):
+            shown = [part.to(self.device) for part in data.example_batch(DETAILED, "validation")]
+            write_details(self.directory, student, shown, seen, names=names)
+        write_metrics(self.directory / METRICS, metrics)
+        write_run(self.directory)
+
+    def log_summary(
+        self,
+        student: Student,
+        data: FatDataModule,
+        metrics: Mapping[str, Any],
+        spec: QuantSpec,
+        result: FitResult | None,
+        sync: str | None,
+    ) -> None:
+        """Log the metrics, what training did, advice, and where everything is."""
+        lines = [summary(spec, metrics, result)]
+        if has_failed(metrics["calibrated"], result):
+            batch = next(iter(data.val_dataloader().to(self.device)))
+            errors = layer_errors(student, [batch])
+            lines.append(advice(spec, metrics["calibrated"], result, errors) or "")
+        seconds = (f"{name} {spent:.1f}" for name, spent in metrics["seconds"].items())
+        lines.append("Seconds: " + ", ".join(seconds))
+        lines.append(f"Run directory: {self.directory}")
+        lines.append(f"Report: {self.directory / HTML}")
+        if sync:
+            lines.append(f"Logged offline; upload with: {sync}")
+        logger.info("\n%s", "\n".join(lines))
+
+    def export(
+        self, student: Student, data: FatDataModule, metrics: dict[str, Any], target: ExportBackend
+    ) -> Path:
+        """Write the exported file, verify it, and finish the metrics."""
+        with self.clock("export"):
+            report = export_student(
+                student,
+                target,
+                self.directory,
+                data.test_dataloader(),
+                self.config.export,
+                metrics,
+                progress=self.progress,
+            )
+        metrics["exported"] = {target.name: report}
+        metrics["status"] = "finished"
+        write_metrics(self.directory / METRICS, metrics)
+        write_run(self.directory)
+        logger.info("\n%s", format_export(report))
+        return self.directory / str(report["file"])
 
 
 def _devices(trainer: TrainerConfig) -> dict[str, Any]:
@@ -404,110 +507,18 @@ def _devices(trainer: TrainerConfig) -> dict[str, Any]:
     if distributed.size() > 1:
         options |= {
             "num_nodes": distributed.size() // trainer.devices,
-            # No tensor but the trained ones changes, and the teacher's need not be sent each step;
-            # processes may also have different numbers of validation batches.
+            # Only trained tensors change: the teacher's need not be sent each step. And processes
+            # may have different numbers of validation batches.
             "strategy": DDPStrategy(
                 cluster_environment=environments.TorchElasticEnvironment(),  # type: ignore[attr-defined]
                 forward_sync_buffers=False,
             ),
-            "use_distributed_sampler": False,  # the loaders see to it themselves
+            "use_distributed_sampler": False,  # the loaders divide the images themselves
         }
     return options
 
 
-def _before(earlier: Mapping[str, Any]) -> dict[str, Any]:
-    """What :func:`fat.evaluation.evaluator` had given before the training of a run that goes on."""
-    top1 = earlier["float"]["top1"], earlier["calibrated"]["top1"]
-    return {
-        "float": earlier["float"],
-        "quantized": earlier["calibrated"],
-        "accuracy_drop": accuracy_drop(*top1),
-    }
-
-
-def _origin(source: FloatNetwork) -> dict[str, Any]:
-    return {
-        "name": source.name,
-        "weights": source.weights,
-        "num_classes": source.num_classes,
-        "classes": source.classes,
-        "preprocessing": source.preprocessing.to_dict(),
-    }
-
-
-def _run_name(model: str, spec: QuantSpec) -> str:
-    return f"{model}-w{_weights(spec)}a{spec.for_activations}-{spec.granularity}"
-
-
-def _weights(spec: QuantSpec) -> str:
-    return "mixed" if spec.layer_bits else str(spec.for_weights)
-
-
-def _with_mixed_bits(
-    spec: QuantSpec, measured: SensitivityReport, budget_mb: float | None
-) -> QuantSpec:
-    assert budget_mb is not None  # QuantConfig was checked
-    chosen = choose_bits(
-        measured.rows, budget_mb, first_bits=spec.first_bits, last_bits=spec.last_bits
-    )
-    logger.info(
-        "Bits of weights for %.3f of %g MB; their noise alone is predicted to leave %.1f dB, and "
-        "no choice is predicted to leave more than %.1f dB:\n%s",
-        chosen.size_mb,
-        budget_mb,
-        chosen.predicted_db,
-        chosen.bound_db,
-        format_bits(chosen.bits),
-    )
-    for option in ("granularity", "weight_init", "equalize"):
-        theirs, ours = getattr(measured.spec, option), getattr(spec, option)
-        if theirs != ours:
-            logger.warning(
-                "The sensitivity was measured with %s %s, this run has %s: its prediction may be "
-                "off. Measure a run with the same options.",
-                option,
-                theirs,
-                ours,
-            )
-    return replace(spec, layer_bits=chosen.bits)
-
-
-def _check_measured(measured: SensitivityReport | None, source: FloatNetwork) -> None:
-    """Raise a FatError if a sensitivity was measured on another network."""
-    if measured is None:
-        return
-    if measured.model != source.name:
-        raise _of_another_network(f"on {measured.model}, and this run is of {source.name}")
-    if measured.weights != source.weights:
-        logger.warning(
-            "The sensitivity was measured with weights from %s, this run has them from %s.",
-            measured.weights,
-            source.weights,
-        )
-
-
-def _check_layers(measured: SensitivityReport | None, student: Student) -> None:
-    """The same for networks of one name, such as one with another number of classes."""
-    if measured is None:
-        return
-    theirs = {row.layer: row.parameters for row in measured.rows if row.kind == "weight"}
-    ours = {layer.layer: layer.weight.numel() for layer in student.layers()}
-    for name in theirs | ours:
-        if theirs.get(name) != ours.get(name):
-            raise _of_another_network(
-                f"where '{name}' has {theirs.get(name, 0)} weights, and here it has "
-                f"{ours.get(name, 0)}"
-            )
-
-
-def _of_another_network(difference: str) -> FatError:
-    return FatError(
-        f"The sensitivity of quant.mixed was measured {difference}. Measure a run of this network: "
-        "python evaluate.py run=DIR analysis=sensitivity."
-    )
-
-
-def _say_prepared(student: Student) -> None:
+def _log_prepared(student: Student) -> None:
     report = student.report
     assert report is not None
     logger.info(
@@ -521,7 +532,8 @@ def _say_prepared(student: Student) -> None:
     logger.debug("Quantized activations: %s", ", ".join(report.insert.activations))
     if report.equalize is not None:
         logger.info(
-            "Equalized %d pairs of layers, %.0f %% of the channels locked: spread of filters %s",
+            "Equalized %d pairs of layers, %.0f %% of the channels locked; spread of the filters' "
+            "ranges: %s",
             len(report.equalize.pairs),
             100 * report.equalize.locked_share,
             "; ".join(
@@ -541,45 +553,3 @@ def _equalization(student: Student, shift: float | None) -> dict[str, Any] | Non
         "locked_share": report.equalize.locked_share,
         "float_shift_db": shift,
     }
-
-
-def _summarise(
-    directory: Path,
-    spec: QuantSpec,
-    rows: Mapping[str, Mapping[str, float | None]],
-    metrics: Mapping[str, Any],
-    result: FitResult | None,
-    student: Student,
-    data: FatDataModule,
-    device: torch.device,
-    sync: str | None,
-) -> None:
-    lines = [
-        f"{metrics['model']} ({metrics['weights']}), W{_weights(spec)}A{spec.for_activations} "
-        f"{spec.granularity} {spec.scheme}:",
-        format_metrics(rows),
-    ]
-    size = metrics["size_mb"]
-    lines.append(
-        f"Weights and biases: {size['float']:.3f} MB -> {size['quantized']:.3f} MB, "
-        f"{metrics['bits']['weight']:.4g} bits per weight."
-    )
-    if metrics["accuracy_drop"] is not None:
-        lines.append(f"Accuracy drop: {metrics['accuracy_drop']:.2f} points of top-1.")
-    if result is not None:
-        lines.append(
-            f"Reconstruction {result.reconstruction}; bias correction {result.bias_correction}; "
-            f"{result.steps} steps, kept the student of step {result.best_step}: validation loss "
-            f"{result.calibrated_loss:.4g} -> {result.best_loss:.4g}."
-        )
-    collapsed = advice(spec, rows["calibrated"], result, [])
-    if collapsed is not None:
-        batch = next(iter(data.val_dataloader().to(device)))
-        lines.append(advice(spec, rows["calibrated"], result, layer_errors(student, [batch])) or "")
-    seconds = metrics["seconds"]
-    lines.append("Seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items()))
-    lines.append(f"Run directory: {directory}")
-    lines.append(f"Report: {directory / HTML}")
-    if sync:
-        lines.append(f"Logged offline; upload with: {sync}")
-    logger.info("\n%s", "\n".join(lines))

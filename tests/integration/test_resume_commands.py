@@ -132,7 +132,7 @@ def test_after_ctrl_c_the_printed_command_goes_on(
     folder = tmp_path / "a run"  # a name that Hydra's grammar and a shell would take apart
     assert stopped(server, folder, signal.SIGINT) == 130
     output = server.log.read_text()
-    assert f"Go on with: python train.py resume={folder}" in output
+    assert f"Resume with: python train.py 'resume={folder}'" in output
     assert "Traceback" not in output
     status, output = server.run(f"resume={folder}", "trainer.threads=1", "name=another")
     assert status == 0, output
