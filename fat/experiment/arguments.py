@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from fat.experiment.config import RunConfig, current_overrides
 from fat.utils.commands import command_line
 from fat.utils.errors import FatError, no_run
 
@@ -109,13 +110,17 @@ def _find_sweep(words: Sequence[str]) -> Path:
     noted = sorted(Path("multirun").glob("*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
     for path in reversed(noted):
         earlier = json.loads(path.read_text(encoding="utf-8")).get("command")
-        # Without the program: python train.py and fat train start the same sweep.
-        if earlier is not None and shlex.split(earlier)[2:] == shlex.split(command)[2:]:
+        if earlier is not None and _options(earlier) == _options(command):
             return path.parent
     raise FatError(
         f"No sweep under multirun/ was started by: {command}\nType sweep.resume=DIR with the "
         "directory of the sweep, or leave sweep.resume out to start one."
     )
+
+
+def _options(command: str) -> list[str]:
+    """Today's names of the options of a command, which python train.py and fat train share."""
+    return current_overrides(shlex.split(command)[2:], RunConfig)
 
 
 def sweep_command(words: Sequence[str]) -> str:

@@ -7,9 +7,14 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from fat.experiment.config import EvaluateConfig, RunConfig, option_table
 from fat.utils.commands import command_line
+from fat.utils.options import Options
 
 __all__ = ["help_text"]
+
+_SCHEMAS: dict[str, type[Options]] = {"train": RunConfig, "evaluate": EvaluateConfig}
+_EVIDENT = ("text", "text, or null", "true and false")
 
 _ABOUT = {
     "train": """\
@@ -87,14 +92,26 @@ def help_text(name: str, folders: Sequence[Path]) -> str:
     choices = ["Groups and their choices: GROUP=CHOICE selects a file of conf/GROUP"]
     for group in order:
         names = sorted(groups[group] - ({"of_run"} if name == "train" else set()))
-        choices.append(_wrapped(f"  {group:12}{', '.join(names)}"))
+        choices.append(_wrapped(f"  {group:12}", ", ".join(names)))
+    options = ["Options: OPTION=VALUE; in [], the choices with which an option has an effect"]
+    for entry in option_table(_SCHEMAS[name]):
+        effect = f" [{entry.effect_text}]" if entry.effect_text else ""
+        head = f"  {entry.key}={entry.default_text}"
+        allowed = f" ({entry.allowed})" if entry.allowed not in _EVIDENT else ""
+        options.append(_wrapped(f"{head:34}", f"{entry.meaning}{allowed}{effect}"))
     sections = [
         f"usage: {commands[name]} [GROUP=CHOICE | OPTION=VALUE ...] [FLAG ...]",
         _ABOUT[name].format(**commands).rstrip(),
         "\n".join(choices),
+        "\n".join(options),
     ]
     return "\n\n".join([*sections, _FLAGS.format(complete=complete).rstrip()])
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text, 100, subsequent_indent=" " * 14, break_on_hyphens=False)
+def _wrapped(head: str, text: str) -> str:
+    """Two columns; a head that is wider than its column gets a line of its own."""
+    width = 14 if len(head) <= 14 else 34
+    filled = textwrap.wrap(text, 100 - width, break_on_hyphens=False)
+    if len(head) > width or not head.endswith(" "):
+        return "\n".join([head, *(" " * width + line for line in filled)])
+    return head + ("\n" + " " * width).join(filled)

@@ -103,6 +103,18 @@ def test_sweep_resume_finds_the_newest_sweep_of_the_same_command(here: Path) -> 
     assert words == ["-m", "seed=1,2", "sweep.resume=true", f"hydra.sweep.dir={found}"]
 
 
+@pytest.mark.parametrize(
+    "earlier",
+    ["fat train -m quant.granularity=per_channel", "python train.py -m quant.granularity=vector"],
+)
+def test_the_same_command_by_another_program_or_with_earlier_names(
+    here: Path, earlier: str
+) -> None:
+    sweep_in(here / "multirun" / "day" / "1", earlier)
+    words = arguments(["-m", "quant.granularity=per_channel", "sweep.resume=true"])
+    assert words[-1] == "hydra.sweep.dir=multirun/day/1"
+
+
 def test_sweep_resume_takes_a_directory(here: Path) -> None:
     sweep_in(here / "mine", "python train.py -m seed=1")
     for words in (
