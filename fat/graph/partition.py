@@ -99,7 +99,7 @@ def block_outputs(module: fx.GraphModule) -> list[fx.Node]:
     found = []
     for node in nodes[:last]:
         reader = only_user(node)
-        activated = reader is not None and _is_activation(module, reader)
+        activated = reader is not None and isinstance(module_of(module, reader), ACTIVATIONS)
         merges = node.target in MERGES and sum(n in flow for n in node.all_input_nodes) > 1
         projects = _is_dense(module, node) and (not activated or _separable(module, node))
         result = reader if activated else node
@@ -220,10 +220,6 @@ def _flow(module: fx.GraphModule) -> set[fx.Node]:
     return depends & matters
 
 
-def _is_activation(module: fx.GraphModule, node: fx.Node) -> bool:
-    return isinstance(module_of(module, node), ACTIVATIONS)
-
-
 def _is_dense(module: fx.GraphModule, node: fx.Node) -> bool:
     """Return True for a convolution that mixes channels."""
     layer = module_of(module, node)
@@ -233,7 +229,7 @@ def _is_dense(module: fx.GraphModule, node: fx.Node) -> bool:
 def _separable(module: fx.GraphModule, node: fx.Node) -> bool:
     """Return True if a convolution reads an activated depthwise convolution."""
     before = source(node)
-    if before is None or not _is_activation(module, before):
+    if before is None or not isinstance(module_of(module, before), ACTIVATIONS):
         return False
     first = source(before)
     layer = None if first is None else module_of(module, first)

@@ -297,20 +297,18 @@ def _reports(
     locked: Sequence[int],
     before: Sequence[tuple[float, float]],
 ) -> list[PairReport]:
-    reports = []
-    for group, count, (first, following) in zip(groups, locked, before, strict=True):
-        after = _spreads(module, group)
-        reports.append(
-            PairReport(
-                method,
-                " + ".join(group.first),
-                " + ".join(group.following),
-                group.channels,
-                count,
-                first,
-                after[0],
-                following,
-                after[1],
-            )
+    after = [_spreads(module, group) for group in groups]
+    return [
+        PairReport(
+            method,
+            first=" + ".join(group.first),
+            following=" + ".join(group.following),
+            channels=group.channels,
+            locked=count,
+            first_before=old[0],
+            first_after=new[0],
+            following_before=old[1],
+            following_after=new[1],
         )
-    return reports
+        for group, count, old, new in zip(groups, locked, before, after, strict=True)
+    ]

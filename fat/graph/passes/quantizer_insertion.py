@@ -15,7 +15,6 @@ computing keep their input's grid.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +102,7 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
     quantized = find_quantized(module)
     feeds_first, feeds_last = input_node(module, first), input_node(module, last)
     # Before quantizers are inserted, because the check follows the graph.
-    non_negatives = {node for node in quantized if _float_non_negative(module, node)}
+    unsigned = {n for n in quantized if n.op != "placeholder" and non_negative(module, n)}
 
     layers = []
     for node in compute:
@@ -125,7 +124,7 @@ def insert_quantizers(module: fx.GraphModule, spec: QuantSpec, example: Tensor) 
         name = layer_name(node)
         grid = activation_grid(
             spec,
-            non_negative=node in non_negatives,
+            non_negative=node in unsigned,
             feeds_first=node is feeds_first,
             feeds_last=node is feeds_last,
         )
@@ -203,15 +202,11 @@ def quant_layer(name: str, layer: nn.Module, spec: QuantSpec, grid: Grid) -> Qua
         layer.bias,
         spec,
         grid,
-        stride=_pair(layer.stride),
+        stride=layer.stride,  # type: ignore[arg-type]
         padding=padding,
-        dilation=_pair(layer.dilation),
+        dilation=layer.dilation,  # type: ignore[arg-type]
         groups=layer.groups,
     )
-
-
-def _pair(value: tuple[int, ...]) -> tuple[int, int]:
-    return value[0], value[1]
 
 
 def _keeps_grid(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -228,10 +223,6 @@ def _keeps_grid(module: fx.GraphModule, node: fx.Node) -> bool:
     return before is not None
 
 
-def _float_non_negative(module: fx.GraphModule, node: fx.Node) -> bool:
-    return node.op != "placeholder" and non_negative(module, node)
-
-
 def _key(name: str, taken: list[str]) -> str:
     """Return an unused submodule name for a layer name, which may contain dots."""
     wanted = key = name.replace(".", "_")
@@ -239,8 +230,3 @@ def _key(name: str, taken: list[str]) -> str:
     while key in taken:
         key, count = f"{wanted}_{count}", count + 1
     return key
-
-
-def quantizer_table(module: fx.GraphModule) -> Mapping[str, ActivationQuantizer]:
-    """Return the activation quantizers by key, in graph order."""
-    return dict(module.get_submodule(QUANTIZERS).named_children())  # type: ignore[arg-type]

@@ -14,7 +14,6 @@ from fat.graph.passes.quantizer_insertion import (
     InsertReport,
     insert_quantizers,
     link_inputs,
-    quantizer_table,
 )
 from fat.graph.patterns import module_of, source
 from fat.graph.tracing.capture import trace
@@ -38,6 +37,11 @@ def inserted(
     graph = trace(network.eval())
     fold_batch_norms(graph)
     return graph, insert_quantizers(graph, spec, example)
+
+
+def quantizer_table(graph: fx.GraphModule) -> dict[str, ActivationQuantizer]:
+    """Return the activation quantizers by key, in graph order."""
+    return dict(graph.get_submodule(QUANTIZERS).named_children())  # type: ignore[arg-type]
 
 
 def places(graph: fx.GraphModule) -> list[str]:
