@@ -11,7 +11,6 @@ import base64
 import functools
 import hashlib
 import html
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import jinja2
+from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 from fat.report.records import dig, finite, word
@@ -73,10 +73,7 @@ def embed(content: Any) -> Markup:
     """
     if hasattr(content, "to_plotly_json"):
         content = content.to_plotly_json()
-    text = json.dumps(_jsonable(content), separators=(",", ":"), allow_nan=False)
-    for sign in "<>&":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return Markup(text)
+    return htmlsafe_json_dumps(_jsonable(content), separators=(",", ":"), allow_nan=False)
 
 
 def _jsonable(content: Any) -> Any:

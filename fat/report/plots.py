@@ -215,12 +215,7 @@ def heat_map(panel: Panel, stage: Stage, top: float, status: Sequence[str]) -> g
 
 
 def before_after(rows: Sequence[tuple[str, float | None, float | None]], title: str) -> go.Figure:
-    """Draw the loss of each run after calibration and after training, one line per run.
-
-    Args:
-        rows: Name, loss after calibration and loss after training, in the order of the sweep.
-        title: Title of the x axis, with its unit.
-    """
+    """Draw one line per run: name, loss after calibration, and loss after training."""
     x = [loss for _, *losses in rows for loss in (*losses, None)]
     y = [y for place in range(len(rows)) for y in (place, place, None)]
     traces = [_path(x, y, showlegend=False, line={"color": LINE, "width": 2})]
@@ -243,14 +238,7 @@ def before_after(rows: Sequence[tuple[str, float | None, float | None]], title: 
 
 @dataclass(frozen=True)
 class Dot:
-    """A network in a scatter plot.
-
-    Attributes:
-        x: Size or time.
-        y: Loss, points.
-        group: Its architecture.
-        run: Its place in the sweep.
-    """
+    """A network in a scatter plot: its cost, loss, architecture, and place in the sweep."""
 
     x: float
     y: float
@@ -259,13 +247,7 @@ class Dot:
 
 
 def trade_off(dots: Sequence[Dot], x_title: str, y_title: str) -> go.Figure:
-    """Draw the loss against the cost of each network, with the Pareto front (less is better).
-
-    Args:
-        dots: One for each network.
-        x_title: Title of the x axis, with its unit.
-        y_title: Title of the y axis, with its unit.
-    """
+    """Draw the loss against the cost of each network, with the Pareto front (less is better)."""
     front = [dots[i] for i in pareto_front([(dot.x, dot.y) for dot in dots])]
     line = {"shape": "hv", "color": INK, "width": 1.5, "dash": "dot"}
     path = [dot.x for dot in front], [dot.y for dot in front]
@@ -377,12 +359,7 @@ def histogram(
 
 
 def filter_ranges(before: Sequence[float], after: Sequence[float]) -> go.Figure:
-    """Draw the largest weight of each filter before and after equalization.
-
-    Args:
-        before: max|W_k| of each filter k.
-        after: The same after scaling.
-    """
+    """Draw max|W_k| of each filter k before and after equalization."""
     order = sorted(range(len(before)), key=lambda k: before[k])
     traces = [
         go.Scatter(
@@ -416,12 +393,7 @@ def _kinds(rows: Sequence[Sequence[Any]]) -> Iterator[tuple[str, dict[str, Any],
 
 
 def layer_bars(layers: Sequence[tuple[str, str, float | None]], unit: str) -> go.Figure:
-    """Draw one bar for each quantized tensor, in network order.
-
-    Args:
-        layers: Layer, kind (``weight`` or ``activation``) and value.
-        unit: Unit of the values.
-    """
+    """Draw a bar for the layer, kind and value of each quantized tensor, in network order."""
     traces = []
     for kind, look, members in _kinds(layers):
         known = [(place, layer, value) for place, (layer, _, value) in members if value is not None]
@@ -485,11 +457,7 @@ BARS = {"sqnr_db": ("dB", 1.0), "saturated": ("%", 100.0), "alpha_at_edge": ("%"
 
 
 def layer_figures(layers: Sequence[Mapping[str, str]]) -> dict[str, go.Figure]:
-    """Draw the columns of layers.csv that have values; see :data:`BARS`.
-
-    Args:
-        layers: Rows of layers.csv.
-    """
+    """Draw the columns :data:`BARS` of the rows of layers.csv, if they have values."""
     figures = {}
     for column, (unit, factor) in BARS.items():
         values = [finite(row.get(column)) for row in layers]
