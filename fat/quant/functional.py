@@ -335,7 +335,7 @@ def fake_quantize_weight(
     """
     if factor is None or adjust is Adjust.NOTHING:
         factor, adjust = None, Adjust.NOTHING
-    factors = weight if factor is None else factor  # the kernels ignore the weight
+    factors = weight if factor is None else factor  # any tensor: NOTHING ignores it
     if kernels.usable(weight, factors):
         fused: Tensor = _FusedWeight.apply(weight, factors, scale, qmax, adjust, bounds)
         return fused

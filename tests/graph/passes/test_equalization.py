@@ -21,6 +21,7 @@ from fat.graph.passes.channel_statistics import LOG_SCALES, clip_shift, gather_s
 from fat.graph.passes.equalization import (
     DEAD,
     MAX_SCALE,
+    METHODS,
     EqualizeReport,
     channel_maxima,
     cross_layer_scales,
@@ -40,7 +41,7 @@ from fat.graph.passes.scale_groups import (
     rescale,
 )
 from fat.graph.tracing.capture import mark_data, trace
-from fat.quant.config import EqualizeSpec, QuantSpec
+from fat.quant.config import EQUALIZATIONS, EqualizeSpec, QuantSpec
 from fat.quant.layers import ChannelClip
 from fat.quant.metrics import logits_sqnr_db
 from tests.conftest import TinyNet, realistic
@@ -456,6 +457,10 @@ def test_cross_layer_respects_relu6() -> None:
         assert torch.equal(graph.get_submodule(name).bias[locked], before[name][locked])
         assert float(moved[name][~locked].max()) <= 6.0 + 1e-4
     assert logits_sqnr_db(expected, graph(images)) > 100
+
+
+def test_every_method_is_an_option() -> None:
+    assert set(METHODS) == set(EQUALIZATIONS) - {"none"}
 
 
 def test_methods_are_applied_in_order() -> None:
