@@ -1,4 +1,4 @@
-"""What several tests share: small networks, and where real images are when they are at hand."""
+"""Fixtures of all tests: small networks, random images, a sample of ImageNet if there is one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def imagenet_sample() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What the tests, and the commands they start, keep stays out of the user's cache."""
+    """Keep the caches of tests, and of commands that they start, out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -70,7 +70,7 @@ class MobileBlock(nn.Module):
 
 
 class TinyNet(nn.Module):
-    """A mobile network of a few thousand weights: stem, two blocks, pooling, classifier."""
+    """A mobile network with a few thousand weights: stem, two blocks, pooling, classifier."""
 
     def __init__(self, classes: int = 10, act: type[nn.Module] = nn.ReLU6) -> None:
         super().__init__()

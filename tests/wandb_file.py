@@ -1,6 +1,6 @@
-"""A reader of the .wandb file of an offline run, by the format alone: what the server would get.
+"""Reader of the .wandb file of an offline run, which holds what the server would receive.
 
-Seven bytes of header, then LevelDB's log format: blocks of 32 KiB, in each records of a checksum
+A header of seven bytes, then LevelDB's log format: blocks of 32 KiB with records of a checksum
 (4 bytes), a length (2) and a type (1: whole, 2: first, 3: middle, 4: last part), little-endian.
 """
 
@@ -22,7 +22,7 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 @dataclass
 class OfflineRun:
-    """What an offline run holds.
+    """Content of an offline run.
 
     Attributes:
         config: Options by name.

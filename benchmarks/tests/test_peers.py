@@ -1,4 +1,4 @@
-"""The benchmarks: their tables' form, and that peers get the same network. No times."""
+"""The benchmarks' tables, and that other tools get the same network. No times."""
 
 from __future__ import annotations
 

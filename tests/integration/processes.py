@@ -1,4 +1,4 @@
-"""What processes do that tests/utils/test_distributed.py starts; they import it by name."""
+"""Functions that run in the processes of tests/utils/test_distributed.py, imported by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INITS = ("minmax", "percentile", "mse", "lsq")
 
 
 def logits(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits of a student, of its teacher, and labels of which some are unknown."""
+    """Return logits of a student and its teacher, and labels, some of which are unknown."""
     generator = torch.Generator().manual_seed(seed)
     teacher = torch.randn(rows, 10, generator=generator)
     student = teacher + 0.6 * torch.randn(rows, 10, generator=generator)
@@ -25,7 +25,7 @@ def logits(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rmse_gradient(rows: list[Tensor], weight: Tensor) -> Tensor:
-    """Gradient after DDP's mean over processes of ‖x·w‖'s root mean square over all rows."""
+    """Return DDP's mean gradient of the root mean square of x·w over the rows of all processes."""
     weight = weight.clone().requires_grad_()
     mine = rows[distributed.rank()] @ weight
     loss = distributed.gather_batch(mine).square().mean().sqrt() * distributed.size()
@@ -35,7 +35,7 @@ def rmse_gradient(rows: list[Tensor], weight: Tensor) -> Tensor:
 
 
 def thresholds(network: nn.Module, batches: list[Tensor], init: str) -> dict[str, Tensor]:
-    """What calibration on this process's batches sets."""
+    """Return the thresholds after calibration on this process's batches."""
     import fat
 
     spec = fat.QuantSpec(bits=4, activation_init=fat.InitSpec(init))
@@ -49,7 +49,7 @@ def thresholds(network: nn.Module, batches: list[Tensor], init: str) -> dict[str
 
 
 def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
-    """One start for all that goes well; every process leaves what it found as RANK.pt."""
+    """Run everything that succeeds; every process saves its results as RANK.pt."""
     import fat
     from fat.evaluation.evaluator import Disagreements, evaluate
     from fat.evaluation.metrics import Comparison
@@ -117,7 +117,7 @@ def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
 
 
 def one_of_them(folder: Path, how: str) -> None:
-    """The second process ends badly while the first waits for it."""
+    """Fail in the second process while the first waits for it."""
     (folder / f"{os.getpid()}.pid").touch()
     if distributed.rank() == distributed.size() - 1:
         distributed.gather_rows(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""The entry points as a user starts them, with nobody logged in to W&B."""
+"""Run train.py and evaluate.py as a user does, without a W&B login."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIMIT = 300.0
 
 
 def command(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run train.py or evaluate.py to its end, in a process that has its imports already."""
+    """Run train.py or evaluate.py in a process forked after the imports."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
         pid = server().start(script, *arguments, output=output, errors=errors, **variables)
@@ -28,7 +28,7 @@ def command(script: str, *arguments: str, **variables: str) -> subprocess.Comple
 def command_from_cold(
     script: str, *arguments: str, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """The same in a new Python: where the script starts itself again in further processes."""
+    """Run a script in a new Python process, for scripts that start themselves again."""
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=ROOT,

@@ -37,7 +37,7 @@ def run(script: str, *arguments: str, path: Path | None = None) -> subprocess.Co
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The table where one peer is missing and the other breaks."""
+    """Output of step.py where one peer is missing and the other fails."""
     folder = tmp_path_factory.mktemp("peers")
     for name, error in (("brevitas", "ImportError"), ("torchao", "ZeroDivisionError")):
         (folder / name).mkdir()

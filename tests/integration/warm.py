@@ -1,7 +1,7 @@
-"""Starts train.py and evaluate.py over and over in processes that need not import everything first.
+"""Run train.py and evaluate.py many times without waiting for their imports.
 
-A server forks itself for each: what runs, and is killed, in the tests is a process of its own that
-executes the script from its first line, but for the ten seconds that its imports take.
+A server process imports everything once and forks for each run: each run is its own process, which
+executes the script from its first line and can be killed, but saves the seconds of the imports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Warm:
-    """The tests' end of a server."""
+    """Client of a server."""
 
     def __init__(self) -> None:
         self._server = subprocess.Popen(
@@ -44,7 +44,7 @@ class Warm:
         return json.loads(self._server.stdout.readline())
 
     def start(self, *words: str, output: Path, errors: Path, **variables: str) -> int:
-        """Begin a script with its arguments; what it prints goes into files, which start anew."""
+        """Start a script with its output in files, which are overwritten; return its process ID."""
         for path in {output, errors}:
             path.write_text("")
         files = [str(output), str(errors)]
@@ -52,7 +52,7 @@ class Warm:
         return pid
 
     def wait(self, pid: int, seconds: float) -> int | None:
-        """Exit status, negative for a signal, or ``None`` after so many seconds."""
+        """Return the exit status, negative for a signal, or ``None`` after a time limit."""
         status: int | None = self._ask(wait=pid, seconds=seconds)
         return status
 
@@ -64,33 +64,33 @@ class Warm:
 
 @functools.cache
 def server() -> Warm:
-    """The server of this process of the tests."""
+    """Return the server of this test process."""
     started = Warm()
     atexit.register(started.close)
     return started
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's, with nobody logged in to W&B, and some more."""
+    """Return this process's environment without a W&B login, with more variables."""
     return {k: v for k, v in os.environ.items() if not k.startswith("WANDB")} | dict(variables)
 
 
 class Trainings:
-    """Runs of train.py whose output goes into one file."""
+    """Runs of train.py with their output in one file."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
 
     def start(self, *arguments: str) -> int:
-        """Begin ``train.py`` with arguments; its process's number."""
+        """Start ``train.py`` with arguments and return its process ID."""
         return server().start("train.py", *arguments, output=self.log, errors=self.log)
 
     def wait(self, pid: int, seconds: float = 200.0) -> int | None:
-        """Exit status, negative for a signal, or ``None`` after so many seconds."""
+        """Return the exit status, negative for a signal, or ``None`` after a time limit."""
         return server().wait(pid, seconds)
 
     def run(self, *arguments: str) -> tuple[int | None, str]:
-        """``train.py`` from begin to end: exit status and output."""
+        """Run ``train.py`` to its end; return exit status and output."""
         status = self.wait(self.start(*arguments))
         return status, self.log.read_text()
 
@@ -103,7 +103,7 @@ class Trainings:
         return self.wait(pid)
 
 
-# -------------------------------------------------------------------------------- the server's end
+# ------------------------------------------------------------------------------------------ server
 
 
 def serve() -> None:
@@ -140,7 +140,7 @@ def _become(words: list[str], files: list[str], variables: dict[str, str]) -> No
         os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), descriptor)
     os.environ.clear()
     os.environ.update(variables)
-    atexit._clear()  # what was registered until now is the server's to clean up
+    atexit._clear()  # registered by the server
     sys.argv = list(words)
     status = 0
     try:
@@ -150,7 +150,7 @@ def _become(words: list[str], files: list[str], variables: dict[str, str]) -> No
     except BaseException:
         traceback.print_exc()
         status = 1
-    # What Python does at its end.
+    # As Python does when it exits.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
