@@ -170,9 +170,7 @@ class Options(metaclass=_EarlierNames):
             FatError: If an option is unknown, or its value is not allowed.
         """
         if not isinstance(values, Mapping):
-            raise FatError(
-                f"{cls.__name__} is {values!r}; it must be names of options with values."
-            )
+            raise FatError(f"{cls.__name__} is {values!r}; allowed are options by name.")
         types, current = _types(cls), _earlier_fields(cls)
         given = {current.get(name, name): value for name, value in values.items()}
         names = [own.name for own in fields(cls)]

@@ -133,4 +133,7 @@ def test_no_data_at_all(tmp_path: Path) -> None:
 def test_a_key_of_another_source_is_named() -> None:
     result = command("train.py", "data=photos", "data.fraction=0.5")
     assert result.returncode == 2
-    assert "'data.fraction' has no meaning with this choice of data" in result.stderr
+    told = (
+        "data.fraction=0.5 has no effect with data=photos; it is for data=imagenet. Leave it out."
+    )
+    assert told in result.stderr

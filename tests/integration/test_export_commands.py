@@ -158,7 +158,7 @@ def test_anothers_file_is_judged_against_the_network_that_is_named(tmp_path: Pat
     ("arguments", "told"),
     [
         (["export=tensorrt"], ["tensorrt", "onnx", "openvino"]),
-        (["export=onnx"], ["Which run?", "run=DIR"]),
+        (["export=onnx"], ["No run was given.", "run=DIR"]),
         (["artifact=none.onnx"], ["There is no file none.onnx"]),
         (["artifact=file.txt"], ["file.txt ends in '.txt'", ".onnx"]),
         (["artifact=x.onnx", "export=onnx"], ["artifact= and export=", "one at a time"]),

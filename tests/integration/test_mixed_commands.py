@@ -157,7 +157,10 @@ def test_a_checkpoint_without_a_later_option_loads(mixed: tuple[Path, str], tmp_
         (["quant.mixed={run}"], "type quant.mixed=DIR"),
         (["quant.budget_mb=1"], "type quant.mixed=DIR"),
         (["quant.mixed={run}", "quant.budget_mb=0.01"], "(2 bits) to"),
-        (["quant.mixed=/nowhere", "quant.budget_mb=1"], "There is no /nowhere. Measure a run"),
+        (
+            ["quant.mixed=/nowhere", "quant.budget_mb=1"],
+            "There is no /nowhere. First analyze a run",
+        ),
         (
             ["quant.mixed={run}", "quant.budget_mb={budget}", "model.name=test_resnet"],
             "was measured on test_efficientnet, and this run is of test_resnet",
