@@ -28,10 +28,10 @@ PAGE = """\
 # Options
 
 All options of `fat train` (`python train.py`) and `fat evaluate` (`python evaluate.py`).
-`KEY=VALUE` on the command line changes one; `data=folder`, `optim=paper` and the like take a file of `conf/`, which holds the values that
-differ from the defaults below. `--cfg job` prints the options of a command with their values.
-"Field" is the field of the class that the library takes. This page is generated:
-`python -m fat.experiment.options_page`.
+`KEY=VALUE` on the command line changes one; `data=folder`, `optim=paper` and the like take a file
+of `conf/`, which holds the values that differ from the defaults below. `--cfg job` prints the
+options of a command with their values. "Field" is the field of the class that the library takes.
+This page is generated: `python -m fat.experiment.options_page`.
 """
 
 
