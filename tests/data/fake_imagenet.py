@@ -1,4 +1,4 @@
-"""A tiny ImageNet, made up, in every form that the real one comes in."""
+"""A tiny fake ImageNet in every layout of the real one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image
 
 WNIDS = ("n01440764", "n01443537", "n02096294", "n03594734", "n07747607")
 TRAIN, VAL = 12, 4  # images of each class
-# ILSVRC's own numbers follow another order than the wnids.
+# ILSVRC's class numbers are not in the order of the wnids.
 ILSVRC_IDS = {wnid: number for number, wnid in enumerate(reversed(WNIDS), start=1)}
 
 
@@ -218,7 +218,7 @@ def write_parquet(path: Path, rows: list[tuple[str, int, bytes]], group: int = 7
 
 
 def change_row(path: Path, row: int) -> None:
-    """Put other bytes in the place of an image."""
+    """Replace the bytes of an image."""
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(path).to_pylist()
@@ -236,7 +236,7 @@ def fake(root: Path, training: str = "class folders", validation: str = "class f
 
 
 def need(form: str) -> None:
-    """Skip where a form needs what is not installed."""
+    """Skip the test if a layout needs a package that is not installed."""
     import pytest
 
     if "parquet" in form:

@@ -1,4 +1,4 @@
-"""The cache of small images: what it holds, that it is whole, and how it fails."""
+"""Tests of the image cache: content, interruptions, damage and errors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CROP = RandomCropTransform(
 
 
 def picture(seed: int, width: int, height: int) -> Image.Image:
-    """Smooth colours, as in photographs."""
+    """Return smooth colors, as in photographs."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)
@@ -54,7 +54,7 @@ def picture(seed: int, width: int, height: int) -> Image.Image:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Forty images of several kinds and sizes; number 7 is damaged."""
+    """Forty images of several formats and sizes; number 7 is damaged."""
     folder = tmp_path / "images"
     for number in range(40):
         width, height = (60 + number, 50) if number % 2 else (40, 41 + number)
@@ -73,7 +73,7 @@ def source(root: Path) -> Counting:
 
 
 class Counting(FolderSource):
-    """Counts what is decoded, and can fail or die after so many."""
+    """Counts decoded images, and can fail or exit after a number of them."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -106,7 +106,7 @@ def readable(source: FolderSource) -> list[int]:
 
 
 def expected(source: FolderSource, index: int) -> Image.Image:
-    """The small image by Pillow's own function for it, which fits an image into a box."""
+    """Resize with Pillow's function that fits an image into a box."""
     image = Image.open(source.root / source.name(index)).convert("RGB")
     if min(image.size) <= SIDE:
         return image
@@ -156,7 +156,7 @@ def test_an_image_is_turned_once_and_sheds_its_comment(tmp_path: Path, mode: str
 
 
 def test_squares_give_the_crops_of_whole_images(tmp_path: Path) -> None:
-    """The part that is cut follows the shape that an image had, not that of the square."""
+    """The crop depends on the original shape of an image, not on that of the square."""
     (tmp_path / "in").mkdir()
     for number, size in enumerate([(90, 60), (50, 80), (20, 24)]):
         picture(number, *size).save(tmp_path / f"in/{number}.png")
@@ -169,7 +169,7 @@ def test_squares_give_the_crops_of_whole_images(tmp_path: Path) -> None:
         for seed in range(4):
             whole = apply(transform, source.load(index), generator(seed))
             cached = apply(transform, squares.load(index), generator(seed))
-            assert float((whole - cached).abs().max()) < 0.06  # levels of 255, of about 4.5
+            assert float((whole - cached).abs().max()) < 0.06  # about 4.5 of 255 levels
 
 
 def test_large_jpegs_are_decoded_at_a_fraction(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_training_batches_do_not_depend_on_workers(source: Counting, tmp_path: P
     assert skipped == skipped_too == 1 == batches(source, 0)[1]
 
 
-# One build, however it goes
+# Interruptions
 
 
 def test_a_second_build_only_opens(
@@ -263,7 +263,7 @@ def test_the_file_does_not_depend_on_workers(source: Counting, tmp_path: Path, m
 
 
 def stop_after(source: Counting, count: int, then: Callable[[], None]) -> None:
-    """Have a build end once the sample and so many images were decoded."""
+    """Make a build stop after decoding the sample and ``count`` images."""
     source.loaded.clear()
     source.after, source.then = 32 + count, then
 
@@ -274,7 +274,7 @@ def interrupt() -> None:
 
 def test_an_interrupted_build_goes_on_where_it_stopped(source: Counting, tmp_path: Path) -> None:
     whole = build(source, tmp_path / "whole").file
-    for count in (19, 10):  # two chunks of eight, then one; the next is half done
+    for count in (19, 10):  # two chunks of eight, then one; the next is incomplete
         stop_after(source, count, interrupt)
         with pytest.raises(KeyboardInterrupt):
             build(source, tmp_path / "cache")
@@ -316,7 +316,7 @@ def cut_short(content: bytearray) -> bytes:
 
 
 def zero_the_end(content: bytearray) -> bytes:
-    return bytes(content[:-100]) + bytes(100)  # what a power cut may leave
+    return bytes(content[:-100]) + bytes(100)  # as after a power failure
 
 
 def flip_in_the_middle(content: bytearray) -> bytes:
@@ -342,14 +342,14 @@ def test_only_whole_records_are_taken_over(
     whole = build(source, tmp_path / "cache").file
     content = whole.read_bytes()
     whole.unlink()
-    # As if killed before the last renaming: index and foot are there.
+    # As if killed before the final rename: offsets and foot are written.
     whole.with_suffix(".part").write_bytes(damage(bytearray(content)))
     again = build(source, tmp_path / "cache").file
     assert again.read_bytes() == content
 
 
 def _hold(lock: Path, file: Path, content: bytes, held: EventType) -> None:
-    """What another process does while it builds."""
+    """Build a cache slowly, in another process."""
     with FileLock(lock):
         held.set()
         time.sleep(0.5)
@@ -372,11 +372,11 @@ def test_a_second_process_waits_and_finds_it_done(
         cached = build(source, tmp_path / "cache")
     other.join()
     assert "Another process is building" in caplog.text
-    assert len(source.loaded) == 32  # nothing but the sample that the size is estimated from
+    assert len(source.loaded) == 32  # only the sample from which the size is estimated
     assert cached.load(0).size
 
 
-# What makes it another cache
+# Keys
 
 
 def test_a_changed_data_set_has_another_cache(root: Path, tmp_path: Path) -> None:
@@ -423,7 +423,7 @@ def test_a_changed_byte_is_found_where_it_is_read(
 ) -> None:
     cached = build(source, tmp_path / "cache", mode, indices=range(3))
     content = bytearray(cached.file.read_bytes())
-    content[len(content) // 2] ^= 16  # in the second of three
+    content[len(content) // 2] ^= 16  # in the second of three records
     cached.file.write_bytes(content)
     opened = build(source, tmp_path / "cache", mode, indices=range(3))
     opened.load(0)
@@ -460,7 +460,7 @@ def test_it_survives_pickling(source: Counting, tmp_path: Path) -> None:
     cached = build(FolderSource(source.root), tmp_path / "cache")
     cached.load(0)
     content = pickle.dumps(cached)
-    assert len(content) < 10_000  # neither map nor pixels
+    assert len(content) < 10_000  # neither the memory map nor pixels
     copy = pickle.loads(content)
     np.testing.assert_array_equal(np.asarray(copy.load(5)), np.asarray(cached.load(5)))
     cached.file.unlink()
@@ -468,7 +468,7 @@ def test_it_survives_pickling(source: Counting, tmp_path: Path) -> None:
         pickle.loads(content).load(5)
 
 
-# What is refused before anything is written
+# Errors before anything is written
 
 
 def test_a_disk_without_room_is_refused_first(

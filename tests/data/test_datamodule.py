@@ -31,7 +31,7 @@ SPLITS = ("calibration", "train", "validation", "test")
 
 
 def fill(root: Path, count: int, start: int = 0) -> Path:
-    """Images of one colour each, so that a batch shows which ones it holds."""
+    """Images of one color each, by which batches identify them."""
     root.mkdir(parents=True, exist_ok=True)
     for i in range(start, start + count):
         Image.new("RGB", (40, 40), (i, i, i)).save(root / f"{i:03d}.png")
@@ -78,7 +78,7 @@ def test_folder_without_a_test_folder_is_split(tmp_path: Path) -> None:
     parts = [names(data, split) for split in ("train", "validation", "test")]
     assert [len(part) for part in parts] == [70, 10, 20]
     assert len(set.union(*parts)) == 100
-    assert names(data, "calibration") == parts[0]  # no more than there are
+    assert names(data, "calibration") == parts[0]  # no more than exist
     again = FatDataModule.folder(tmp_path, PREPROCESSING, workers=0)
     assert [names(again, split) for split in ("train", "validation", "test")] == parts
     other = FatDataModule.folder(tmp_path, PREPROCESSING, workers=0, seed=1)
@@ -171,7 +171,7 @@ def test_same_pixels_whatever_the_workers_and_the_global_state() -> None:
     assert all(map(torch.equal, alone, two))
     assert not torch.equal(alone[0], alone[1])  # new crops in a new epoch
     assert not torch.equal(alone[0], other[0])
-    assert torch.equal(alone[3], other[3])  # all seeds are judged on the same crops
+    assert torch.equal(alone[3], other[3])  # all seeds are evaluated on the same crops
     assert torch.equal(alone[4], other[4])
 
 
@@ -181,7 +181,7 @@ def test_training_order(tmp_path: Path) -> None:
     first, second = ids(epoch(loader, 0)), ids(epoch(loader, 1))
     assert first != second
     assert sorted(first) == sorted(second)
-    # A run that starts again at epoch 1 goes on as the first would have.
+    # A run that resumes at epoch 1 continues as the first would have.
     assert ids(epoch(data.train_dataloader(), 1)) == second
 
 
@@ -338,9 +338,9 @@ def test_a_step_must_be_shared_evenly_among_processes(
         fill(tmp_path, 100), PREPROCESSING, workers=0, batch_size=batch_size
     )
     data.train.indices = data.train.indices[:images]
-    data.train_dataloader()  # one process takes anything
+    data.train_dataloader()  # one process accepts any batch size
     monkeypatch.setattr("fat.utils.distributed.size", lambda: 4)
     with pytest.raises(FatError, match=rf"batch_size is {batch_size}, .*a multiple of 4"):
         data.train_dataloader()
-    # What is judged is shared however it comes.
+    # Evaluation images are distributed for any batch size.
     assert sum(len(labels) for _, labels in data.test_dataloader()) > 0

@@ -23,7 +23,7 @@ from fat.utils.errors import FatError
 
 
 class Numbers:
-    """Image i has the colour i; those in ``bad`` cannot be read."""
+    """Image i has the color i; those in ``bad`` cannot be read."""
 
     labelled = True
 
@@ -48,7 +48,7 @@ class Numbers:
 
 
 class Noisy:
-    """The image's colour and a number drawn; `finish` adds them up."""
+    """Returns the image's color and a random number; ``finish`` adds them."""
 
     short_side = 7
 
@@ -118,7 +118,7 @@ def test_sampler_visits_all_and_follows_seed_and_epoch() -> None:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes this process one of several, as far as samplers ask."""
+    """Pretend to samplers that this process is one of several."""
 
     def become(rank: int, size: int) -> None:
         monkeypatch.setattr("fat.utils.distributed.rank", lambda: rank)
@@ -138,7 +138,7 @@ def test_processes_share_each_step_that_one_would_have(
     size = 2 * processes
     sampler = EpochSampler(length, 7)
     sampler.set_epoch(2)
-    batches = StepBatches(sampler, size, drop_last=drop_last)  # built before they know each other
+    batches = StepBatches(sampler, size, drop_last=drop_last)  # created before the process group
     alone = list(batches)
     order = list(sampler)
     expected = [order[i : i + size] for i in range(0, length, size)]
@@ -162,7 +162,7 @@ def test_a_pass_that_starts_later_is_the_rest_of_the_whole_one() -> None:
     whole = list(batches)
     batches.skip = 2
     assert list(batches) == whole[2:]
-    assert list(batches) == whole  # that pass alone
+    assert list(batches) == whole  # only that pass
 
 
 @pytest.mark.parametrize(("length", "processes"), [(24, 2), (25, 3), (4, 3), (1, 2), (9, 1)])
@@ -176,7 +176,7 @@ def test_processes_share_whole_batches_and_every_image_once(
     for rank in range(processes):
         process(rank, processes)
         shares.append(list(batches))
-        assert len(batches) == len(shares[-1])  # none for some, where there are too few
+        assert len(batches) == len(shares[-1])  # no batch for some processes
     assert sorted(batch for share in shares for batch in share) == sorted(alone)
 
 
@@ -188,7 +188,7 @@ def stepping(data: ImageDataset, workers: int = 0) -> ImageLoader:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_loader_that_starts_later_loads_the_rest_alone(workers: int) -> None:
     whole = [labels.tolist() for _, labels in stepping(ImageDataset(Numbers(18), noisy))]
-    source = Numbers(18, bad=tuple(whole[0] + whole[1]))  # what is left out is never opened
+    source = Numbers(18, bad=tuple(whole[0] + whole[1]))  # skipped images are never opened
     later = stepping(ImageDataset(source, noisy), workers)
     later.start_at(2)
     assert len(later) == 5
@@ -203,7 +203,7 @@ def test_a_loader_that_starts_later_loads_the_rest_alone(workers: int) -> None:
     healthy = stepping(ImageDataset(Numbers(18), noisy))
     healthy.start_at(2)
     list(healthy)
-    assert [labels.tolist() for _, labels in healthy] == whole  # the next pass is whole again
+    assert [labels.tolist() for _, labels in healthy] == whole  # the next pass is complete
 
 
 def test_batches_of_nothing_count_as_drawn() -> None:
@@ -308,7 +308,7 @@ def test_other_errors_are_not_swallowed() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_is_another_stops_the_run(workers: int) -> None:
-    """As one text, whichever process found out."""
+    """The message is the same for every process."""
 
     class Changed(Numbers):
         def load(self, index: int, short_side: int | None = None) -> Image.Image:

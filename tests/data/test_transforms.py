@@ -105,7 +105,7 @@ def test_mirroring() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 def test_crops_are_resized_as_pillow_does(interpolation: str) -> None:
-    """But for a level or two of 255: torch rounds its filter's weights otherwise."""
+    """Pixels may differ by two levels of 255, as torch rounds its filter weights differently."""
     p = replace(PREPROCESSING, interpolation=interpolation, mean=(0.0,) * 3, std=(1.0,) * 3)
     image, rng = picture(200, 150), generator(4)
     left, top, w, h = crop_box(200, 150, generator(4), (0.35, 1.0), (3 / 4, 4 / 3))
@@ -120,7 +120,7 @@ def test_crops_are_resized_as_pillow_does(interpolation: str) -> None:
 
 
 def smooth(width: int, height: int) -> Image.Image:
-    """A picture without fine detail, so that interpolations of every kind agree."""
+    """Return an image without fine detail, for which all interpolations agree."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = np.stack([np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.sin(4 * x * y)], axis=-1)
     return Image.fromarray((127.5 * (1 + waves)).astype(np.uint8))
@@ -128,11 +128,11 @@ def smooth(width: int, height: int) -> Image.Image:
 
 def test_crops_on_the_device_show_the_same_part() -> None:
     image = smooth(200, 150)
-    for seed in range(8):  # mirrored and not
+    for seed in range(8):  # flipped and not flipped
         host = apply(RandomCropTransform(PREPROCESSING), image, generator(seed))
         device = apply(DeviceCropTransform(PREPROCESSING), image, generator(seed))
         assert host.shape == device.shape
-        assert float((host - device).abs().max()) < 0.1  # of about four standard deviations
+        assert float((host - device).abs().max()) < 0.1  # about four standard deviations
 
 
 def test_crops_of_a_batch_are_cut_one_by_one() -> None:
@@ -176,7 +176,7 @@ def test_crop_box_lies_inside(width: int, height: int, seed: int, least: float) 
 
 
 def test_crop_box_statistics() -> None:
-    """Area uniform in the range (mean 0.3), log ratio symmetric, every place as likely."""
+    """The area is uniform (mean 0.3), the log ratio symmetric, and the position uniform."""
     boxes = np.array(
         [crop_box(1000, 1000, generator(i), (0.1, 0.5), (3 / 4, 4 / 3)) for i in range(3000)]
     )

@@ -1,4 +1,4 @@
-"""Bits per layer against brute force over all choices, and sizes against closed forms."""
+"""Bit allocation against brute force over all choices, and sizes against closed forms."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stored(rows: Sequence[TensorSensitivity], bits: Sequence[int]) -> int:
 
 
 def best(rows: Sequence[TensorSensitivity], budget: int) -> float:
-    """Least noise of all choices that fit."""
+    """Return the smallest noise of all choices within the budget."""
     choices = itertools.product(BITS, repeat=len(rows))
     return min(noise(rows, bits) for bits in choices if stored(rows, bits) <= budget)
 
@@ -65,7 +65,7 @@ ROWS = st.lists(
     max_size=4,
 ).map(
     lambda drawn: [
-        # Real layers mostly gain by every bit; some do not.
+        # Most real layers gain from every bit, but some do not.
         row(i, sorted(decibels) if ordered else decibels, weights, biases)
         for i, (decibels, weights, biases, ordered) in enumerate(drawn)
     ]
@@ -96,7 +96,7 @@ def test_within_one_step_of_the_optimum(rows: list[TensorSensitivity], share: fl
 def test_it_is_the_optimum_for_the_size_where_its_bound_is_met(
     rows: list[TensorSensitivity], share: float
 ) -> None:
-    """Spending exactly what a greedy path has reached leaves nothing better."""
+    """A budget equal to a size on the greedy path gives the optimum."""
     least, most = stored(rows, [2] * len(rows)), stored(rows, [8] * len(rows))
     first = choose_bits(rows, round(least + share * (most - least)) / 8e6)
     again = choose_bits(rows, first.size_mb)
@@ -108,16 +108,16 @@ def test_it_is_the_optimum_for_the_size_where_its_bound_is_met(
 def test_the_step_that_saves_most_per_bit_comes_first() -> None:
     small = row(0, [10, 20, 30, 40, 50, 60, 70], weights=10)
     large = row(1, [10, 20, 30, 40, 50, 60, 70], weights=1000)
-    # Everything the small layer can gain costs less than one bit of the large one.
+    # All bits of the small layer together cost less than one bit of the large one.
     chosen = choose_bits([large, small], (2020 + 60) / 8e6)
     assert dict(chosen.bits) == {"layer0": 8, "layer1": 2}
-    assert list(chosen.bits) == ["layer0", "layer1"]  # the graph's order, not the rank
+    assert list(chosen.bits) == ["layer0", "layer1"]  # in the order of the graph, not of the ranks
 
 
 def test_what_is_left_is_filled_with_what_fits() -> None:
     large = row(0, [0, 30, 31, 32, 33, 34, 35], weights=1000)
     small = row(1, [20, 21, 22, 23, 24, 25, 26], weights=10)
-    chosen = choose_bits([large, small], (2020 + 999) / 8e6)  # a bit of the large one is 1000
+    chosen = choose_bits([large, small], (2020 + 999) / 8e6)  # one large bit costs 1000
     assert dict(chosen.bits) == {"layer0": 2, "layer1": 8}
 
 
@@ -186,7 +186,7 @@ def test_a_student_of_chosen_bits_has_the_size_that_was_promised(
     assert size_mb(student)["quantized"] == pytest.approx(chosen.size_mb)
     assert chosen.size_mb <= budget
 
-    # Less noise than the same size spent evenly, by the prediction and by the logits.
+    # Less noise, predicted and measured, than a uniform bit-width of the same size.
     layers = sorted((r for r in rows if r.kind == "weight"), key=lambda r: r.position)
     assert chosen.predicted_db > -10 * math.log10(noise(layers, [4] * len(layers)))
     fat.calibrate(uniform, images)

@@ -1,4 +1,4 @@
-"""Figures of single layers against values worked out by hand, and what is shown of images."""
+"""Statistics of layers against values computed by hand, and descriptions of images."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PREPROCESSING = Preprocessing(
 
 
 class Pick(nn.Module):
-    """Passes the first channel on, through ReLU6: what reaches each quantizer is known."""
+    """Passes the first channel through ReLU6, so that the input of each quantizer is known."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,13 +51,13 @@ class Pick(nn.Module):
 
 
 def pick(values: list[float], **options: Any) -> tuple[Student, Tensor]:
-    """A student of Pick whose activations after ReLU6 have 2 bits, and images of two pixels."""
+    """Return a student of Pick with 2-bit activations after ReLU6, and images of two pixels."""
     images = torch.zeros(len(values) // 2, 3, 1, 2)
     images[:, 0, 0] = torch.tensor(values).view(-1, 2)
     spec = QuantSpec(activation_bits=2, first_bits=8, **options)
     student = fat.prepare(Pick().eval(), images, spec)
     fat.calibrate(student, images)
-    for quantizer in student.activation_quantizers():  # the input's step is 0.2
+    for quantizer in student.activation_quantizers():  # the step size of the input is 0.2
         if quantizer.layer == "input":
             quantizer.thresholds.set_range(torch.tensor(0.0), torch.tensor(0.2 * 255))
     return student, images
@@ -89,7 +89,7 @@ def test_an_activation_by_hand() -> None:
     quantizer.thresholds.set_range(torch.tensor(0.0), torch.tensor(6.0))
     quantizer.thresholds.alpha.data.fill_(0.5)  # the grid is 0, 1, 2, 3
     found = row(student, images, quantizer.layer, "activation")
-    # 7 comes out of ReLU6 as 6. Beyond 3.5, where the next integer would begin, are 3.6 and 6.
+    # ReLU6 turns 7 into 6. Of the values, 3.6 and 6 are beyond 3.5, half a step past the grid.
     assert found.sqnr_db == pytest.approx(
         noisy([0.0, 1.0, 2.4, 3.4, 3.6, 6.0], [0, 1, 2, 3, 3, 3]), abs=1e-4
     )
@@ -136,7 +136,7 @@ def test_a_weight_by_hand(granularity: str) -> None:
 def test_factors_of_weights_count_as_the_weight_and_those_of_rounding_do_not() -> None:
     student, images = pick([0.0, 1.0], weights="scale")
     head = student.layers()[-1]
-    head.factor.data.fill_(1.25)  # every weight leaves its grid by a quarter
+    head.factor.data.fill_(1.25)  # every weight is a quarter step off its grid
     found = row(student, images, "head", "weight")
     adjusted = [1.25, 0.625, 0.3125, -2.5]
     grid = [1 / 127, 1 / 127, 2 / 127, 2 / 127]
@@ -145,7 +145,7 @@ def test_factors_of_weights_count_as_the_weight_and_those_of_rounding_do_not() -
     assert found.saturated == 0.5
 
     student, images = pick([0.0, 1.0], weights="adaround")
-    student.layers()[-1].factor.data.fill_(-1.0)  # each weight goes one integer down
+    student.layers()[-1].factor.data.fill_(-1.0)  # each weight is one integer lower
     found = row(student, images, "head", "weight")
     plain = [1.0, 0.5, 0.25, -2.0]
     on_grid = [d * max(-127, min(127, round(w / d - 1))) for w, d in zip(plain, grid, strict=True)]
@@ -169,7 +169,7 @@ KINDS = [
 def trained(tiny: nn.Module, images: Tensor, request: pytest.FixtureRequest) -> Student:
     student = fat.prepare(tiny, images, QuantSpec(**{"bits": 6, **request.param}))
     fat.calibrate(student, images)
-    with torch.no_grad():  # as training would leave them
+    with torch.no_grad():  # as after training
         generator = torch.Generator().manual_seed(2)
         for thresholds in student.thresholds():
             if thresholds.alpha is not None:
@@ -183,7 +183,7 @@ def trained(tiny: nn.Module, images: Tensor, request: pytest.FixtureRequest) -> 
 
 
 def test_every_row_equals_brute_force(trained: Student, images: Tensor) -> None:
-    """Each tensor caught at its quantizer in a run of its own, and judged in float64."""
+    """Capture each tensor at its quantizer in a separate pass, and evaluate it in float64."""
     rows, histograms = layer_rows(trained, images)
     assert [(r.layer, r.kind) for r in rows] == [(n, k) for n, k, _ in trained.quantizers()]
     layers = {layer.layer: layer for layer in trained.layers()}
@@ -356,8 +356,8 @@ def test_the_surest_differing_images_are_kept() -> None:
     reference = torch.zeros(12, 3)
     logits = torch.zeros(12, 3)
     for index in range(12):
-        reference[index, 0] = index  # surer and surer of class 0
-        logits[index, index % 2] = 1.0  # odd ones are seen as class 1
+        reference[index, 0] = index  # increasingly confident of class 0
+        logits[index, index % 2] = 1.0  # odd ones are classified as class 1
     images = torch.arange(12.0).view(12, 1, 1, 1).expand(12, 3, 2, 2)
     labels = torch.full((12,), -1)
     labels[7] = 2
@@ -455,7 +455,7 @@ def test_without_names_labels_or_preprocessing() -> None:
     shown = example(entry(image), ["0", "1", "2", "3"], None)
     assert shown["name"] == "image 4"
     assert shown["label"] is None
-    assert decoded(shown["image"]).size == (8, 8)  # never made larger
+    assert decoded(shown["image"]).size == (8, 8)  # never enlarged
     values = torch.frombuffer(bytearray(picture(image, None).tobytes()), dtype=torch.uint8)
     assert (int(values.min()), int(values.max())) == (0, 255)
     assert picture(torch.zeros(3, 2, 2), None).getpixel((0, 0)) == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""The figures against brute force over all images at once."""
+"""Metrics against brute force over all images at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fat.evaluation.evaluator import accuracy_drop
 def student(tiny: nn.Module, images: Tensor) -> Student:
     student = fat.prepare(
         tiny, images, QuantSpec(weight_bits=2)
-    )  # on a finer grid logits do not tie
+    )  # a finer grid avoids ties of logits
     fat.calibrate(student, images)
     return student
 
@@ -73,7 +73,7 @@ def test_figures_equal_brute_force(
     assert result["images"] == 16
     close(result["float"], expected["float"])
     close(result["quantized"], expected["quantized"])
-    assert 0 < result["quantized"]["agreement"] < 100  # two bits leave something to see
+    assert 0 < result["quantized"]["agreement"] < 100  # two bits give visible errors
     if known == "none":
         assert result["accuracy_drop"] is None
     else:

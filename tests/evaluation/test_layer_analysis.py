@@ -1,4 +1,4 @@
-"""Each layer's own error, against brute force with that tensor alone on its grid."""
+"""Errors of layers against brute force with only that tensor quantized."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fat.evaluation.layer_analysis import disabled, float_shift_db, layer_errors
 def student(tiny: nn.Module, images: Tensor, request: pytest.FixtureRequest) -> Student:
     student = fat.prepare(tiny, images, QuantSpec(bits=5, scheme=request.param))
     fat.calibrate(student, images)
-    with torch.no_grad():  # as training would leave them
+    with torch.no_grad():  # as after training
         for thresholds in student.thresholds():
             thresholds.alpha.uniform_(0.7, 1.0, generator=torch.Generator().manual_seed(2))
     return student
 
 
 def outputs(student: Student, images: Tensor, on: Any) -> Tensor:
-    """What the module that ``on`` belongs to gives, with that quantizer alone enabled."""
+    """Return the output of the module of quantizer ``on``, with only that quantizer enabled."""
     for _, _, quantizer in student.quantizers():
         quantizer.enabled = quantizer is on
     module = next((layer for layer in student.layers() if layer.weight_quantizer is on), on)
@@ -81,7 +81,7 @@ def test_nothing_is_left_behind(student: Student, images: Tensor) -> None:
     expected = student(images)
     layer_errors(student, images)
     float_shift_db(student, images)
-    with pytest.raises(RuntimeError):  # two channels in place of three
+    with pytest.raises(RuntimeError):  # two channels instead of three
         layer_errors(student, [images, images[:, :2]])
     assert [quantizer.enabled for _, _, quantizer in student.quantizers()] == states
     assert states.count(False) == 1
@@ -105,7 +105,7 @@ def test_float_shift_tells_how_far_equalization_moved(tiny: nn.Module, images: T
     spec = QuantSpec(equalize=EqualizeSpec("depthwise"))
     student = fat.prepare(tiny, images[:4], spec)
     fat.calibrate(student, images)
-    unseen = 4 * images  # beyond what the caps were set for
+    unseen = 4 * images  # beyond the range that the caps were set for
     with disabled(student), torch.no_grad():
         z, moved = student.float_logits(unseen).double(), student(unseen).double()
     expected = 10 * math.log10(float(z.square().sum()) / float((z - moved).square().sum()))

@@ -15,7 +15,7 @@ from fat.quant.metrics import agreement, logits_sqnr_db, sqnr_db
 
 
 def make(seed: int, images: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Student's and teacher's logits, and labels of which some are unknown."""
+    """Logits of student and teacher, and labels of which some are unknown."""
     generator = torch.Generator().manual_seed(seed)
     reference = 3.0 * torch.randn(images, classes, generator=generator)
     logits = reference + torch.randn(images, classes, generator=generator)
@@ -24,7 +24,7 @@ def make(seed: int, images: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain(logits: Tensor, reference: Tensor, labels: Tensor) -> dict[str, float | None]:
-    """The same figures by numpy in float64, without anything in between."""
+    """Compute the same metrics with NumPy in float64."""
     student, teacher = logits.double().numpy(), reference.double().numpy()
     order = np.argsort(-student, axis=1)
     known = labels.numpy() >= 0

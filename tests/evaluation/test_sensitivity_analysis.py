@@ -1,4 +1,4 @@
-"""The measurement against whole passes with quantizers switched by hand."""
+"""The analysis against full passes with quantizers enabled by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def student(tiny: nn.Module, images: Tensor) -> Student:
 
 @torch.no_grad()
 def logits(student: Student, images: Tensor, on: list[Any]) -> Tensor:
-    """Logits with these quantizers on and the others off."""
+    """Return the logits with only these quantizers enabled."""
     quantizers = [quantizer for *_, quantizer in student.quantizers()]
     for quantizer in quantizers:
         quantizer.enabled = any(quantizer is other for other in on)
@@ -74,7 +74,7 @@ def test_every_tensor_is_measured_alone_and_left_out(student: Student, images: T
         assert row.without_agreement == agreement(reference, rest)
         assert row.bits == own.grid.bits
     assert {row.bits for row in rows} == {4, 5}
-    assert min(row.without_agreement for row in rows) < 100  # four bits leave something to see
+    assert min(row.without_agreement for row in rows) < 100  # four bits give visible errors
 
 
 def test_weights_are_counted(student: Student, images: Tensor) -> None:
@@ -91,7 +91,7 @@ def test_weights_are_counted(student: Student, images: Tensor) -> None:
 def test_every_width_is_that_of_a_network_quantized_so(
     tiny: nn.Module, images: Tensor, init: Any
 ) -> None:
-    """Thresholds are those that a run at that width would start from."""
+    """Thresholds are the initial thresholds of a run at that bit-width."""
     options: dict[str, Any] = {"weight_init": fat.InitSpec(init, 98.0)}
     student = calibrated(tiny, images, QuantSpec(**options))
     rows = {row.layer: row for row in measure(student, images) if row.kind == "weight"}
@@ -142,7 +142,7 @@ def test_nothing_of_a_trained_student_changes(
     rows = measure(student, images)
     assert torch.equal(student(images), expected)
     assert same(before, snapshot(student))
-    # What was off is measured like all others.
+    # A quantizer that was disabled is measured like the others.
     assert all(row.alone_db < 200 for row in rows)
 
 
@@ -171,7 +171,7 @@ def test_nothing_changes_when_it_breaks_off(
 
 
 def test_pointwise_factors_belong_to_the_reference(tiny: nn.Module, images: Tensor) -> None:
-    """Off means unrounded, not untrained."""
+    """Disabled quantizers do not round, but trained factors apply."""
     student = calibrated(tiny, images, QuantSpec())
     layer = student.layers()[-1]
     assert layer.factor is not None
@@ -200,7 +200,7 @@ def test_the_progress_bar_ends_full(
         def close(self) -> None:
             pass
 
-    # The package has the function under the name of the module.
+    # The function is available from the package.
     monkeypatch.setattr(sys.modules["fat.evaluation.sensitivity_analysis"], "tqdm", Bar)
     measure(student, [images[:8], images[8:]], progress="Sensitivity")
     measure(student, images)

@@ -1,4 +1,4 @@
-"""The files of a sensitivity measurement, and reading them back."""
+"""Files of a sensitivity analysis, written and read."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_texts(report: SensitivityReport) -> None:
 
 
 def color_rows(file: Path, color: str) -> int:
-    """In how many rows of pixels a color stands."""
+    """Count the rows of pixels that contain a color."""
     pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
     wanted = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
     return int((abs(pixels - wanted).sum(2) < 8).any(1).sum())
@@ -132,7 +132,7 @@ def test_the_plot_has_a_bar_for_each_tensor(report: SensitivityReport, tmp_path:
     assert min(heights.values()) > 10
     weights = [replace(report.rows[0], position=i, layer=f"layer{i}") for i in range(50)]
     assert write_plot(tmp_path, replace(report, rows=weights))
-    # Thirty bars of the same height as before, and the legend.
+    # Thirty bars of the same height, and the legend.
     assert color_rows(few, COLORS["weight"]) > 10 * heights["weight"]
 
 

@@ -1,4 +1,4 @@
-"""Thresholds come from the float activations of whatever images came, or stay as they were."""
+"""Calibration sets thresholds from float activations of all forms of batches, or keeps them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def student(tiny: nn.Module, images: Tensor) -> Student:
 
 
 def float_ranges(student: Student, images: Tensor) -> dict[str, tuple[float, float]]:
-    """Smallest and largest value of every operation of the float teacher, by name."""
+    """Return the smallest and largest value of every operation of the teacher by name."""
     ranges: dict[str, tuple[float, float]] = {}
 
     class Watch(fx.Interpreter):
@@ -43,7 +43,7 @@ def same(before: list[Tensor], after: list[Tensor]) -> bool:
 
 
 class Again:
-    """Batches that can be iterated, without a length."""
+    """An iterable of batches without a length."""
 
     def __init__(self, batches: list[Tensor]) -> None:
         self.batches = batches
@@ -134,7 +134,7 @@ def bad_batches(images: Tensor) -> dict[str, Any]:
         "nothing from a generator": (iter([]), FatError, "no calibration images"),
         "NaN": ([images, images * float("nan")], FatError, "'input' ranges from nan"),
         "infinity": ([images, images / 0.0], FatError, "'input' ranges from"),
-        # The input is finite here, and the first quantizers are served before the bad one.
+        # The input is finite, and some quantizers are calibrated before the bad one.
         "overflow inside": ([images, images * 1e38], FatError, "ranges from"),
         "no batch": ([images, images[0]], FatError, r"\[3, 16, 16\]"),
         "wrong channels": ([images, images[:, :2]], RuntimeError, None),
@@ -164,7 +164,7 @@ def test_a_failure_leaves_the_student_as_it_was(
     assert bool(student.is_calibrated) is calibrated_before
     assert [quantizer.enabled for _, _, quantizer in student.quantizers()] == enabled == [True] * 20
     if calibrated_before:
-        assert torch.equal(student(images), expected)  # nothing observes any more
+        assert torch.equal(student(images), expected)  # no quantizer observes any more
     else:
         with pytest.raises(FatError, match="not calibrated"):
             student(images)
@@ -173,7 +173,7 @@ def test_a_failure_leaves_the_student_as_it_was(
 
 
 def test_the_float_run_sees_no_quantized_weight(tiny: nn.Module, images: Tensor) -> None:
-    # At two bits, quantized weights would move every range.
+    # At two bits, quantized weights would change every range.
     student = fat.prepare(tiny, images, QuantSpec(bits=2, scheme="symmetric"))
     fat.calibrate(student, images)
     ranges = float_ranges(student, images)

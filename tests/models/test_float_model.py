@@ -25,12 +25,12 @@ from fat.utils.errors import FatError
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = Path(os.environ.get("FAT_TEST_DATA", ROOT / "../shared/data/imagenet-sample"))
-SMALL = "test_efficientnet"  # timm's own network for tests, under a megabyte
+SMALL = "test_efficientnet"  # timm's network for tests, under a megabyte
 
 
 @pytest.fixture(scope="module")
 def state() -> dict[str, torch.Tensor]:
-    """A state dict whose every tensor differs from a fresh network's."""
+    """A state dict in which every tensor differs from a new network's."""
     generator = torch.Generator().manual_seed(7)
     fresh = timm.create_model(SMALL).state_dict()
     return {
@@ -200,7 +200,7 @@ def test_another_network(tmp_path: Path, state: dict[str, torch.Tensor]) -> None
 def test_swapped_roles_are_not_matched_by_order(
     tmp_path: Path, state: dict[str, torch.Tensor]
 ) -> None:
-    """The shapes of mean and variance agree; only their names tell them apart."""
+    """Mean and variance have the same shape, and differ only in their names."""
     swap = {"running_mean": "running_var", "running_var": "running_mean"}
     parts = [key.rpartition(".")[2] for key in state]
     renamed = {
@@ -214,7 +214,7 @@ def test_swapped_roles_are_not_matched_by_order(
 def test_names_that_contradict_the_order_are_refused(
     tmp_path: Path, state: dict[str, torch.Tensor]
 ) -> None:
-    """Two tensors of one shape and role, each under the other's name, beside a foreign name."""
+    """Two tensors of one shape and role are swapped, and one name is unknown."""
     role_and_shape: dict[tuple[str, torch.Size], str] = {}
     for key, value in state.items():
         kind = (key.rpartition(".")[2], value.shape)
@@ -309,7 +309,7 @@ def test_unreachable_hub_names_three_ways_on() -> None:
 
 
 def test_nobody_listens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The real check against a closed port."""
+    """The real connection attempt, to a closed port."""
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
@@ -371,7 +371,7 @@ def test_class_names() -> None:
     names = class_names(1000)
     assert names is not None
     assert len(set(names)) == 1000
-    assert names == sorted(names)  # ImageNet's order is that of the WordNet ids
+    assert names == sorted(names)  # ImageNet's classes are in the order of their WordNet ids
     assert class_names(10) is None
 
 
@@ -417,7 +417,7 @@ def test_lite0_comes_from_its_wheel(lite0: FloatNetwork) -> None:
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="no ImageNet sample (set FAT_TEST_DATA)")
 def test_lite0_recognises_imagenet(lite0: FloatNetwork) -> None:
-    """A wrong order of tensors, classes or channels gives about 0 %; 88.0 % were measured."""
+    """A wrong order of tensors, classes or channels would give about 0 %; 88.0 % was measured."""
     source = FolderSource(SAMPLE / "val", class_names(1000))
     assert source.labelled
     transform = EvalTransform(lite0.preprocessing)

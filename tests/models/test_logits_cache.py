@@ -1,4 +1,4 @@
-"""Logits that are remembered are those the network gives, and of the same batch and network."""
+"""Cached logits equal computed ones, and depend on the batch and the network."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_threads_share_one_file(student: Student, batches: list[Tensor], tmp_pat
 def test_a_writer_that_takes_its_time_is_waited_for(
     student: Student, images: Tensor, tmp_path: Path
 ) -> None:
-    """Another process holds the file for a second, as a slow disk would."""
+    """Another process locks the file for a second, as with a slow disk."""
     file = tmp_path / "logits.sqlite"
     cached = TeacherLogitsCache(student.teacher, file)
     wanted = ask(cached, student.teacher, images[:4])
@@ -191,7 +191,7 @@ def test_when_it_is_worth_looking(student: Student, images: Tensor, tmp_path: Pa
             assert not shared.is_worthwhile(images)
         assert not shared.is_worthwhile(images.to("meta"))  # stands for a GPU
     with torch.enable_grad():
-        assert not alone.is_worthwhile(images)  # crops of one training do not come twice
+        assert not alone.is_worthwhile(images)  # one run never repeats its training crops
         assert shared.is_worthwhile(images)
 
 
@@ -201,7 +201,7 @@ def test_a_training_by_itself_remembers_what_it_judges_by(
     student.teacher_cache = TeacherLogitsCache(student.teacher)
     held = [batches[0][:3] * 0.9]
     fat.fit(student, batches, validation=held, epochs=3, progress=False, bias_correction=False)
-    # Of four validations the first computed; no training batch came in between.
+    # Only the first of four validations computed; training batches were not cached.
     assert counts(student.teacher_cache) == (3, 9)
     evaluate(student, held)
     assert counts(student.teacher_cache) == (3, 12)

@@ -1,4 +1,4 @@
-"""prepare(): every pass, on a copy, with its report."""
+"""Tests of prepare()."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_argument_is_left_as_it_was(tiny: nn.Module, images: Tensor, method:
     generator = torch.random.get_rng_state()
 
     student = fat.prepare(tiny, images, QuantSpec(equalize=EqualizeSpec(method)))
-    with torch.no_grad():  # nor does the student share storage with it
+    with torch.no_grad():  # the student must not share storage with it
         for tensor in (*student.network.state_dict().values(), *student.teacher.buffers()):
             if tensor.is_floating_point():
                 tensor.fill_(7)
@@ -114,7 +114,7 @@ def test_something_that_is_no_batch_is_refused(tiny: nn.Module, images: Tensor) 
 
 def test_a_graph_that_computes_something_else_is_refused(images: Tensor) -> None:
     class Aliased(nn.Module):
-        """The sum is written over y and its result is not used: a graph loses that."""
+        """The sum overwrites y in place and its result is not used, which a graph loses."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""A student's file: the same bits back, data only, and every broken file refused with a reason."""
+"""Student files: bit-exact round trips, and rejection of damaged and manipulated files."""
 
 from __future__ import annotations
 
@@ -37,10 +37,20 @@ def student(tiny: nn.Module, images: Tensor) -> Student:
     return student
 
 
+@pytest.fixture(scope="module")
+def saved() -> list[bytes]:
+    """The file of ``student``, once it is written."""
+    return []
+
+
 @pytest.fixture
-def path(student: Student, tmp_path: Path) -> Path:
-    fat.save(student, tmp_path / "student.safetensors")
-    return tmp_path / "student.safetensors"
+def path(request: pytest.FixtureRequest, saved: list[bytes], tmp_path: Path) -> Path:
+    file = tmp_path / "student.safetensors"
+    if not saved:
+        fat.save(request.getfixturevalue("student"), file)
+        saved.append(file.read_bytes())
+    file.write_bytes(saved[0])
+    return file
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -61,7 +71,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], An
 
 
 def disturb(student: Student) -> None:
-    """Leave everything that training may change somewhere else than calibration put it."""
+    """Change everything that training may change."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -86,7 +96,7 @@ NETWORKS = [
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_timm_networks_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
-    images = torch.randn(2, 3, 65, 65)  # odd: "same" padding is lopsided
+    images = torch.randn(2, 3, 65, 65)  # odd, so that "same" padding is asymmetric
     student = fat.prepare(timm.create_model(name, num_classes=12).eval(), images)
     fat.calibrate(student, images)
     disturb(student)
@@ -139,7 +149,7 @@ def test_every_kind_of_spec_comes_back(
         assert here.thresholds.limit == there.thresholds.limit
     for one, other in zip(student.layers(), loaded.layers(), strict=True):
         assert one.input_quantizer.layer == other.input_quantizer.layer
-    # And once more: a file of a loaded student is the same file.
+    # A loaded student gives the same file.
     fat.save(loaded, tmp_path / "again")
     same_outputs(student, fat.load(tmp_path / "again"), images)
 
@@ -221,8 +231,8 @@ def test_a_loaded_student_trains_as_the_first_would(
 def test_loading_needs_neither_timm_nor_the_networks_code(
     path: Path, student: Student, images: Tensor
 ) -> None:
-    # The package itself imports timm; from there on it is taken away and barred, and the file's
-    # network is a class of this test that the other process has never seen.
+    # After fat is imported, timm is removed and blocked. The network is a class of this test that
+    # the other process does not have.
     torch.save((images, student(images).detach()), path.with_suffix(".pt"))
     code = f"""
 import sys, torch, fat
@@ -262,7 +272,7 @@ def test_tensors_of_the_teacher_are_stored_once(path: Path, student: Student) ->
     state = sum(value.nbytes for value in student.state_dict().values())
     header = path.stat().st_size - sum(value.nbytes for value in tensors.values())
     assert path.stat().st_size - header == state
-    # Once a bias is trained the teacher's own is stored beside it, and comes back.
+    # Once a bias is trained, the teacher's is stored too.
     expected = student.teacher.get_submodule("stem").bias.clone()
     with torch.no_grad():
         student.layers()[0].bias += 1
@@ -346,7 +356,7 @@ def test_an_operation_that_cannot_be_stored_is_named(
 
 
 class Mixed(nn.Module):
-    """Real arithmetic, tensors by themselves and attributes, such as transformers have."""
+    """Operations on real values, constants and attributes, as in transformers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -534,7 +544,7 @@ def test_a_tampered_graph_is_refused(
 
 
 def injections(flag: Path) -> dict[str, str]:
-    """Texts that run code where generated source takes them for names, without any dot or slash."""
+    """Return texts without dots and slashes that run code if source code uses them as names."""
     hidden = "".join(f"\\x{ord(letter):02x}" for letter in f"open({str(flag)!r}, 'w')")
     run = f"eval('{hidden}')"
     return {
@@ -549,7 +559,7 @@ def injections(flag: Path) -> dict[str, str]:
 
 
 def replaced(content: Any, old: str, new: str) -> Any:
-    """The JSON value with every string ``old`` (also among keys) put in place by ``new``."""
+    """Replace every string ``old`` (also keys) of a JSON value by ``new``."""
     if isinstance(content, dict):
         return {new if k == old else k: replaced(v, old, new) for k, v in content.items()}
     if isinstance(content, list):
@@ -570,7 +580,7 @@ def strings(content: Any) -> Iterator[str]:
 
 
 def small_student(images: Tensor) -> Student:
-    """One of each kind of node."""
+    """Return a student with one of each kind of node."""
 
     class Small(nn.Module):
         def __init__(self) -> None:
@@ -596,7 +606,7 @@ def test_no_string_of_a_file_becomes_code(images: Tensor, tmp_path: Path, part: 
     for text in sorted(set(strings(content[part]))):
         for injection in injections(flag).values():
             changed = {**content, part: replaced(content[part], text, injection)}
-            # Names of tensors follow names of modules, as an attacker would have it.
+            # Tensors are renamed with their modules, as an attacker would do.
             renamed = {
                 ".".join(injection if p == text else p for p in n.split(".")): t
                 for n, t in tensors.items()
@@ -612,7 +622,7 @@ def test_no_string_of_a_file_becomes_code(images: Tensor, tmp_path: Path, part: 
 
 
 def test_the_injections_would_run(tmp_path: Path) -> None:
-    """The texts above do what they are for, where nothing checks them."""
+    """The texts above do run code where names are not checked."""
     flag = tmp_path / "PWNED"
     texts = injections(flag)
     exec(f"def f({texts['default value']}): pass", {})

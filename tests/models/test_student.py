@@ -1,4 +1,4 @@
-"""What a student holds, trains and forgets."""
+"""Tests of Student: state, training and calibration."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_projection_brings_factors_back_to_their_edge(student: Student) -> None:
 def test_a_saved_student_trains_on_with_lsqs_scale(
     tiny: nn.Module, images: Tensor, tmp_path: Path, granularity: str
 ) -> None:
-    """The gradient's 1/√(N·q) is known after loading, without a calibration."""
+    """The gradient's scale 1/√(N·q) is restored by loading, without calibration."""
     student = fat.prepare(tiny, images, QuantSpec(thresholds="lsq", granularity=granularity))
     fat.calibrate(student, images)
     path = tmp_path / "student.safetensors"

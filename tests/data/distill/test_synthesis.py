@@ -22,7 +22,7 @@ from fat.models.float_model import Preprocessing
 from fat.utils.errors import FatError
 from fat.utils.random import generator
 
-# Photographs' own mean and std, so that the batch norms' statistics are within reach.
+# Mean and std of photographs, so that the batch norms' statistics can be matched.
 HOW = Preprocessing((16, 16), (0.485, 0.456, 0.406), (0.275, 0.269, 0.27), "bicubic", 0.8, "center")
 SPEC = DistillSpec(images=8, batch_size=4, coarse_steps=3, steps=2)
 LONG = DistillSpec(images=24, coarse_steps=20, steps=40, lr=0.02, smoothness=0.01)
@@ -42,13 +42,13 @@ def pictures(images: Tensor) -> list[Image.Image]:
 
 
 def seen(images: Tensor, how: Preprocessing = HOW) -> Tensor:
-    """What the evaluation makes of them."""
+    """Return the images as the evaluation transform crops them."""
     transform = EvalTransform(how)
     return torch.stack([apply(transform, picture) for picture in pictures(images)])
 
 
 def errors_by_hand(network: nn.Module, x: Tensor) -> list[float]:
-    """One error for each batch norm, in float64 from its definition."""
+    """Compute the error of each batch norm in float64 from its definition."""
     found: list[float] = []
 
     def hook(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
@@ -97,7 +97,7 @@ def test_statistics_come_near_those_of_the_batch_norms(trained: nn.Module) -> No
     assert np.mean(found) < 0.1 * np.mean(white)
     assert max(found) < 0.2 * max(white)
     assert batch.error < 0.25 * batch.error_before
-    # The pixels are one more layer beside the seven.
+    # The pixels count as an eighth layer.
     x = seen(batch.images).double().transpose(0, 1).flatten(1)
     of_pixels = (x.mean(1) ** 2 + (x.std(1, correction=0) - 1) ** 2).mean()
     assert batch.error == pytest.approx((sum(found) + float(of_pixels)) / 8, rel=1e-3)
@@ -239,7 +239,7 @@ def test_noise_has_the_spectrum_of_photographs() -> None:
     noise = distill_file.pyramid_noise(32, 32, 32, generator(0))
     assert noise.std((1, 2, 3)).numpy() == pytest.approx(np.ones(32), abs=1e-4)
     power = torch.fft.rfft2(noise)[..., 0, :].abs().square().mean((0, 1))
-    # Photographs: power falls with the square of the frequency.
+    # As in photographs, power falls with the square of the frequency.
     assert float(power[2] / power[8]) == pytest.approx(16, rel=0.6)
     channels = noise.transpose(0, 1).flatten(1)
     assert float(torch.corrcoef(channels)[0, 1]) > 0.8
@@ -250,7 +250,7 @@ def test_views_lie_inside_and_are_of_the_networks_size() -> None:
     views = [distill_file.random_view(ramp, (16, 16), generator(0, i)) for i in range(40)]
     assert {tuple(view.shape) for view in views} == {(2, 3, 16, 16)}
     rises = [bool(view[0, 0, 0, -1] > view[0, 0, 0, 0]) for view in views]
-    assert 8 < sum(rises) < 32  # mirrored about half of the time
+    assert 8 < sum(rises) < 32  # flipped about half of the time
     assert len({float(view.sum()) for view in views}) > 15
 
 
@@ -326,7 +326,7 @@ def keep(network: nn.Module, folder: Path | None, **options: Any) -> Path:
 
 
 class Counted:
-    """Counts the batches made, and is interrupted before one of them."""
+    """Counts the computed batches, and is interrupted before one of them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> None:
         self.made: list[int] = []
@@ -382,7 +382,7 @@ def test_an_interrupted_run_goes_on(
     part = tmp_path / "part"
     assert not (part / "distilled.json").exists()
     assert len(list((part / "images").iterdir())) == 4
-    # As if it had stopped while the second batch was being written.
+    # As if interrupted while writing the second batch.
     (part / "images" / "00004.png").write_bytes(b"half of an image")
     (part / "images" / ".00005.png.tmp").write_bytes(b"")
     counted.stop_at = None
@@ -441,7 +441,7 @@ def test_another_process_may_be_faster(
     def batch(distiller: Any, number: int, bar: Any) -> DistilledBatch:
         with monkeypatch.context() as inner:
             inner.setattr(distill_file._Distiller, "batch", make)
-            keep(tiny, tmp_path / "set")  # the other process does it all meanwhile
+            keep(tiny, tmp_path / "set")  # the other process computes all batches meanwhile
         made = make(distiller, number, bar)
         return replace(made, images=255 - made.images)  # as if its rounding differed
 

@@ -329,7 +329,7 @@ def test_empty_and_unreadable_images_are_left_out(
     before = pick(tmp_path)
     empty, locked = before.records[0], before.records[1]
     (tmp_path / empty.path).write_bytes(b"")
-    os.utime(tmp_path / locked.path)  # else its hash is known from the first time
+    os.utime(tmp_path / locked.path)  # otherwise its hash is still cached
     read = Reader.read
 
     def refuse(reader: Reader, place: Any) -> bytes:

@@ -109,7 +109,7 @@ def test_compressed_tar_is_refused(tar: Path) -> None:
 def test_damaged_tar_names_how_far_it_was_good(tar: Path) -> None:
     whole = tar.read_bytes()
     offsets = [member.offset for member in tar_members(tar)]
-    # Cut in the second member, in its header, between two members, and before the end's zeros.
+    # Truncated in the second member, in its header, between members, and before the final zeros.
     for cut in (offsets[1] + 10, offsets[1] - 100, offsets[1] - 512, offsets[3] + 512):
         tar.write_bytes(whole[:cut])
         with pytest.raises(FatError, match=r"x.tar is damaged after \d members: .*download it"):

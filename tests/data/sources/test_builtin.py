@@ -46,7 +46,7 @@ def test_digits_are_split_by_class() -> None:
     images = np.stack([np.asarray(found.train.load(i)) for i in range(20)])
     assert images.shape == (20, 8, 8, 3)
     assert (images.min(), images.max()) == (0, 255)
-    # No picture is in both: those that scikit-learn has twice would show here.
+    # No image is in both splits, although scikit-learn might have duplicates.
     train = {found.train.content(i) for i in range(len(found.train))}  # type: ignore[attr-defined]
     test = {found.test.content(i) for i in range(len(found.test))}  # type: ignore[attr-defined]
     assert not train & test
@@ -62,7 +62,7 @@ def put_cifar(root: Path) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     folder = root / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
-    pixels = rng.integers(0, 256, (6, 3, 3, 32, 32), dtype=np.uint8)  # planes red, green, blue
+    pixels = rng.integers(0, 256, (6, 3, 3, 32, 32), dtype=np.uint8)  # red, green and blue planes
     labels = rng.integers(0, 10, (6, 3), dtype=np.uint8)
     names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
     for name, images, classes in zip(names, pixels, labels, strict=True):
@@ -115,7 +115,7 @@ def test_downloads_go_to_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (file, place) == ("imagenette2-320.tgz", str(tmp_path / "fat/downloads/imagenette"))
     assert md5 is not None
     assert imagenette() == folder
-    assert len(asked) == 1  # the second time it was there
+    assert len(asked) == 1  # the second time it existed
 
 
 def test_content_tells_images_apart_by_shape_too() -> None:

@@ -116,7 +116,7 @@ def test_missing_and_text(tmp_path: Path) -> None:
         open_image(tmp_path / "text.jpg")
 
 
-@pytest.mark.parametrize("limit", [60, 30])  # beyond it Pillow warns, beyond its double it raises
+@pytest.mark.parametrize("limit", [60, 30])  # Pillow warns above it and raises above twice
 def test_decompression_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
@@ -148,7 +148,7 @@ def test_jpegs_may_be_decoded_smaller(tmp_path: Path) -> None:
     assert open_image(path, short_side=201).size == (800, 400)
     assert open_image(path, short_side=200).size == (400, 200)
     assert open_image(path, short_side=60).size == (200, 100)
-    assert open_image(path, short_side=1).size == (100, 50)  # 1/8 is the least there is
+    assert open_image(path, short_side=1).size == (100, 50)  # 1/8 is the smallest scale
     small = np.asarray(open_image(path, short_side=200), dtype=float)
     assert np.abs(small - np.asarray(image.reduce(2), dtype=float)).max() < 4
 

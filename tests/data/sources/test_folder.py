@@ -21,7 +21,7 @@ def put(root: Path, *names: str) -> Path:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            # The width tells the images apart.
+            # Images are identified by their width.
             Image.new("RGB", (len(name), 1)).save(path, "PNG")
         else:
             path.write_text("x")
@@ -79,7 +79,7 @@ def test_class_indices(tmp_path: Path) -> None:
     put(tmp_path, "0/a.png", "002/b.png", "10/c.png")
     source = FolderSource(tmp_path, num_classes=11)
     assert [source.label(i) for i in range(3)] == [0, 2, 10]
-    assert not FolderSource(tmp_path, num_classes=10).labelled  # 10 is no class of ten
+    assert not FolderSource(tmp_path, num_classes=10).labelled  # 10 is not one of ten classes
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_unlabelled_unless_all_are_classes(
     assert not source.labelled
     assert {source.label(i) for i in range(len(source))} == {-1}
     warned = "Ignoring the labels" in caplog.text
-    assert warned == (WNIDS[0] in files[0])  # only when it looks like a mistake
+    assert warned == (WNIDS[0] in files[0])  # only if it is probably a mistake
 
 
 def test_missing_folder_names_its_siblings(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_folder_that_cannot_be_listed(
     put(tmp_path, "a.png", "locked/b.png")
     scandir = os.scandir
 
-    def refuse(path: str) -> Iterator[os.DirEntry[str]]:  # chmod would not stop root
+    def refuse(path: str) -> Iterator[os.DirEntry[str]]:  # chmod has no effect for root
         if path.endswith("locked"):
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)

@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def age(root: Path, when: float = LONG_AGO) -> None:
-    """Date all folders back: what has just changed is listed again to be safe."""
+    """Set back the times of all folders, because recent changes invalidate a listing."""
     for path in (root, *root.rglob("*")):
         os.utime(path, (when, when))
 
@@ -98,7 +98,7 @@ def test_reused_until_something_changes(
     second = list_folder(root)
     assert f"Listing {root} again: {root}/b has changed" in caplog.text
     assert names(second) == ["a/1.jpg", "a/2.jpg", "b/3.png", "b/4.jpg"]
-    assert names(first) == ["a/1.jpg", "a/2.jpg", "b/3.png"]  # whoever uses it is not disturbed
+    assert names(first) == ["a/1.jpg", "a/2.jpg", "b/3.png"]  # listings in use are not disturbed
     (root / "a/1.jpg").unlink()
     (root / "a/2.jpg").unlink()
     (root / "a").rmdir()
@@ -164,7 +164,7 @@ def test_a_killed_build_leaves_nothing_that_looks_whole(cache: Path, root: Path)
     (rest,) = files(cache)
     assert rest.startswith(".")
     assert names(list_folder(root)) == ["a/1.jpg", "a/2.jpg", "b/3.png"]
-    # After a month it goes, and so do listings that nobody uses.
+    # After a month it is deleted, as are unused listings.
     age(cache)
     Listing.of(root, "other", lambda builder: None, progress=False)
     assert len(files(cache)) == 1
@@ -301,7 +301,7 @@ def test_memory_does_not_grow_with_the_images(
         return most
 
     count = 2_000
-    peak()  # what is loaded once
+    peak()  # loads lazy imports
     small = peak()
     count = 20_000
     assert peak() < small + 100_000
@@ -319,7 +319,7 @@ def test_hashes_hold_as_long_as_the_file(cache: Path, root: Path) -> None:
     assert again.find(root, Place("a/1.jpg", offset=3)) is None
     (root / "a/1.jpg").write_text("other")
     assert again.find(root, place) is None
-    again.keep(root, place, "def")  # it may change again within the resolution of its time
+    again.keep(root, place, "def")  # it may change again within the resolution of file times
     assert again.find(root, place) is None
     with pytest.raises(FileNotFoundError):
         again.find(root, Place("a/9.jpg"))

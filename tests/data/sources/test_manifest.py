@@ -163,7 +163,7 @@ def test_labels_out_of_range(index: ImageIndex) -> None:
     index.check_labels(5)
     with pytest.raises(FatError, match=r"have labels .* 0 to 3: train/n07747607/.* \(4\)"):
         index.check_labels(4)
-    ImageIndex(Path(), (record("train", "a", -1),)).check_labels(2)  # unknown is not wrong
+    ImageIndex(Path(), (record("train", "a", -1),)).check_labels(2)  # unknown is allowed
     with pytest.raises(FatError, match=r"train.jpg \(-2\)"):
         ImageIndex(Path(), (record("train", "a", -2),)).check_labels(2)
 
@@ -323,7 +323,7 @@ def test_copies_are_left_out_in_order_of_precedence() -> None:
     shared = frozenset({("calibration", "train")})
     named = tuple(replace(r, name=f"{i}") for i, r in enumerate(records))
     kept, gone = ImageIndex(Path(), named, shared=shared).without_copies(("test", "validation"))
-    # Training loses b to validation, validation loses c to the test; calibration may share a.
+    # Training loses b to validation and validation loses c to test; calibration may share a.
     assert [r.name for r in gone] == ["2", "4"]
     assert [r.name for r in kept.records] == ["0", "1", "3", "5", "6"]
     kept.check_disjoint()
