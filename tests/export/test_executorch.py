@@ -130,12 +130,12 @@ def test_all_that_computes_runs_in_integers(tiny: Student, shipped: Path) -> Non
 
 
 @needs_executorch
-def test_texts_survive(shipped: Path) -> None:
+def test_metadata_are_stored(shipped: Path) -> None:
     assert TARGET.open(shipped).metadata == TEXTS
 
 
 @needs_executorch
-def test_images_of_another_size_are_refused(shipped: Path) -> None:
+def test_images_of_another_size_are_rejected(shipped: Path) -> None:
     with pytest.raises(FatError, match=r"takes images \[3, 16, 16\], these are \[3, 20, 20\]"):
         TARGET.open(shipped).run(structured(2, 20))
 
@@ -148,7 +148,7 @@ def test_channels_last_images_give_the_same(shipped: Path) -> None:
 
 
 @needs_executorch
-def test_a_float_network_is_written_and_told_to_be_float(tiny: Student, tmp_path: Path) -> None:
+def test_a_float_network_has_float_kernels(tiny: Student, tmp_path: Path) -> None:
     images, path = structured(3, 16), tmp_path / "float.pte"
     TARGET.write(Program(tiny.teacher, images), path)
     runtime = TARGET.open(path)
@@ -211,7 +211,7 @@ class TwoImages(nn.Module):
     ],
     ids=["two", "integers", "rank"],
 )
-def test_a_file_that_takes_no_images_is_refused(
+def test_files_without_an_image_input_are_rejected(
     network: nn.Module, inputs: tuple[torch.Tensor, ...], said: str, tmp_path: Path
 ) -> None:
     from executorch.exir import to_edge_transform_and_lower
@@ -242,14 +242,16 @@ class Unknown(nn.Module):
 
 
 @needs_executorch
-def test_an_operator_without_a_form_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+def test_an_unsupported_operator_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     network = torch.fx.symbolic_trace(Unknown())
     with pytest.raises(FatError, match=r"operator aten\S+special_i1\S* is not supported"):
         TARGET.write(Program(network, torch.ones(2, 3, 4, 4)), tmp_path / "network.pte")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_package_says_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for call in (TARGET.check, lambda: TARGET.open(tmp_path / "network.pte")):
         with pytest.raises(FatError, match=r"not installed: type pip install -e '\.\[execut"):

@@ -28,7 +28,7 @@ def tiny() -> Student:
 @pytest.fixture(scope="module")
 def ours(tiny: Student, tmp_path_factory: pytest.TempPathFactory) -> OnnxRuntime:
     path = tmp_path_factory.mktemp("ours") / "student.onnx"
-    fat.export_onnx(tiny, path)
+    fat.export_onnx(tiny, path, beside_float=False)
     return OnnxRuntime(path)
 
 
@@ -52,60 +52,60 @@ def theirs(tiny: Student, tmp_path_factory: pytest.TempPathFactory) -> OnnxRunti
     return OnnxRuntime(folder / "int8.onnx")
 
 
-def labelled() -> list[tuple[torch.Tensor, torch.Tensor]]:
+def labeled() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(structured(8, 16, seed), torch.arange(8)) for seed in (5, 6)]
 
 
-def test_our_file_has_the_students_figures(ours: OnnxRuntime, tiny: Student) -> None:
-    figures, expected = (
-        evaluate_file(ours, labelled(), tiny.teacher),
-        fat.evaluate(tiny, labelled()),
+def test_our_file_has_the_students_metrics(ours: OnnxRuntime, tiny: Student) -> None:
+    metrics, expected = (
+        evaluate_file(ours, labeled(), tiny.teacher),
+        fat.evaluate(tiny, labeled()),
     )
-    assert figures["quantized"] == expected["quantized"]
-    assert figures["float"] == expected["float"]
-    assert figures["accuracy_drop"] == expected["accuracy_drop"]
-    assert figures["images"] == 16
+    assert metrics["quantized"] == expected["quantized"]
+    assert metrics["float"] == expected["float"]
+    assert metrics["accuracy_drop"] == expected["accuracy_drop"]
+    assert metrics["images"] == 16
 
 
-def test_anothers_file_is_judged_by_the_same_measures(theirs: OnnxRuntime, tiny: Student) -> None:
-    figures = evaluate_file(theirs, labelled(), tiny.teacher)
-    assert set(figures["quantized"]) == {"top1", "top5", "agreement", "sqnr_db", "rmse"}
-    assert 5.0 < figures["quantized"]["sqnr_db"] < 60.0
+def test_files_of_other_tools_have_the_same_metrics(theirs: OnnxRuntime, tiny: Student) -> None:
+    metrics = evaluate_file(theirs, labeled(), tiny.teacher)
+    assert set(metrics["quantized"]) == {"top1", "top5", "agreement", "sqnr_db", "rmse"}
+    assert 5.0 < metrics["quantized"]["sqnr_db"] < 60.0
     kernels = theirs.kernels()
     assert kernels.integer_layers + len(kernels.float_layers) == len(tiny.layers())
     assert kernels.float_layers  # ReLU6 stays between a convolution and its result's grid
     assert "fat.preprocessing" not in theirs.metadata
 
 
-def test_without_a_float_network_only_accuracies_are_told(ours: OnnxRuntime) -> None:
-    figures = evaluate_file(ours, labelled())
-    assert figures["quantized"]["top1"] is not None
-    assert figures["quantized"]["agreement"] is None
-    assert figures["quantized"]["sqnr_db"] is None
-    assert figures["float"] == {"top1": None, "top5": None}
-    assert figures["accuracy_drop"] is None
+def test_without_a_float_network_there_are_only_accuracies(ours: OnnxRuntime) -> None:
+    metrics = evaluate_file(ours, labeled())
+    assert metrics["quantized"]["top1"] is not None
+    assert metrics["quantized"]["agreement"] is None
+    assert metrics["quantized"]["sqnr_db"] is None
+    assert metrics["float"] == {"top1": None, "top5": None}
+    assert metrics["accuracy_drop"] is None
 
 
 def test_images_without_labels_are_compared_with_the_float_network(
     ours: OnnxRuntime, tiny: Student
 ) -> None:
-    figures = evaluate_file(ours, structured(8, 16, 5), tiny.teacher)
-    assert figures["quantized"]["top1"] is None
-    assert figures["quantized"]["agreement"] is not None
+    metrics = evaluate_file(ours, structured(8, 16, 5), tiny.teacher)
+    assert metrics["quantized"]["top1"] is None
+    assert metrics["quantized"]["agreement"] is not None
 
 
-def test_images_of_another_size_are_refused(ours: OnnxRuntime) -> None:
+def test_images_of_another_size_are_rejected(ours: OnnxRuntime) -> None:
     with pytest.raises(FatError, match=r"\[3, 16, 16\], these are \[3, 24, 24\].*image_size=16"):
         evaluate_file(ours, structured(4, 24))
 
 
-def test_a_float_network_of_other_classes_is_refused(ours: OnnxRuntime) -> None:
+def test_a_float_network_with_other_classes_is_rejected(ours: OnnxRuntime) -> None:
     other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(768, 7)).eval()
     with pytest.raises(FatError, match=r"\[4, 10\], the float network \[4, 7\]"):
         evaluate_file(ours, structured(4, 16), other)
 
 
-def test_a_file_that_gives_no_logits_is_refused(ours: OnnxRuntime, tmp_path: Path) -> None:
+def test_a_file_without_logits_is_rejected(ours: OnnxRuntime, tmp_path: Path) -> None:
     model = onnx.load(ours.path)
     features = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
     model.graph.output[0].CopyFrom(
@@ -116,7 +116,7 @@ def test_a_file_that_gives_no_logits_is_refused(ours: OnnxRuntime, tmp_path: Pat
         evaluate_file(OnnxRuntime(tmp_path / "features.onnx"), structured(4, 16))
 
 
-def test_classes_beyond_the_logits_are_refused(ours: OnnxRuntime) -> None:
+def test_classes_beyond_the_logits_are_rejected(ours: OnnxRuntime) -> None:
     with pytest.raises(FatError, match="have the class 10, but the file returns 10 logits"):
         evaluate_file(ours, [(structured(4, 16), torch.arange(7, 11))])
 

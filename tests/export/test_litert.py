@@ -1,4 +1,4 @@
-"""Files for LiteRT: equal to their students, in integers, as mobile engineers expect them."""
+"""Files for LiteRT equal their students, in integers, in the usual mobile form."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_equal_arrays_are_stored_once(in_integers: Written) -> None:
 
 
 @needs_litert
-def test_a_file_takes_and_gives_float32(in_floats: Written) -> None:
+def test_a_file_takes_and_returns_float32(in_floats: Written) -> None:
     runtime = LiteRTRuntime(in_floats.path, threads=1)
     assert runtime.input_shape == (1, 3, 16, 16)
     assert runtime.name.startswith("litert 2.")
@@ -182,7 +182,7 @@ def save(file: Any, path: Path) -> LiteRTRuntime:
 
 
 @needs_litert
-def test_others_files_may_have_channels_first(in_floats: Written, tmp_path: Path) -> None:
+def test_files_of_other_tools_may_have_channels_first(in_floats: Written, tmp_path: Path) -> None:
     file = litert._File(in_floats.path.read_bytes())
     images = file.add_tensor("x", (1, 3, 16, 16), "FLOAT32")
     order = file.add_constant("order", litert.TO_NHWC)
@@ -195,7 +195,7 @@ def test_others_files_may_have_channels_first(in_floats: Written, tmp_path: Path
 
 
 @needs_litert
-def test_others_files_may_take_uint8(in_integers: Written, tmp_path: Path) -> None:
+def test_files_of_other_tools_may_take_uint8(in_integers: Written, tmp_path: Path) -> None:
     file = litert._File(in_integers.path.read_bytes())
     old = int(file.graph.inputs[0])
     grid = file.schema.QuantizationParametersT()
@@ -210,7 +210,7 @@ def test_others_files_may_take_uint8(in_integers: Written, tmp_path: Path) -> No
 
 
 @needs_litert
-def test_more_than_one_input_is_refused(in_floats: Written, tmp_path: Path) -> None:
+def test_more_than_one_input_is_rejected(in_floats: Written, tmp_path: Path) -> None:
     file = litert._File(in_floats.path.read_bytes())
     file.graph.inputs = [*file.graph.inputs, file.add_tensor("mask", (1, 2), "FLOAT32")]
     file.model.signatureDefs = []
@@ -219,7 +219,7 @@ def test_more_than_one_input_is_refused(in_floats: Written, tmp_path: Path) -> N
 
 
 @needs_litert
-def test_half_a_file_is_refused(in_floats: Written, tmp_path: Path) -> None:
+def test_a_truncated_file_is_rejected(in_floats: Written, tmp_path: Path) -> None:
     content = in_floats.path.read_bytes()
     for length in (0, 6, 40, len(content) // 2, len(content) - 1):
         (tmp_path / "half.tflite").write_bytes(content[:length])
@@ -230,7 +230,7 @@ def test_half_a_file_is_refused(in_floats: Written, tmp_path: Path) -> None:
 
 
 @needs_litert
-def test_an_operator_without_a_form_is_named_and_nothing_is_left(tmp_path: Path) -> None:
+def test_an_unsupported_operator_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.special.bessel_j0(x).mean((2, 3))
@@ -241,7 +241,7 @@ def test_an_operator_without_a_form_is_named_and_nothing_is_left(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_a_missing_package_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FatError, match=r"pip install -e '\.\[litert\]'"):
         LiteRT().check()

@@ -1,4 +1,4 @@
-"""A student spelled in integers: the same values, types that hold them, and what is refused."""
+"""Lowering of a student to integers: values, types, and rejected networks."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_channels_are_clipped_at_their_own_bounds(
         assert "minimum" not in str(calls(lowered))
 
 
-def test_every_operation_is_told_with_its_layer(everything: Student) -> None:
+def test_every_grid_has_its_layer(everything: Student) -> None:
     lowered = lower(everything, structured(2, 32), STYLES["onnx"])
     assert [grid.layer for grid in lowered.tensors] == [
         quantizer.layer for quantizer in everything.activation_quantizers()
@@ -186,7 +186,7 @@ class Routed(nn.Module):
         return pooled
 
 
-def test_filters_for_each_image_are_refused() -> None:
+def test_filters_for_each_image_are_rejected() -> None:
     with pytest.raises(FatError, match=r"'mixed\.conv2d' is a convolution with separate filters"):
         lower(student_of(Routed()), structured(4, 32, 1), LoweringStyle(torch.uint8))
 

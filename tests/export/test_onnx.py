@@ -38,7 +38,7 @@ def written(
     target: Onnx | None = None,
     metadata: dict[str, str] | None = None,
 ) -> tuple[Path, Program]:
-    """The file of a student, and what it was written of."""
+    """Write the file of a student; return it with its program."""
     target = target or Onnx()
     size = student.origin["preprocessing"]["size"][0]
     example = structured(2, size)
@@ -239,7 +239,7 @@ def test_weights_of_four_bits_are_stored_in_four_from_opset_21(opset: int, tmp_p
 
 
 @pytest.mark.parametrize("opset", [9, 17, 99])
-def test_an_opset_that_cannot_be_written_is_refused(opset: int) -> None:
+def test_unsupported_opsets_are_rejected(opset: int) -> None:
     with pytest.raises(FatError, match=rf"opset {opset} .* 18 to 23, as in export\.opset=21"):
         Onnx(opset)
 
@@ -253,7 +253,7 @@ def test_any_batch_gives_the_same_logits_image_by_image(file: Path) -> None:
     assert torch.equal(together, alone)
 
 
-def test_metadata_are_kept_and_nothing_else(file: Path) -> None:
+def test_metadata_are_stored_and_nothing_else(file: Path) -> None:
     runtime, model = OnnxRuntime(file), onnx.load(file)
     assert dict(runtime.metadata) == {"fat.model": "TinyNet", "fat.classes": '["ä"]'}
     assert model.producer_name == "FAT"
@@ -293,7 +293,7 @@ class Bessel(nn.Module):
         return torch.special.bessel_j0(x)
 
 
-def test_an_operator_without_a_form_is_named(tmp_path: Path) -> None:
+def test_an_unsupported_operator_is_named(tmp_path: Path) -> None:
     network = nn.Sequential(
         nn.Conv2d(3, 4, 3), Bessel(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)
     )
@@ -328,7 +328,7 @@ def simple(
     return path
 
 
-def test_layers_in_float_are_told_by_name(tmp_path: Path) -> None:
+def test_layers_in_float_are_listed_by_name(tmp_path: Path) -> None:
     kernels = OnnxRuntime(simple(tmp_path / "other.onnx")).kernels()
     assert kernels.integer_layers == 0
     assert kernels.float_layers == ("head",)
@@ -341,25 +341,26 @@ def test_a_file_for_single_images_is_run_image_by_image(tmp_path: Path) -> None:
     torch.testing.assert_close(runtime.run(images)[0][:, :3], means)
 
 
-def test_a_file_of_another_batch_says_what_to_type(tmp_path: Path) -> None:
+def test_the_error_for_another_batch_size_says_what_to_type(tmp_path: Path) -> None:
     runtime = OnnxRuntime(simple(tmp_path / "other.onnx", shape=(4, 3, 8, 8)))
     assert len(runtime.run(structured(4, 8))[0]) == 4
+    assert len(runtime.run(structured(8, 8))[0]) == 8
     with pytest.raises(FatError, match=r"batches of 4 images; type data\.batch_size=4"):
         runtime.run(structured(3, 8))
 
 
-def test_what_is_no_network_for_images_is_refused(tmp_path: Path) -> None:
+def test_files_without_an_image_input_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(FatError, match=r"takes x tensor\(uint8\).*float32"):
         OnnxRuntime(simple(tmp_path / "bytes.onnx", TensorProto.UINT8))
     with pytest.raises(FatError, match="There is no file"):
         OnnxRuntime(tmp_path / "none.onnx")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-def test_a_damaged_file_is_said_to_be_one(share: float, file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.999])
+def test_a_damaged_file_is_rejected(fraction: float, file: Path, tmp_path: Path) -> None:
     content = file.read_bytes()
     broken = tmp_path / "broken.onnx"
-    broken.write_bytes(content[: int(share * len(content))])
+    broken.write_bytes(content[: int(fraction * len(content))])
     with pytest.raises(FatError, match=r"cannot open .*damaged or of another format"):
         OnnxRuntime(broken)
 

@@ -57,7 +57,7 @@ def test_its_file_is_that_of_onnx(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not saturates(), reason="needs a processor with AVX2 and without VNNI")
-def test_sums_that_saturate_are_found_and_what_helps_is_said(tmp_path: Path) -> None:
+def test_saturating_sums_are_found_and_the_error_says_what_to_type(tmp_path: Path) -> None:
     with pytest.raises(FatError, match=r"saturate at 16 bits.*quant\.weight\.bits=7"):
         export(tiny_student(), tmp_path / "student.onnx", OpenVino(), structured(16, 16, 5))
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +72,7 @@ def test_metadata_and_shape_are_read(tmp_path: Path) -> None:
     assert runtime.run(structured(3, 16))[0].shape == (3, 10)
 
 
-def test_float_layers_are_told(tmp_path: Path) -> None:
+def test_float_layers_are_listed(tmp_path: Path) -> None:
     student = tiny_student()
     Onnx().write(Program(student.teacher, structured(2, 16)), tmp_path / "float.onnx")
     kernels = OpenVinoRuntime(tmp_path / "float.onnx").kernels()
@@ -80,7 +80,7 @@ def test_float_layers_are_told(tmp_path: Path) -> None:
     assert len(kernels.float_layers) == len(student.layers())
 
 
-def test_a_damaged_file_is_said_to_be_one(tmp_path: Path) -> None:
+def test_a_damaged_file_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "broken.onnx").write_bytes(b"nothing of the kind")
     with pytest.raises(FatError, match=r"OpenVINO cannot open .*damaged"):
         OpenVinoRuntime(tmp_path / "broken.onnx")

@@ -1,4 +1,4 @@
-"""Targets by name, runtimes by suffix, and what is said where something is missing."""
+"""Targets by name, runtimes by suffix, and errors for missing packages."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_every_target_has_its_name_and_a_runtime_for_its_files() -> None:
         assert (ROOT / "conf" / "export" / f"{name}.yaml").is_file()
 
 
-def test_an_unknown_target_is_answered_with_the_nearest() -> None:
+def test_the_error_for_an_unknown_target_names_the_nearest() -> None:
     with pytest.raises(FatError, match=r"onxn.*onnx"):
         make_target("onxn")
 
 
-def test_options_that_a_target_lacks_are_refused() -> None:
+def test_options_of_other_targets_are_rejected() -> None:
     with pytest.raises(
         FatError,
         match=r"export=onnx has no option export\.integer_io; it belongs to export=litert\.",
@@ -40,7 +40,7 @@ def test_options_that_a_target_lacks_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["openvino", "litert", "executorch"])
-def test_what_is_not_installed_is_said_with_what_to_type(
+def test_the_error_for_a_missing_package_says_what_to_type(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
@@ -51,7 +51,7 @@ def test_what_is_not_installed_is_said_with_what_to_type(
 
 
 def test_files_are_opened_by_their_suffix(tmp_path: Path) -> None:
-    fat.export_onnx(tiny_student(), tmp_path / "student.onnx")
+    fat.export_onnx(tiny_student(), tmp_path / "student.onnx", beside_float=False)
     assert isinstance(open_artifact(tmp_path / "student.onnx"), OnnxRuntime)
     with pytest.raises(FatError, match=r"file\.bin ends in '\.bin'; allowed are \.onnx, \.xml"):
         open_artifact(tmp_path / "file.bin")

@@ -1,4 +1,4 @@
-"""What tells whether a file is its student: measures, and the bounds that they are held to."""
+"""Comparison of a file with its student, and the tolerances."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def tiny() -> Student:
 
 
 class Simulated:
-    """A runtime that computes exactly what a student computes, or that with something changed."""
+    """A runtime that computes the same as a student, with optional changes."""
 
     name = "simulation 1.0"
     input_shape = (None, 3, 16, 16)
@@ -63,7 +63,7 @@ class Simulated:
         return lower(self.student, images, LoweringStyle(torch.uint8)).tensors
 
 
-def test_equal_logits_have_no_distance(tiny: Student) -> None:
+def test_equal_logits_have_the_largest_sqnr(tiny: Student) -> None:
     labels = torch.arange(8)
     found = compare(tiny, Simulated(tiny), [(structured(8, 16, 3), labels)] * 2)
     assert found["simulation"] == {"agreement": 100.0, "sqnr_db": 200.0, "largest_step": 0.0}
@@ -73,14 +73,14 @@ def test_equal_logits_have_no_distance(tiny: Student) -> None:
     assert found["quantized"]["top1"] == pytest.approx(100 * float(right))
 
 
-def test_logits_of_another_shape_are_said(tiny: Student) -> None:
+def test_logits_of_another_shape_are_rejected(tiny: Student) -> None:
     runtime = Simulated(tiny)
     runtime.run = lambda images: [torch.zeros(len(images), 7)]  # type: ignore[method-assign]
     with pytest.raises(FatError, match=r"\[4, 7\] for 4 images, its student \[4, 10\]"):
         compare(tiny, runtime, structured(4, 16))
 
 
-def test_a_difference_is_told_of_the_operation_that_made_it_alone(tiny: Student) -> None:
+def test_a_difference_is_attributed_to_its_operation(tiny: Student) -> None:
     images, runtime = structured(4, 16, 3), Simulated(tiny)
     quantizers = [quantizer.layer for quantizer in tiny.activation_quantizers()]
     runtime.off = {quantizers[4]: 9}
@@ -92,11 +92,11 @@ def test_a_difference_is_told_of_the_operation_that_made_it_alone(tiny: Student)
         "blocks.0.conv_dw",
     ]
     assert len(found) == len(quantizers)
-    # What comes after is computed of the student's own integers, which the runtime did not use.
+    # Later operations are computed from the student's integers, which the runtime did not use.
     assert [entry.steps >= 8 for entry in found][:5] == [False] * 4 + [True]
 
 
-def test_pixels_in_the_middle_between_two_integers_may_go_to_either(tiny: Student) -> None:
+def test_ties_may_be_rounded_either_way(tiny: Student) -> None:
     runtime = Simulated(tiny)
     quantizer = tiny.activation_quantizers()[0]
     scale = float(quantizer.thresholds()[0].detach())
@@ -115,7 +115,7 @@ def test_pixels_in_the_middle_between_two_integers_may_go_to_either(tiny: Studen
         del runtime.run
 
 
-def test_integers_of_another_shape_are_said(tiny: Student) -> None:
+def test_integers_of_another_shape_are_rejected(tiny: Student) -> None:
     images, runtime = structured(4, 16, 3), Simulated(tiny)
     results = runtime.run(images)
     runtime.run = lambda _: [*results[:3], results[3][:, :1], *results[4:]]  # type: ignore[method-assign]
@@ -123,7 +123,7 @@ def test_integers_of_another_shape_are_said(tiny: Student) -> None:
         compare_layers(tiny, runtime, runtime.tensors(images), images)
 
 
-def test_single_steps_are_tolerated_up_to_a_share() -> None:
+def test_single_steps_are_tolerated_up_to_a_fraction() -> None:
     few, many = LayerDifference("conv", 0.0009, 1), LayerDifference("conv", 0.0011, 1)
     check_layers([few, few], TOLERANCE)
     with pytest.raises(FatError, match=r"1 operation\(s\): 'conv': 0\.11 % .* by up to 1 "):
@@ -135,7 +135,7 @@ def test_two_steps_are_never_tolerated() -> None:
         check_layers([LayerDifference("fc", 1e-5, 2)], TOLERANCE, "Do that.")
 
 
-def test_logits_are_held_to_what_the_target_promises() -> None:
+def test_logits_are_compared_with_the_tolerance() -> None:
     assert falls_short({"sqnr_db": 40.0, "agreement": 99.5}, TOLERANCE) == ""
     assert falls_short({"sqnr_db": 3.0, "agreement": 1.0}, Tolerance(off_by_one=0.0)) == ""
     assert falls_short({"sqnr_db": 200.0, "agreement": 99.0}, TOLERANCE).startswith("99.0 % agree")
@@ -147,7 +147,7 @@ def test_logits_are_held_to_what_the_target_promises() -> None:
     check_logits("")
 
 
-def test_the_batch_that_differs_most_is_found(tiny: Student) -> None:
+def test_the_batch_with_the_largest_difference_is_returned(tiny: Student) -> None:
     class Off(Simulated):
         def run(self, images: Tensor) -> list[Tensor]:
             return [self.student(images) + images.amax((1, 2, 3))[:, None]]
