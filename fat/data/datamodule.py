@@ -18,11 +18,11 @@ from fat.data.cache import build_cache
 from fat.data.config import DataOptions
 from fat.data.dataset import (
     Batch,
+    DistributedBatchSampler,
     EpochSampler,
     ImageDataset,
     ImageLoader,
-    StepBatches,
-    WholeBatches,
+    SequentialBatchSampler,
     collate,
 )
 from fat.data.sources.base import ImageSource, PhotoSource
@@ -517,7 +517,9 @@ class FatDataModule(pl.LightningDataModule):
         }
 
     def _loader(self, data: ImageDataset, sampler: EpochSampler | None = None) -> ImageLoader:
-        batches: StepBatches | WholeBatches = WholeBatches(len(data), self.batch_size)
+        batches: DistributedBatchSampler | SequentialBatchSampler = SequentialBatchSampler(
+            len(data), self.batch_size
+        )
         if sampler is not None:
             processes = distributed.size()
             if self.batch_size % processes or len(data) < processes:
@@ -527,7 +529,7 @@ class FatDataModule(pl.LightningDataModule):
                     f"multiple of {processes}, and each process needs an image."
                 )
             drop_last = len(data) >= self.batch_size
-            batches = StepBatches(sampler, self.batch_size, drop_last=drop_last)
+            batches = DistributedBatchSampler(sampler, self.batch_size, drop_last=drop_last)
         return ImageLoader(
             data,
             batch_sampler=batches,

@@ -20,12 +20,12 @@ from fat.utils.random import generator
 
 __all__ = [
     "Batch",
+    "DistributedBatchSampler",
     "EpochSampler",
     "ImageDataset",
     "ImageLoader",
+    "SequentialBatchSampler",
     "SkippedImages",
-    "StepBatches",
-    "WholeBatches",
     "collate",
 ]
 
@@ -195,7 +195,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             yield epoch, int(position)
 
 
-class StepBatches(Sampler[list[tuple[int, int]]]):
+class DistributedBatchSampler(Sampler[list[tuple[int, int]]]):
     """Batches of training images, each split among the processes.
 
     Together, the processes see in each step the batch that a single process would see.
@@ -228,7 +228,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
             yield batch[rank::size]
 
 
-class WholeBatches(Sampler[list[int]]):
+class SequentialBatchSampler(Sampler[list[int]]):
     """Batches in a fixed order, assigned to the processes in turn.
 
     Every image is seen exactly once, also when the number of batches is not a multiple of the
@@ -253,6 +253,10 @@ class WholeBatches(Sampler[list[int]]):
         """Yield lists of positions."""
         for start in self._starts():
             yield list(range(start, min(start + self.batch_size, self.length)))
+
+
+StepBatches, WholeBatches = DistributedBatchSampler, SequentialBatchSampler
+"""The names in FAT 0.1."""
 
 
 def collate(items: Sequence[Item]) -> tuple[Parts, Tensor, list[tuple[str, str]], str]:
@@ -290,7 +294,7 @@ class ImageLoader(DataLoader[Any]):
 
     def start_at(self, batch: int) -> None:
         """Start the next pass (only) at a later batch, without loading the earlier ones."""
-        if not isinstance(self.batch_sampler, StepBatches):
+        if not isinstance(self.batch_sampler, DistributedBatchSampler):
             raise FatError("Only a loader of training images can start in the middle of a pass.")
         self.batch_sampler.skip = batch
         self._start = batch
@@ -318,7 +322,9 @@ class ImageLoader(DataLoader[Any]):
             dataset.skipped.add(skipped)
             if number == batches:  # before the last yield, as a caller may not exhaust the iterator
                 dataset.skipped.warn()
-            shared = distributed.size() > 1 and isinstance(self.batch_sampler, StepBatches)
+            shared = distributed.size() > 1 and isinstance(
+                self.batch_sampler, DistributedBatchSampler
+            )
             if shared and not len(labels):
                 raise FatError(
                     "One process cannot read any of its images of a training step, and the others "

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fat.data import datamodule
 from fat.data.datamodule import TEST_PHOTOS, TRAIN_PHOTOS, VALIDATION_PHOTOS, FatDataModule
-from fat.data.dataset import Batch, ImageLoader, StepBatches
+from fat.data.dataset import Batch, DistributedBatchSampler, ImageLoader
 from fat.data.transforms import EvalTransform, apply
 from fat.models.float_model import Preprocessing
 from fat.utils.errors import FatError
@@ -49,7 +49,7 @@ def names(data: FatDataModule, split: str) -> set[str]:
 
 
 def epoch(loader: ImageLoader, number: int) -> list[Batch]:
-    assert isinstance(loader.batch_sampler, StepBatches)
+    assert isinstance(loader.batch_sampler, DistributedBatchSampler)
     loader.batch_sampler.sampler.set_epoch(number)
     return list(loader)
 

@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor
 
 from fat.data.dataset import (
+    DistributedBatchSampler,
     EpochSampler,
     ImageDataset,
     ImageLoader,
+    SequentialBatchSampler,
     SkippedImages,
-    StepBatches,
-    WholeBatches,
     collate,
 )
 from fat.data.sources.decoding import UnreadableImage
@@ -138,7 +138,9 @@ def test_processes_share_each_step_that_one_would_have(
     size = 2 * processes
     sampler = EpochSampler(length, 7)
     sampler.set_epoch(2)
-    batches = StepBatches(sampler, size, drop_last=drop_last)  # created before the process group
+    batches = DistributedBatchSampler(
+        sampler, size, drop_last=drop_last
+    )  # created before the process group
     alone = list(batches)
     order = list(sampler)
     expected = [order[i : i + size] for i in range(0, length, size)]
@@ -158,7 +160,7 @@ def test_processes_share_each_step_that_one_would_have(
 
 
 def test_a_pass_that_starts_later_is_the_rest_of_the_whole_one() -> None:
-    batches = StepBatches(EpochSampler(10, 0), 3, drop_last=False)
+    batches = DistributedBatchSampler(EpochSampler(10, 0), 3, drop_last=False)
     whole = list(batches)
     batches.skip = 2
     assert list(batches) == whole[2:]
@@ -169,7 +171,7 @@ def test_a_pass_that_starts_later_is_the_rest_of_the_whole_one() -> None:
 def test_processes_share_whole_batches_and_every_image_once(
     process: Process, length: int, processes: int
 ) -> None:
-    batches = WholeBatches(length, 4)
+    batches = SequentialBatchSampler(length, 4)
     alone = list(batches)
     assert alone == [list(range(i, min(i + 4, length))) for i in range(0, length, 4)]
     shares = []
@@ -181,7 +183,7 @@ def test_processes_share_whole_batches_and_every_image_once(
 
 
 def stepping(data: ImageDataset, workers: int = 0) -> ImageLoader:
-    batches = StepBatches(EpochSampler(len(data), 0), 4, drop_last=False)
+    batches = DistributedBatchSampler(EpochSampler(len(data), 0), 4, drop_last=False)
     return ImageLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers)
 
 
@@ -215,7 +217,7 @@ def test_batches_of_nothing_count_as_drawn() -> None:
 
 def test_only_training_images_start_later() -> None:
     data = ImageDataset(Numbers(8), noisy)
-    judged = ImageLoader(data, batch_sampler=WholeBatches(8, 4), collate_fn=collate)
+    judged = ImageLoader(data, batch_sampler=SequentialBatchSampler(8, 4), collate_fn=collate)
     with pytest.raises(FatError, match="Only a loader of training images"):
         judged.start_at(1)
 
