@@ -15,7 +15,7 @@ LIMIT = 300.0
 
 
 def command(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run train.py or evaluate.py in a process forked after the imports."""
+    """Run train.py, evaluate.py or ``-m`` and a module in a process forked after the imports."""
     with tempfile.TemporaryDirectory() as folder:
         output, errors = Path(folder) / "output", Path(folder) / "errors"
         pid = server().start(script, *arguments, output=output, errors=errors, **variables)

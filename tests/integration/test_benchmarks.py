@@ -101,7 +101,9 @@ def presets(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     sys.modules.pop("presets")
 
 
-def test_a_cell_that_failed_is_shown_and_tried_again(presets: ModuleType, tmp_path: Path) -> None:
+def test_a_cell_that_failed_is_shown_and_tried_again(
+    presets: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     directory = tmp_path / "best_w4a4-mse"
     presets.run_cell(["quant.bits=9"], directory, 1)
     assert (
@@ -112,6 +114,8 @@ def test_a_cell_that_failed_is_shown_and_tried_again(presets: ModuleType, tmp_pa
     assert not (directory / "command.txt").exists()
     figures = {"agreement": 75.04, "sqnr_db": 5.25}
     (directory / "metrics.json").write_text(json.dumps({"trained": figures, "calibrated": {}}))
+    failed = subprocess.CompletedProcess([], 2)
+    monkeypatch.setattr(presets.subprocess, "run", lambda *_, **__: failed)
     presets.run_cell(["quant.bits=9"], directory, 1)  # left by a run that never finished
     assert not (directory / "metrics.json").exists()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.running import ROOT, command_from_cold
+from tests.integration.running import ROOT, command, command_from_cold
 from tests.integration.test_commands import TINY
 
 QUICK = [*TINY, "logger=none", "trainer.progress=false"]
@@ -113,26 +113,11 @@ def task_of_first_job(place: Path) -> int:
 def test_a_search_ends_with_a_command_that_gives_the_best_again(tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="needs the extra search")
     place = tmp_path / "search"
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "fat.experiment.recipe_search",
-            "--trials",
-            "2",
-            "--directory",
-            str(place),
-            "optim.lr=tag(log, interval(1e-4,1e-2))",
-            *QUICK,
-            "data.train_images=16",
-            "optim.epochs=1",
-            "data.workers=0",
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    result = command(
+        *("-m", "fat.experiment.recipe_search", "--trials", "2", "--directory", str(place)),
+        "optim.lr=tag(log, interval(1e-4,1e-2))",
+        *QUICK,
+        *("data.train_images=16", "optim.epochs=1", "data.workers=0"),
     )
     assert result.returncode == 0, result.stderr
     losses = {}
@@ -149,14 +134,7 @@ def test_a_search_ends_with_a_command_that_gives_the_best_again(tmp_path: Path) 
     assert result.stdout.index("test images take no part") < result.stdout.index("Lowest")
     assert len(rows(place)) == 2
 
-    more = subprocess.run(
-        [sys.executable, "-m", "fat.search", "--resume", str(place), "--trials", "3"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    more = command("-m", "fat.search", "--resume", str(place), "--trials", "3")
     assert more.returncode == 0, more.stderr
     assert "Trial 3 of 3" in more.stdout
     assert "Trial 1 of" not in more.stdout

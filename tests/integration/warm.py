@@ -44,7 +44,7 @@ class Warm:
         return json.loads(self._server.stdout.readline())
 
     def start(self, *words: str, output: Path, errors: Path, **variables: str) -> int:
-        """Start a script with its output in files, which are overwritten; return its process ID."""
+        """Start a script, or ``-m`` and a module, with output in files; return its process ID."""
         for path in {output, errors}:
             path.write_text("")
         files = [str(output), str(errors)]
@@ -144,7 +144,11 @@ def _become(words: list[str], files: list[str], variables: dict[str, str]) -> No
     sys.argv = list(words)
     status = 0
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     except BaseException:
