@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,7 +150,6 @@ def test_a_student_comes_back_as_it_was(description: Any, granularity: str, bits
         assert torch.equal(loaded.float_logits(images), student.float_logits(images))
 
 
-@pytest.mark.slow
 @often(3)
 @given(
     NETWORKS,

@@ -76,7 +76,6 @@ def test_peers_get_the_same_network(
     assert torch.equal(plain(images), network(images))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "library"), [("Brevitas", "brevitas"), ("torchao", "torchao")])
 def test_a_peer_quantizes_every_layer(
     qat_peers: ModuleType, same_padded: tuple[fx.GraphModule, Tensor], name: str, library: str
@@ -250,7 +249,6 @@ def test_a_mistyped_argument_of_feeding_is_said(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_a_targets_row_holds_what_its_headings_say(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -267,7 +265,6 @@ def test_a_targets_row_holds_what_its_headings_say(
     assert float(named["size"]) > 0.0
 
 
-@pytest.mark.slow
 def test_onnxruntimes_own_tool_quantizes_the_same_network(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

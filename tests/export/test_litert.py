@@ -72,7 +72,6 @@ def in_integers(tmp_path_factory: pytest.TempPathFactory) -> Written:
 
 
 @needs_litert
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
 def test_every_operation_equals_the_students(spec: QuantSpec, tmp_path: Path) -> None:
     written = Written(tmp_path, LiteRT(), tiny_student(spec))
@@ -91,7 +90,6 @@ def test_a_clip_per_channel_equals_the_students(tmp_path: Path) -> None:
 
 
 @needs_litert
-@pytest.mark.slow
 @pytest.mark.parametrize("network", [Everything, Heads])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_everything_that_stands_between_layers_equals_the_students(

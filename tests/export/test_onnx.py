@@ -97,13 +97,11 @@ def dequantized(model: onnx.ModelProto, kind: int) -> list[onnx.NodeProto]:
 # ------------------------------------------------------------------------------------ equality
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
 def test_every_kind_of_operation_is_equal_in_the_runtime(spec: QuantSpec, tmp_path: Path) -> None:
     check_equal(student_of(Everything(), spec), tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "spec"),
     [
@@ -166,7 +164,6 @@ class Pairs(nn.Module):
         return self.head(torch.cat(results, 1)).mean((2, 3))
 
 
-@pytest.mark.slow
 def test_sums_and_products_of_all_pairs_of_integers_are_equal(tmp_path: Path) -> None:
     network = Pairs(4).eval()
     ramp = torch.linspace(-1.0, 1.0, 256).expand(256, 256)

@@ -31,7 +31,6 @@ RUN = [
     "logger=csv",
 ]
 DDP = [*RUN, "trainer=ddp", "trainer.devices=2", "trainer.threads=1", "trainer.progress=false"]
-pytestmark = pytest.mark.slow
 
 
 def files(folder: Path) -> set[str]:

@@ -45,7 +45,6 @@ def copied(finished: tuple[Path, str], tmp_path: Path) -> Path:
     return shutil.copytree(finished[0], tmp_path / "run")
 
 
-@pytest.mark.slow
 def test_a_run_leaves_a_file_that_was_proven_equal(finished: tuple[Path, str]) -> None:
     folder, printed = finished
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -68,7 +67,6 @@ def test_a_run_leaves_a_file_that_was_proven_equal(finished: tuple[Path, str]) -
     assert torch.equal(OnnxRuntime(folder / "student.onnx").run(images)[0], expected)
 
 
-@pytest.mark.slow
 def test_what_is_calibrated_only_is_exported_too(tmp_path: Path) -> None:
     result = command("train.py", *RUN, "optim.epochs=0", f"hydra.run.dir={tmp_path}")
     assert result.returncode == 0, result.stderr
@@ -82,7 +80,6 @@ def test_what_is_calibrated_only_is_exported_too(tmp_path: Path) -> None:
     assert figures["calibrated"] == metrics["calibrated"]
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_exported_later(copied: Path) -> None:
     before = (copied / "student.onnx").read_bytes()
     (copied / "student.onnx").unlink()
@@ -94,7 +91,6 @@ def test_a_finished_run_is_exported_later(copied: Path) -> None:
     assert metrics["exported"]["onnx"]["images"] == 8
 
 
-@pytest.mark.slow
 def test_a_file_is_judged_on_the_images_of_its_run(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     result = command("evaluate.py", f"artifact={folder / 'student.onnx'}", f"run={folder}")
@@ -137,7 +133,6 @@ def another(path: Path, size: int = 160) -> Path:
     return path
 
 
-@pytest.mark.slow
 def test_anothers_file_is_judged_against_the_network_that_is_named(tmp_path: Path) -> None:
     path = another(tmp_path / "other.onnx")
     result = command(

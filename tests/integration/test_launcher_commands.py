@@ -24,7 +24,6 @@ def rows(directory: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((directory / "sweep.csv").open()))
 
 
-@pytest.mark.slow
 def test_joblib_runs_jobs_side_by_side_and_notes_failures(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs the extra joblib")
     # One job is good, one is refused by FAT, one does not even parse.
@@ -58,7 +57,6 @@ def test_joblib_runs_jobs_side_by_side_and_notes_failures(tmp_path: Path) -> Non
     assert (tmp_path / "0-test_efficientnet" / "student.safetensors").stat().st_mtime_ns == first
 
 
-@pytest.mark.slow
 def test_a_job_that_is_queued_again_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
     place = tmp_path / "sweep"
@@ -109,7 +107,6 @@ def task_of_first_job(place: Path) -> int:
     raise AssertionError(f"no job in {place}")
 
 
-@pytest.mark.slow
 def test_a_search_ends_with_a_command_that_gives_the_best_again(tmp_path: Path) -> None:
     pytest.importorskip("optuna", reason="needs the extra search")
     place = tmp_path / "search"

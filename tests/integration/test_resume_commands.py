@@ -60,7 +60,6 @@ def assert_same(folder: Path, whole: Path) -> None:
         assert one[key] == other[key], key
 
 
-@pytest.mark.slow
 def test_killed_ten_times_at_random_a_run_ends_the_same(
     whole: tuple[Path, float], server: Trainings, tmp_path: Path
 ) -> None:
@@ -110,7 +109,6 @@ def stopped(server: Trainings, folder: Path, how: signal.Signals, *arguments: st
     return server.kill(pid, how)
 
 
-@pytest.mark.slow
 def test_sigterm_leaves_a_checkpoint_of_that_moment(
     whole: tuple[Path, float], server: Trainings, tmp_path: Path
 ) -> None:
@@ -125,7 +123,6 @@ def test_sigterm_leaves_a_checkpoint_of_that_moment(
     assert_same(folder, whole[0])
 
 
-@pytest.mark.slow
 def test_after_ctrl_c_the_printed_command_goes_on(
     whole: tuple[Path, float], server: Trainings, tmp_path: Path
 ) -> None:

@@ -43,7 +43,6 @@ def jobs(folder: Path, name: str) -> list[int]:
     return sorted(int(path.parent.name.partition("-")[0]) for path in folder.glob(f"*/{name}"))
 
 
-@pytest.mark.slow
 def test_one_bad_value_costs_its_jobs_alone(swept: tuple[Path, str, int | None]) -> None:
     folder, output, status = swept
     assert status == 1, output
@@ -63,7 +62,6 @@ def test_one_bad_value_costs_its_jobs_alone(swept: tuple[Path, str, int | None])
     assert (folder / "report.html").is_file()
 
 
-@pytest.mark.slow
 def test_the_float_networks_work_is_done_once(swept: tuple[Path, str, int | None]) -> None:
     folder, _, _ = swept
     with sqlite3.connect(folder / "shared" / "logits.sqlite") as database:
@@ -73,7 +71,6 @@ def test_the_float_networks_work_is_done_once(swept: tuple[Path, str, int | None
     assert images == 24 + 16 + 16
 
 
-@pytest.mark.slow
 def test_trying_again_repeats_what_failed_alone(
     swept: tuple[Path, str, int | None], server: Trainings
 ) -> None:
@@ -90,7 +87,6 @@ def test_trying_again_repeats_what_failed_alone(
     assert all(after[path] > before[path] for path in before)
 
 
-@pytest.mark.slow
 def test_a_second_sweep_does_not_take_the_place_of_a_first(
     swept: tuple[Path, str, int | None], server: Trainings
 ) -> None:

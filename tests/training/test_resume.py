@@ -118,7 +118,6 @@ def assert_same(
         assert torch.equal(value, state[name]), (where, name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("every", "validations", "reconstruction"),
     [(0.0, 1, 0), (0.0, 2, 0), (NEVER, 2, 2)],

@@ -148,7 +148,6 @@ def test_no_process_has_an_image(both: Found) -> None:
 # --- failures -----------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "count", "error", "words"),
     [

@@ -321,7 +321,6 @@ def test_divisors_are_not_quantized(name: str, quantized: list[str], images: Ten
     assert found[-len(quantized) :] == quantized  # earlier ones shift the input
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
