@@ -1,4 +1,4 @@
-"""What can be asked of a finished run beyond its figures; the answers go into its directory."""
+"""Evaluate, analyze or export a finished run, or evaluate any model file."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ logger = logging.getLogger(__name__)
 
 
 def analyze_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Make the analysis that ``config.analysis`` names: ``sensitivity``.
+    """Rank the tensors of a run by the damage of their quantization (``analysis=sensitivity``).
 
-    It is measured on calibration images, since bits are chosen by it and nothing may be chosen on
-    test images, and leaves sensitivity.csv, sensitivity.json and sensitivity.png.
+    It is measured on calibration images, since bits are chosen by it and test images must not
+    influence any choice. Writes sensitivity.csv, sensitivity.json and sensitivity.png.
 
     Args:
-        config: What conf/evaluate.yaml composed.
+        config: The options of the command.
 
     Returns:
-        ``images`` (how many) and ``worst``, the name and kind of the most harmful tensor.
+        ``images`` (their number) and ``worst``, the name and kind of the most sensitive tensor.
 
     Raises:
         FatError: If the analysis is unknown, the directory is no run or cannot be written into, or
@@ -77,8 +77,8 @@ def analyze_run(config: EvaluateConfig) -> dict[str, Any]:
     write_sensitivity(opened.directory, report)
     drawn = write_plot(opened.directory, report)
     logger.info(
-        "The most harmful of %d tensors on %d calibration images (logits' SQNR and agreement when "
-        "it alone is quantized, and when all but it are):\n%s\nAll of them: %s",
+        "The most sensitive of %d tensors on %d calibration images (logits' SQNR and agreement "
+        "when it alone is quantized, and when all others are):\n%s\nAll tensors: %s",
         len(rows),
         count,
         format_worst(rows),
@@ -92,41 +92,41 @@ def analyze_run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluate_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge a finished run again, from its directory alone.
+    """Evaluate a finished run from its directory alone.
 
     Args:
-        config: What conf/evaluate.yaml composed.
+        config: The options of the command.
 
     Returns:
-        What :func:`fat.evaluation.evaluator` gives.
+        The result of :func:`fat.evaluation.evaluate`.
 
     Raises:
         FatError: If the directory, its student or a given checkpoint is not what it should be.
     """
     opened = open_run(config)
     bar = "evaluate" if config.trainer.progress else None
-    figures = evaluate(opened.student, opened.batches(opened.data.test_dataloader()), progress=bar)
-    rows = {"float": figures["float"], "quantized": figures["quantized"]}
+    metrics = evaluate(opened.student, opened.batches(opened.data.test_dataloader()), progress=bar)
+    rows = {"float": metrics["float"], "quantized": metrics["quantized"]}
     logger.info(
         "%s, %d test images of %s:\n%s",
         opened.directory,
-        figures["images"],
+        metrics["images"],
         opened.data_config.root or opened.data_config.source,
         format_metrics(rows),
     )
-    return figures
+    return metrics
 
 
 def export_run(config: EvaluateConfig) -> dict[str, Any]:
-    """Write the file that ``config.export`` asks for into a finished run's directory.
+    """Export a finished run into its directory.
 
-    Its figures go into the run's metrics.json under ``exported``.
+    The metrics of the file go into the run's metrics.json under ``exported``.
 
     Args:
-        config: What conf/evaluate.yaml composed.
+        config: The options of the command.
 
     Returns:
-        What :func:`fat.export.exporter.export` returns.
+        The result of :func:`fat.export.export`.
 
     Raises:
         FatError: If the target is not installed, the directory is no run, its training was
@@ -142,8 +142,8 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
     unfinished = opened.config.optim.trains and metrics.get("training") is None
     if unfinished and not config.export.unfinished:
         raise FatError(
-            f"The training of {opened.directory} was interrupted; its student is the best that was "
-            "seen until then. Run it again, or type export.unfinished=true to export it as it is."
+            f"The training of {opened.directory} was interrupted; its student is the best until "
+            "then. Resume it, or type export.unfinished=true to export the student as it is."
         )
     report = export_student(
         opened.student,
@@ -161,58 +161,58 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def evaluate_artifact(config: EvaluateConfig) -> dict[str, Any]:
-    """Judge a file on any images: those of a run, or any that conf/data has.
+    """Evaluate a model file on the images of a run, or on any that conf/data offers.
 
     Args:
-        config: What conf/evaluate.yaml composed.
+        config: The options of the command.
 
     Returns:
         The results of :func:`fat.export.file_evaluation.evaluate_file`, and ``kernels`` if the
         runtime exposes them.
 
     Raises:
-        FatError: If the file cannot be run, or nobody knows which images it takes.
+        FatError: If the file cannot be run, or its preprocessing is unknown.
     """
     assert config.artifact is not None
     path = Path(config.artifact).expanduser()
     runtime = open_artifact(path, config.runtime, threads=config.trainer.threads)
     data, reference = _images_and_reference(config, runtime)
     bar = f"Evaluate {path.name}" if config.trainer.progress else None
-    figures = evaluate_file(runtime, data.test_dataloader(), reference, progress=bar)
-    rows = {"file": figures["quantized"]}
+    metrics = evaluate_file(runtime, data.test_dataloader(), reference, progress=bar)
+    rows = {"file": metrics["quantized"]}
     if reference is not None:
-        rows = {"float": figures["float"], **rows}
+        rows = {"float": metrics["float"], **rows}
     try:
         kernels = runtime.kernels()
-        figures["kernels"] = asdict(kernels)
+        metrics["kernels"] = asdict(kernels)
         computing = (
             f"{kernels.integer_layers} convolutions and linear layers in integers, "
             f"{len(kernels.float_layers)} in float"
         )
-    except FatError as error:  # some files do not tell; their figures stand
-        figures["kernels"] = None
+    except FatError as error:  # some files do not tell; their metrics are still valid
+        metrics["kernels"] = None
         computing = str(error)
     logger.info(
         "%s in %s, %d test images:\n%s\n%s",
         path,
         runtime.name,
-        figures["images"],
+        metrics["images"],
         format_metrics(rows),
         computing,
     )
-    return figures
+    return metrics
 
 
 def _images_and_reference(
     config: EvaluateConfig, runtime: Runtime
 ) -> tuple[FatDataModule, nn.Module | None]:
-    """The images that a file is to be judged on, and the float network that it is compared with."""
+    """The images to evaluate a file on, and the float network to compare it with."""
     if config.run is not None:
         opened = open_run(config)
         return opened.data, opened.student.teacher
     if config.data.source == "of_run":
         raise FatError(
-            "Which images? Type data=folder data.root=DIR, or run=DIR for those of a run."
+            "No images were given. Type data=folder data.root=DIR, or run=DIR for those of a run."
         )
     seed = config.seed or 0
     if config.model.name is not None:
@@ -222,14 +222,14 @@ def _images_and_reference(
     stored = runtime.metadata
     if "fat.preprocessing" not in stored:
         raise FatError(
-            "The file does not say how its images are to be prepared. Type model=NAME or "
-            "model.name=NAME, the float network that it was made of, or run=DIR."
+            "The file does not state its preprocessing. Type model=NAME or model.name=NAME, the "
+            "float network that it was made from, or run=DIR."
         )
     return make_data(config.data, _stored_target(stored), seed), None
 
 
 def _stored_target(stored: Mapping[str, str]) -> InputSpec:
-    """What the texts in a file say of its images and classes."""
+    """The preprocessing and classes that are stored in a file."""
     try:
         classes = json.loads(stored["fat.classes"]) if "fat.classes" in stored else None
         if classes is not None and not (
@@ -242,7 +242,7 @@ def _stored_target(stored: Mapping[str, str]) -> InputSpec:
             raise ValueError(f"fat.num_classes is {count}")
     except (FatError, ValueError, KeyError, RecursionError) as error:
         raise FatError(
-            f"What the file says of its images cannot be used ({first_line(error)}). Type "
-            "model=NAME or model.name=NAME, the float network that it was made of, or run=DIR."
+            f"The preprocessing in the file is not valid ({first_line(error)}). Type model=NAME or "
+            "model.name=NAME, the float network that it was made from, or run=DIR."
         ) from error
     return InputSpec(preprocessing, count, None if classes is None else tuple(classes))

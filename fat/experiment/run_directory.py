@@ -1,4 +1,4 @@
-"""A run's directory: its files, what an interrupted run left there, and opening it again."""
+"""The run directory: names of its files, starting or resuming a run in it, opening it again."""
 
 from __future__ import annotations
 
@@ -65,31 +65,31 @@ EQUALIZATION, IMAGES, HISTORY = "equalization.csv", "images.csv", "history.csv"
 CHECKPOINTS = "checkpoints"
 
 NOT_THE_RUN = ("resume", "sweep", "hub")
-"""Options that say how to get a result, and not which: they are not kept with it."""
+"""Options that do not define the result and are not stored with it."""
 WHERE_IT_RUNS = ("name", "trainer", "logger")
-"""Options that may differ when a run goes on."""
+"""Options that may differ when a run is resumed."""
 
 
 def begin(directory: Path, config: RunConfig, *, resume: bool) -> dict[str, Any] | None:
-    """Take a directory for a run, and keep its config there.
+    """Start a run in a directory, or resume the one in it, and store the config.
 
     Args:
         directory: The run directory.
-        config: The run's options.
-        resume: Go on with the run that the directory holds, if it holds one.
+        config: The options.
+        resume: Resume the run in the directory, if there is one.
 
     Returns:
-        The metrics of an interrupted or finished run that goes on; ``None`` for a new one, and for
-        one that had not come as far.
+        The metrics of the interrupted or finished run; ``None`` for a new run, and for one that was
+        interrupted before its first metrics.
 
     Raises:
-        FatError: If the directory cannot be written into, or holds a run that would be lost.
+        FatError: If the directory cannot be written, or holds a run that would be overwritten.
     """
-    there = (directory / METRICS).is_file()  # before that nothing has been found out
+    there = (directory / METRICS).is_file()  # without them there is nothing to lose
     if there and not resume:
         raise FatError(
-            f"{directory} holds a run already, and a new one would take its place. Type "
-            f"resume={directory} to go on with it, or give another directory: hydra.run.dir=DIR."
+            f"{directory} already holds a run, which would be overwritten. Type resume={directory} "
+            "to resume it, or give another directory: hydra.run.dir=DIR."
         )
     if there:
         check_unchanged(directory, config)
@@ -101,50 +101,52 @@ def begin(directory: Path, config: RunConfig, *, resume: bool) -> dict[str, Any]
 
 
 def stored_config(config: RunConfig) -> dict[str, Any]:
-    """What config.yaml keeps: all options that make the result, in plain containers."""
+    """Return the content of config.yaml: all options that define the result."""
     return {key: value for key, value in to_config(config).items() if key not in NOT_THE_RUN}
 
 
 def check_unchanged(directory: Path, config: RunConfig) -> None:
-    """Raise a FatError if a directory holds a run with other options than these."""
+    """Raise a FatError if the run in a directory has other options."""
     theirs = stored_config(read_config(directory))
     ours = stored_config(config)
     for key in ours:
         if key not in WHERE_IT_RUNS and theirs.get(key) != ours[key]:
             raise FatError(
-                f"{directory} holds a run of other options: {_difference(theirs[key], ours[key])} "
-                f"(under {key}). A run goes on with the options it began with; give another "
-                "directory for these."
+                f"{directory} holds a run with other options: "
+                f"{_difference(theirs[key], ours[key])} (under {key}). A run is resumed with its "
+                "own options; give another directory for these."
             )
 
 
 def read_config(directory: Path) -> RunConfig:
-    """The options of a run.
+    """Read the options of a run.
 
     Raises:
-        FatError: If there are none, or they are damaged.
+        FatError: If config.yaml is missing or damaged.
     """
     path = directory / CONFIG
     if not path.is_file():
         raise no_run(directory, CONFIG)
     try:
         text = path.read_text(encoding="utf-8")
-        # FAT writes none, and a few lines of them stand for more than any memory holds.
+        # FAT writes none, and a few lines of aliases can expand to more than fits into memory.
         if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise FatError(f"{path} was changed: it holds YAML aliases (*name). Write them out.")
+            raise FatError(
+                f"{path} was changed: it holds YAML aliases (*name). Replace them by their values."
+            )
         content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         raise FatError(f"{path} cannot be read: {first_line(error)}.") from error
     if not isinstance(content, dict):
         raise FatError(
-            f"{path} is damaged: it holds no options, but {str(content)[:50]!r}. Bring the file "
-            "back from a copy; .hydra/config.yaml beside it has what the run began with."
+            f"{path} is damaged: it holds {str(content)[:50]!r} in place of options. Restore the "
+            "file from a copy; .hydra/config.yaml beside it has the options at the start."
         )
     return parse_run(content)
 
 
 def read_metrics(directory: Path) -> dict[str, Any] | None:
-    """metrics.json of a run, ``None`` where it has not come as far.
+    """Read metrics.json of a run; ``None`` if the run has not got that far.
 
     Raises:
         FatError: If the file is damaged.
@@ -157,7 +159,7 @@ def read_metrics(directory: Path) -> dict[str, Any] | None:
         _check_metrics(metrics)
     except (OSError, ValueError, RecursionError) as error:
         raise FatError(
-            f"{path} is damaged: {first_line(error)}. Bring it back from a copy, or run again in "
+            f"{path} is damaged: {first_line(error)}. Restore it from a copy, or run again in "
             "another directory: hydra.run.dir=DIR."
         ) from error
     found: dict[str, Any] = metrics
@@ -165,9 +167,9 @@ def read_metrics(directory: Path) -> dict[str, Any] | None:
 
 
 def _check_metrics(metrics: Any) -> None:
-    """Raise a ValueError unless what other files rely on is there, and of its kind."""
+    """Raise a ValueError if an entry that other code reads is missing or of a wrong type."""
     if not isinstance(metrics, dict):
-        raise ValueError(f"it holds no figures, but {str(metrics)[:50]!r}")
+        raise ValueError(f"it holds {str(metrics)[:50]!r} in place of metrics")
     kinds: dict[str, type | tuple[type, ...]] = {
         "status": str,
         "float": dict,
@@ -191,7 +193,7 @@ def _check_metrics(metrics: Any) -> None:
 
 
 def objective(metrics: Mapping[str, Any]) -> float:
-    """What a sweeper should make small: points of top-1 lost, or 100 − agreement without labels.
+    """Return what a sweeper minimizes: points of top-1 lost, or 100 − agreement without labels.
 
     Args:
         metrics: Content of metrics.json.
@@ -207,12 +209,12 @@ class FinishedRun:
     """A finished run, opened again.
 
     Attributes:
-        directory: Where it is.
-        config: What it was run with.
-        student: Its student, or that of the checkpoint asked for, on ``device``.
-        data: The images asked for.
-        data_config: What ``data`` was made from.
-        device: Where the student is; ``batches`` brings images there.
+        directory: The run directory.
+        config: The options of the run.
+        student: Its student, or that of the given checkpoint, on ``device``.
+        data: The requested images.
+        data_config: The options of ``data``.
+        device: Device of the student.
     """
 
     directory: Path
@@ -223,7 +225,7 @@ class FinishedRun:
     device: torch.device
 
     def batches(self, loader: ImageLoader) -> ImageLoader:
-        """A loader's batches, on the student's device."""
+        """Return the batches of a loader on the student's device."""
         return loader.to(self.device)
 
 
@@ -231,10 +233,10 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
     """Open a finished run from its directory alone.
 
     Args:
-        config: What conf/evaluate.yaml composed.
+        config: The options of the command.
 
     Raises:
-        FatError: If the directory, its student or a given checkpoint is not what it should be.
+        FatError: If the directory is not a run directory, or its student or checkpoint is damaged.
     """
     if not config.run:
         raise FatError(
@@ -257,13 +259,12 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
             stored.data,
             batch_size=config.data.batch_size,
             workers=config.data.workers,
-            cache="none",  # that of training images, which may be gone
+            cache="none",  # of training images, which may be gone
             index=str(index) if index.is_file() else stored.data.index,
         )
     elif data_config.image_size is not None or data_config.crop_pct is not None:
         raise FatError(
-            "data.image_size and data.crop_pct are those that the run was made with: leave them "
-            "out."
+            "data.image_size and data.crop_pct are part of the run itself: leave them out."
         )
     data = make_data(data_config, _target_of_run(student.origin), seed)
     device = device_of(config.trainer)
@@ -271,13 +272,13 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
 
 
 def load_checkpoint(student: Student, path: Path) -> None:
-    """Put what a Lightning checkpoint of the same run holds into the student.
+    """Load a Lightning checkpoint of the same run into the student.
 
     Raises:
-        FatError: If the file is missing, damaged, or of another network or bit-width.
+        FatError: If the file is missing, damaged, or of another network or quantization.
     """
     if not path.is_file():
-        raise FatError(f"There is no checkpoint {path}; a run keeps its own under checkpoints/.")
+        raise FatError(f"There is no checkpoint {path}; a run has its own in checkpoints/.")
     try:
         if part := torn_part(path):
             raise ValueError(f"its part {part} is damaged")
@@ -294,7 +295,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
         stored_spec = QuantSpec.from_dict(stored["spec"]).to_dict()
     except Exception as error:  # torch.load raises nearly anything on a damaged file
         raise FatError(
-            f"{path} is no checkpoint of a FAT run, or it is damaged: {first_line(error)}"
+            f"{path} is not a checkpoint of a FAT run, or it is damaged: {first_line(error)}"
         ) from error
     for what, theirs, ours in (
         ("network", origin.get("name"), student.origin.get("name")),
@@ -302,7 +303,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
     ):
         if theirs != ours:
             raise FatError(
-                f"{path} is of another {what} than the run: {_difference(theirs, ours)}. Give a "
+                f"{path} has another {what} than the run: {_difference(theirs, ours)}. Give a "
                 "checkpoint from the run's own checkpoints/."
             )
     try:
@@ -315,7 +316,7 @@ def load_checkpoint(student: Student, path: Path) -> None:
 
 
 def set_up(trainer: TrainerConfig, seed: int) -> None:
-    """Threads, random states and messages of a process that runs something."""
+    """Set the threads, seeds and log levels of the process."""
     if device_of(trainer).type == "cpu":
         keep_freed_memory()
     if trainer.threads is not None:
@@ -325,10 +326,10 @@ def set_up(trainer: TrainerConfig, seed: int) -> None:
 
 
 def device_of(trainer: TrainerConfig) -> torch.device:
-    """Where a student goes.
+    """Return the device of ``trainer.accelerator``.
 
     Raises:
-        FatError: If there is no such thing here.
+        FatError: If there is no GPU.
     """
     found = torch.cuda.is_available()
     if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not found):
@@ -342,7 +343,7 @@ def device_of(trainer: TrainerConfig) -> torch.device:
 
 
 def accelerator_of(trainer: TrainerConfig) -> str:
-    """Lightning's name for :func:`device_of`: ``"cpu"`` or ``"gpu"``."""
+    """Return Lightning's name of :func:`device_of`, ``"cpu"`` or ``"gpu"``."""
     return "cpu" if device_of(trainer).type == "cpu" else "gpu"
 
 
@@ -355,8 +356,8 @@ def _target_of_run(origin: Mapping[str, Any]) -> InputSpec:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise FatError(
-            f"The student of the run does not say which images it takes ({first_line(error)}): "
-            "its file was changed. Run it again."
+            f"The student of the run does not state its preprocessing ({first_line(error)}): the "
+            "file was changed. Run it again."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Jobs of a sweep: each leaves a result or the reason why not, and the sweep goes on."""
+"""Jobs of a sweep: each leaves a result or the reason of its failure, and the sweep continues."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 SWEEP, SHARED = "sweep.json", "shared"
-"""File that says what the sweep is, and folder of what its jobs have in common."""
+"""The file that describes a sweep, and the folder for what its jobs share."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Sweep:
     """The sweep that a job belongs to.
 
     Attributes:
-        id: What it is called, in loggers and reports.
-        directory: Where its jobs have their run directories.
-        resume: Whether finished jobs are left as they are and interrupted ones go on.
-        number: Which job this is, from 0.
-        threads: Torch threads where ``trainer.threads`` leaves it open; ``None``: torch's choice.
+        id: Its name in loggers and reports.
+        directory: The folder of the run directories.
+        resume: Whether finished jobs are skipped and interrupted ones resumed.
+        number: Number of the job, from 0.
+        threads: Torch threads if ``trainer.threads`` is not given; ``None`` for torch's default.
     """
 
     id: str
@@ -62,13 +62,13 @@ class Sweep:
 
 
 def start_sweep(directory: Path, id: str, command: str, jobs: int) -> None:
-    """Note what a sweep is, before its first job.
+    """Write sweep.json before the first job.
 
     Args:
         directory: The sweep's directory.
-        id: What it is called.
-        command: What starts it again, and by which ``sweep.resume=true`` finds it.
-        jobs: How many jobs it has.
+        id: Its name.
+        command: The command that starts it, by which ``sweep.resume=true`` finds it.
+        jobs: The number of jobs.
     """
     content = {"id": id, "command": command, "total": jobs, "started": time.time()}
     write_json(directory / SWEEP, content)
@@ -82,33 +82,33 @@ def run_job(
     sweep: Sweep | None = None,
     resume: bool = False,
 ) -> float:
-    """Do one run, by itself or as a job of a sweep.
+    """Run one experiment, alone or as a job of a sweep.
 
     A run that fails leaves ``failure.json``: ``error`` (the exception's name), ``message``,
     ``traceback`` (``null`` where the message says what to do) and ``command``.
 
     Args:
-        config: The run's options.
+        config: The options.
         directory: The run directory.
-        command: What gives this run again.
+        command: The command that repeats the run.
         sweep: The sweep; failures do not stop it.
-        resume: Go on with what the directory holds, if it holds a run.
+        resume: Resume the run in the directory, if there is one.
 
     Returns:
-        What :func:`fat.experiment.runner.run` returns; NaN for a job that failed.
+        The result of :func:`fat.experiment.runner.run`; NaN for a failed job.
 
     Raises:
-        FatError: For anything the user can mend, of a run by itself.
+        FatError: For anything that the user can fix, of a run that is not part of a sweep.
         KeyboardInterrupt: After Ctrl-C.
     """
     shared = None
     if sweep is not None:
-        _say_progress(sweep)
+        _log_progress(sweep)
         shared = sweep.directory / SHARED
         resume = resume or sweep.resume or _began_here(sweep.directory, directory)
         if sweep.threads is not None and config.trainer.threads is None:
             torch.set_num_threads(sweep.threads)
-    # What fails before a run has begun in a directory must not mark the run that is there.
+    # A failure before the run has started must not mark the run that is in the directory.
     known = not (directory / METRICS).is_file() or (resume and not _finished(directory))
     if known and distributed.is_main_process():
         (directory / FAILURE).unlink(missing_ok=True)
@@ -125,27 +125,27 @@ def run_job(
         if sweep is not None:
             return job_failed(directory, error, command, sweep, note=known)
         if known:
-            _note_failure(directory, error, command)
+            _record_failure(directory, error, command)
         raise
 
 
 def job_failed(
     directory: Path, error: Exception, command: str | None, sweep: Sweep, *, note: bool = True
 ) -> float:
-    """Say why a job of a sweep failed, and leave it as ``failure.json``.
+    """Log why a job of a sweep failed, and write ``failure.json``.
 
     Args:
-        directory: The job's run directory.
-        error: Why.
-        command: What gives this run again.
-        sweep: The sweep, which goes on.
-        note: Whether the file is written.
+        directory: The run directory of the job.
+        error: The reason.
+        command: The command that repeats the run.
+        sweep: The sweep, which continues.
+        note: Whether to write the file.
 
     Returns:
-        NaN, which sweepers take for no result.
+        NaN, which sweepers treat as no result.
     """
     if note:
-        _note_failure(directory, error, command)
+        _record_failure(directory, error, command)
     if isinstance(error, FatError):
         logger.error("Job %d failed: %s", sweep.number + 1, error)
     else:
@@ -154,9 +154,9 @@ def job_failed(
 
 
 def _began_here(sweep: Path, directory: Path) -> bool:
-    """Whether this start of the sweep began the run: a cluster stopped its job and queued it again.
+    """Return whether this start of the sweep started the run: a cluster has queued the job again.
 
-    Times of files are compared, which one file system gave both: clocks of machines differ.
+    Compares times of files, which come from one file system: clocks of machines differ.
     """
     try:
         return (directory / METRICS).stat().st_mtime > (sweep / SWEEP).stat().st_mtime
@@ -165,7 +165,7 @@ def _began_here(sweep: Path, directory: Path) -> bool:
 
 
 def jobs_of(directory: Path) -> int:
-    """How many jobs a sweep has, by its sweep.json; 1 where nothing says so."""
+    """Return the number of jobs according to sweep.json; 1 if that is unknown."""
     try:
         return int(json.loads((directory / SWEEP).read_text(encoding="utf-8"))["total"])
     except (OSError, ValueError, KeyError):
@@ -173,7 +173,7 @@ def jobs_of(directory: Path) -> int:
 
 
 def end_sweep(directory: Path) -> list[Path]:
-    """Say what came of a sweep, and drop what only its jobs needed.
+    """Write and log the report of a sweep, and delete what only its jobs needed.
 
     Args:
         directory: The sweep's directory.
@@ -188,8 +188,8 @@ def end_sweep(directory: Path) -> list[Path]:
         logger.error("Failed: %s: %s", place, first_line(why["message"]))
     if failed:
         logger.error(
-            "%d job%s failed; the others are done. The same command with sweep.resume=true tries "
-            "again.",
+            "%d job%s failed; the others are finished. To try again, add sweep.resume=true to the "
+            "same command.",
             len(failed),
             "" if len(failed) == 1 else "s",
         )
@@ -199,7 +199,7 @@ def end_sweep(directory: Path) -> list[Path]:
 
 
 def failures(directory: Path) -> dict[Path, dict[str, Any]]:
-    """What the jobs of a sweep failed of, by run directory.
+    """Read why jobs of a sweep failed, by run directory.
 
     Args:
         directory: The sweep's directory.
@@ -221,7 +221,7 @@ def _number(directory: Path) -> tuple[int, str]:
     return (int(first) if first.isdigit() else 0, directory.name)
 
 
-def _note_failure(directory: Path, error: Exception, command: str | None) -> None:
+def _record_failure(directory: Path, error: Exception, command: str | None) -> None:
     if not distributed.is_main_process():
         return
     told = isinstance(error, FatError)
@@ -233,12 +233,12 @@ def _note_failure(directory: Path, error: Exception, command: str | None) -> Non
     }
     try:
         write_json(directory / FAILURE, content)
-    except FatError as unwritable:  # the first error is the one to tell
-        logger.warning("The failure could not be noted: %s", unwritable)
+    except FatError as unwritable:  # the first error is the one to report
+        logger.warning("The failure could not be recorded: %s", unwritable)
 
 
-def _say_progress(sweep: Sweep) -> None:
-    """Which job of how many, and how long the others will take if they take as long."""
+def _log_progress(sweep: Sweep) -> None:
+    """Log the progress of the sweep and an ETA."""
     try:
         noted = json.loads((sweep.directory / SWEEP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -251,7 +251,7 @@ def _say_progress(sweep: Sweep) -> None:
             *sweep.directory.glob(f"*/{FAILURE}"),
         ]
     ]
-    # Only what this start of the sweep did tells how fast it is, also with several jobs at a time.
+    # Only the jobs of this start count, also if several run at a time.
     done = sum(end > started for end in ended)
     text = f"Job {sweep.number + 1} of {jobs}"
     if done:

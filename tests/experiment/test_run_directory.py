@@ -65,7 +65,7 @@ def test_a_run_is_not_written_over(config: RunConfig, tmp_path: Path) -> None:
     begin(tmp_path, config, resume=False)
     judged(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(FatError, match=rf"holds a run already.*Type resume={tmp_path} to go on"):
+    with pytest.raises(FatError, match=rf"already holds a run.*Type resume={tmp_path} to resume"):
         begin(tmp_path, config, resume=False)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -168,8 +168,8 @@ def test_what_a_sweeper_makes_small(
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("", "holds no options, but 'None'"),
-        ("- a\n- b\n", "holds no options"),
+        ("", "holds 'None' in place of options"),
+        ("- a\n- b\n", "in place of options"),
         ("model: !!python/object/apply:os.system [touch executed]\n", "cannot be read"),
         ("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n", "holds YAML aliases"),
         ("&a {a: *a}\n", "holds YAML aliases"),
@@ -199,5 +199,5 @@ def test_metrics_that_were_changed_are_named(
     with pytest.raises(FatError, match=wanted):
         read_metrics(tmp_path)
     (tmp_path / "metrics.json").write_text("[]")
-    with pytest.raises(FatError, match="it holds no figures"):
+    with pytest.raises(FatError, match="in place of metrics"):
         read_metrics(tmp_path)

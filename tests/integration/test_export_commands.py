@@ -169,7 +169,7 @@ def test_what_cannot_be_asked_is_answered(arguments: list[str], told: list[str])
 def test_a_file_that_does_not_say_its_images_needs_to_be_told(tmp_path: Path) -> None:
     path = another(tmp_path / "other.onnx")
     asked = command("evaluate.py", f"artifact={path}")
-    assert "Which images?" in asked.stderr
+    assert "No images were given" in asked.stderr
     asked = command("evaluate.py", f"artifact={path}", "data=photos")
     assert "model.name=NAME" in asked.stderr
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from fat.experiment import sweep as sweeps
-from fat.experiment.config import DataConfig, ModelConfig, RunConfig
+from fat.experiment.config import DataConfig, ModelConfig, RunConfig, TrainerConfig
 from fat.experiment.jobs import _exit_status_of_submitit, share_of_cores
 from fat.experiment.sweep import Sweep, failures, job_failed, jobs_of, run_job, start_sweep
 from fat.utils.errors import FatError
@@ -65,8 +66,7 @@ def test_threads_of_the_sweep_are_for_jobs_that_leave_it_open(
 ) -> None:
     before = torch.get_num_threads()
     try:
-        chosen = config()
-        chosen.trainer.threads = before
+        chosen = replace(config(), trainer=TrainerConfig(threads=before))
         run_job(chosen, tmp_path / "0-a", sweep=Sweep("s", tmp_path, False, 0, before + 1))
         run_job(config(), tmp_path / "0-a", sweep=Sweep("s", tmp_path, False, 0, before + 1))
     finally:

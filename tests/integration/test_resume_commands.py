@@ -152,7 +152,7 @@ def test_a_second_run_does_not_take_the_place_of_a_first(
 ) -> None:
     status, output = server.run(*RUN, f"hydra.run.dir={whole[0]}")
     assert status == 2
-    assert f"Type resume={whole[0]} to go on with it" in output
+    assert f"Type resume={whole[0]} to resume it" in output
     assert not (whole[0] / "failure.json").exists()
 
 
@@ -172,7 +172,7 @@ def test_auto_begins_and_goes_on_in_the_same_directory(server: Trainings, tmp_pa
     assert "is finished already" in output
     status, output = server.run(*short, "quant.bits=4")  # not the run that is there
     assert status == 2
-    assert "a run of other options" in output
+    assert "a run with other options" in output
     assert not (tmp_path / "run" / "failure.json").exists()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["bits"]["weight"] == 8
