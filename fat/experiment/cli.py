@@ -68,7 +68,7 @@ def main(given: Sequence[str] | None = None) -> int:
         given: The command line without the program's name; ``None`` for that of this process.
     """
     os.environ[VARIABLE] = "fat"
-    name, *words = sys.argv[1:] if given is None else given or ["--help"]
+    name, *words = (sys.argv[1:] if given is None else given) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())
     elif name == "--version":
