@@ -183,7 +183,7 @@ def build_cache(
 
     The file is named after a hash of everything that its content depends on: the names of the
     images and their stamps (:class:`Stamped`; without stamps, the names alone), ``mode``,
-    ``short_side`` and the version of the format, so that a changed data set gets a new cache. The
+    ``short_side`` and the version of the format, so that a changed dataset gets a new cache. The
     content does not depend on the number of workers or on interruptions. If another process is
     building the same cache, this one waits for it.
 

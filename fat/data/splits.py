@@ -1,4 +1,4 @@
-"""Building blocks of the splits: data sets of any source, and the folders of a pool."""
+"""Building blocks of the splits: datasets of any source, and the folders of a pool."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _HELD_OUT = ("val", "validation", "test")
 
 @dataclass(frozen=True)
 class DatasetFactory:
-    """Creates data sets of image sources with the transforms and the seed of a run."""
+    """Creates datasets of image sources with the transforms and the seed of a run."""
 
     preprocessing: Preprocessing
     options: DataOptions
@@ -61,12 +61,12 @@ class DatasetFactory:
         return DeviceCropTransform(self.preprocessing, options.crop_scale, flip=options.flip)
 
     def evaluation(self, source: ImageSource, indices: Indices, split: str) -> ImageDataset:
-        """Return a data set of images with the evaluation crop."""
+        """Return a dataset of images with the evaluation crop."""
         transform = EvalTransform(self.preprocessing)
         return ImageDataset(source, transform, indices=indices, split=split, seed=self.seed)
 
     def sampled_test(self, source: ImageSource, count: int | None) -> ImageDataset:
-        """Return a data set of at most ``count`` test images, drawn with the seed."""
+        """Return a dataset of at most ``count`` test images, drawn with the seed."""
         order = generator(self.seed, SPLIT_DRAW).permutation(len(source))
         return self.evaluation(source, np.sort(order[:count]), "test")
 

@@ -1,4 +1,4 @@
-"""Sources of images: folders, archives, the hub, built-in data sets."""
+"""Sources of images: folders, archives, the hub, built-in datasets."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Data sets by name: digits (installed), CIFAR-10 and Imagenette (downloaded)."""
+"""Datasets by name: digits (installed), CIFAR-10 and Imagenette (downloaded)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
 
 @dataclass(frozen=True)
 class LabeledSet:
-    """A labeled data set with its own test split.
+    """A labeled dataset with its own test split.
 
     Attributes:
         train: Images for training and validation.
@@ -54,7 +54,7 @@ class ArraySource:
     Args:
         pixels: uint8 [N, H, W, 3], or [N, H, W] for grayscale.
         labels: Class indices [N].
-        name: Name of the data set; image i is called ``"name#i"``.
+        name: Name of the dataset; image i is called ``"name#i"``.
 
     Raises:
         FatError: If a shape or type is wrong.
@@ -90,7 +90,7 @@ class ArraySource:
         return int(self._labels[index])
 
     def name(self, index: int) -> str:
-        """Return the name of the data set and the index, such as ``"digits#7"``."""
+        """Return the name of the dataset and the index, such as ``"digits#7"``."""
         return f"{self._name}#{index}"
 
     def content(self, index: int) -> bytes:
@@ -133,7 +133,7 @@ def cifar10(root: str | os.PathLike[str] | None = None) -> LabeledSet:
     """Return CIFAR-10, 50,000 + 10,000 images of 32 × 32 pixels; downloads 163 MB once.
 
     Args:
-        root: Folder of the data set; by default in the cache folder.
+        root: Folder of the dataset; by default in the cache folder.
 
     Raises:
         FatError: If it cannot be downloaded.
@@ -155,7 +155,7 @@ def imagenette(root: str | os.PathLike[str] | None = None) -> Path:
     """Return the folder of Imagenette, 13,000 images of 10 ImageNet classes; downloads 326 MB once.
 
     Args:
-        root: Folder of the data set; by default in the cache folder.
+        root: Folder of the dataset; by default in the cache folder.
 
     Returns:
         The folder with train/<wnid>/ and val/<wnid>/. The labels are ImageNet's.

@@ -1,4 +1,4 @@
-"""Parquet data sets of the Hugging Face hub."""
+"""Parquet datasets of the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PREFIX = "hub:"
 
 
 def is_hub_root(root: str | None) -> bool:
-    """Return whether ``data.root`` names a data set of the hub.
+    """Return whether ``data.root`` names a dataset of the hub.
 
     Examples:
         >>> is_hub_root("hub:ILSVRC/imagenet-1k"), is_hub_root("/data/imagenet"), is_hub_root(None)
@@ -24,7 +24,7 @@ def is_hub_root(root: str | None) -> bool:
 
 
 def fetch(root: str | None) -> Path:
-    """Download the parquet files of a data set, unless they are in the hub's cache.
+    """Download the parquet files of a dataset, unless they are in the hub's cache.
 
     Args:
         root: ``"hub:OWNER/NAME"``.
@@ -33,23 +33,23 @@ def fetch(root: str | None) -> Path:
         The folder of the files in the hub's cache.
 
     Raises:
-        FatError: If the name is invalid, or the data set cannot be downloaded.
+        FatError: If the name is invalid, or the dataset cannot be downloaded.
     """
     name = (root or "").removeprefix(PREFIX)
     if len(name.split("/")) != 2 or not all(name.split("/")):
         raise FatError(
-            f"data.root is {root}; a data set of the hub is written hub:OWNER/NAME, such as "
+            f"data.root is {root}; a dataset of the hub is written hub:OWNER/NAME, such as "
             "data.root=hub:ILSVRC/imagenet-1k."
         )
     try:
         folder = huggingface_hub.snapshot_download(
             name, repo_type="dataset", allow_patterns=["*.parquet"], ignore_patterns=["*test-*"]
         )
-    # No route, no such data set, no permission, a full disk: the advice is the same for all.
+    # No route, no such dataset, no permission, a full disk: the advice is the same for all.
     except Exception as error:
         reason = first_line(error).rstrip(".")
         raise FatError(
-            f"Cannot download the data set {name} from the Hugging Face hub: {reason}. "
+            f"Cannot download the dataset {name} from the Hugging Face hub: {reason}. "
             "If it requires permission (as ImageNet does), log in with hf auth login; or type "
             "data.root=DIR with a local copy."
         ) from error
