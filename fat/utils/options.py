@@ -292,8 +292,8 @@ def build(schema: type[S], values: Mapping[str, Any], *, composed: bool = True) 
             raise FatError(suggest_key(given, schema))
         if key == given and key in found:
             continue  # given by an earlier key too: that is no default
-        kind, rule = known[key].kind, known[key].rule
-        found[key] = _checked(key, _converted(value, kind, rule), kind, rule, known[key].default)
+        entry = known[key]
+        found[key] = _checked(key, value, entry.kind, entry.rule, entry.default, convert=True)
     for key, entry in known.items():
         if key not in found and entry.default is MISSING:
             raise FatError(f"{key} is needed: type {key}=VALUE.")
@@ -425,16 +425,19 @@ def _assemble(
     return schema(**arguments)
 
 
-def _checked(key: str, given: Any, kind: Any, rule: Rule, default: Any) -> Any:
+def _checked(
+    key: str, given: Any, kind: Any, rule: Rule, default: Any, *, convert: bool = False
+) -> Any:
     """Return a value, pairs and lists as tuples; raise a FatError if it is not allowed."""
     optional, kind = NoneType in get_args(kind), _without_none(kind)
     if (given is None and optional) or kind is Any:
         return given
-    value = rule.renamed.get(given, given) if isinstance(given, str) else given
+    value = _converted(given, kind, rule) if convert else given
+    value = rule.renamed.get(value, value) if isinstance(value, str) else value
     names = rule.names(kind)
     if names is not None:
         if value not in names:
-            raise unknown_name(key, given, names, earlier=rule.renamed)
+            raise unknown_name(key, value, names, earlier=rule.renamed)
         return value
     if get_origin(kind) is tuple and isinstance(value, list):
         value = tuple(value)
@@ -511,7 +514,6 @@ def _bounds(rule: Rule) -> str:
 
 def _converted(value: Any, kind: Any, rule: Rule) -> Any:
     """Return a value of YAML or the command line in its type, where it says the same as text."""
-    kind = _without_none(kind)
     if isinstance(value, list | tuple) and get_origin(kind) is tuple:
         return tuple(_converted(item, get_args(kind)[0], Rule("")) for item in value)
     if kind is bool and isinstance(value, str):

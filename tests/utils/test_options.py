@@ -128,7 +128,7 @@ def test_the_command_line_has_the_same_sentence() -> None:
     sentence = "allowed are numbers above 0 and up to 300, as in kitchen.oven.degrees="
     assert f"kitchen.oven.degrees is 500.0; {sentence}180.0." == str(library.value)
     # Here the default is another.
-    assert f"kitchen.oven.degrees is 500.0; {sentence}200.0." == str(command.value)
+    assert f"kitchen.oven.degrees is 500; {sentence}200.0." == str(command.value)
 
 
 def test_names_of_earlier_versions() -> None:
