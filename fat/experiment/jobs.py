@@ -75,7 +75,7 @@ def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path) -> fl
         # Workers of joblib would start the data loader's workers by joblib's own method, which
         # torch's processes do not support.
         multiprocessing.set_start_method(None, force=True)
-    from fat.experiment.sweep import Sweep, job_failed, run_job
+    from fat.experiment.sweep import Sweep, job_failed, log_progress, run_job
 
     place = Path(hydra.sweep.dir)
     overrides = [word for word in hydra.overrides.task if not word.startswith("sweep.")]
@@ -85,6 +85,7 @@ def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path) -> fl
     try:
         config = parse(RunConfig, composed)
     except FatError as error:  # raised in a launcher's process it would reach nobody
+        log_progress(sweep)
         return job_failed(directory, error, command, sweep)
     with _exit_status_of_submitit():
         return run_job(config, directory, command=command, sweep=sweep)

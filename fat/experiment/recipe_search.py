@@ -31,6 +31,7 @@ from hydra.core.override_parser.types import (
     RangeSweep,
 )
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from fat.experiment.cli import conf_directory, explain
@@ -293,13 +294,13 @@ def comparable(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _compose(folders: Sequence[Path], overrides: Sequence[str]) -> RunConfig:
+def _compose(folders: Sequence[Path], overrides: Sequence[str]) -> DictConfig:
     conf, *others = [folder.resolve() for folder in folders]
     words = current_overrides(overrides, RunConfig)
     words += [f"hydra.searchpath=['file://{folder}']" for folder in others]
     try:
         with initialize_config_dir(str(conf), version_base="1.3"):
-            return parse(RunConfig, compose("train", overrides=words))
+            return compose("train", overrides=words)
     except (HydraException, OmegaConfBaseException) as error:
         raise FatError(explain(error, RunConfig)) from error
 
@@ -320,12 +321,16 @@ class _Trials:
         from fat.experiment.run_directory import read_metrics
         from fat.experiment.sweep import Sweep, job_failed, run_job
 
-        config = _compose(self.folders, overrides)
-        self._check(config)
-        name = (config.model.name or "network").rpartition("/")[2].replace(":", "-")
+        composed = _compose(self.folders, overrides)
+        name = str(composed.model.name).rpartition("/")[2].replace(":", "-")
         place = self.directory / f"{number}-{name}"
         command = _train_command(self.folders, overrides)
         sweep = Sweep(self.directory.as_posix(), self.directory, resumed, number)
+        try:
+            config = parse(RunConfig, composed)
+        except FatError as error:  # a value out of range fails its trials alone
+            return job_failed(place, error, command, sweep)
+        self._check(config)
         place.mkdir(parents=True, exist_ok=True)
         log = logging.FileHandler(place / LOG)
         logging.getLogger().addHandler(log)
@@ -418,7 +423,9 @@ def _main(given: argparse.Namespace) -> int:
     space = read_space(words)
     if trials < 1:
         raise FatError(f"--trials is {trials}; it must be 1 or more.")
-    _compose(folders, space.fixed)  # reports a mistyped option before the first trial
+    parse(
+        RunConfig, _compose(folders, space.fixed)
+    )  # reports a mistyped option before the first trial
     from fat.experiment.sweep import SHARED, failures, start_sweep
 
     own = [word for folder in folders[1:] for word in ("--config-dir", str(folder))]

@@ -32,6 +32,7 @@ __all__ = [
     "failures",
     "job_failed",
     "jobs_of",
+    "log_progress",
     "run_job",
     "start_sweep",
 ]
@@ -103,7 +104,7 @@ def run_job(
     """
     shared = None
     if sweep is not None:
-        _log_progress(sweep)
+        log_progress(sweep)
         shared = sweep.directory / SHARED
         resume = resume or sweep.resume or _began_here(sweep.directory, directory)
         if sweep.threads is not None and config.trainer.threads is None:
@@ -237,7 +238,7 @@ def _record_failure(directory: Path, error: Exception, command: str | None) -> N
         logger.warning("The failure could not be recorded: %s", unwritable)
 
 
-def _log_progress(sweep: Sweep) -> None:
+def log_progress(sweep: Sweep) -> None:
     """Log the progress of the sweep and an ETA."""
     try:
         noted = json.loads((sweep.directory / SWEEP).read_text(encoding="utf-8"))

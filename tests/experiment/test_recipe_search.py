@@ -22,7 +22,14 @@ from optuna.distributions import (
 )
 
 from fat.experiment.config import DataConfig, ModelConfig, RunConfig
-from fat.experiment.recipe_search import comparable, main, read_space, search, validation_loss
+from fat.experiment.recipe_search import (
+    _Trials,
+    comparable,
+    main,
+    read_space,
+    search,
+    validation_loss,
+)
 from fat.training.config import TrainSpec
 from tests.integration.running import ROOT
 
@@ -163,6 +170,15 @@ def test_a_failed_trial_counts_and_is_never_the_best(tmp_path: Path) -> None:
     assert again.asked == []
     search(read_space(WORDS), again, tmp_path, trials=5)
     assert [number for number, *_ in again.asked] == [3, 4]
+
+
+def test_a_value_that_is_not_allowed_fails_its_trial_alone(tmp_path: Path) -> None:
+    trials = _Trials([ROOT / "conf"], tmp_path)
+    assert math.isnan(trials(0, ["quant.bits=9"], False))
+    (failure,) = tmp_path.glob("0-*/failure.json")
+    assert "quant.bits is 9; allowed are" in failure.read_text()
+    with pytest.raises(FatError, match=r"Unknown choice init=mze\. Did you mean 'mse'"):
+        trials(1, ["init=mze"], False)
 
 
 def test_the_objective_is_the_validation_loss_and_no_test_figure() -> None:
