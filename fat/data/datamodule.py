@@ -23,20 +23,14 @@ from fat.data.dataset import (
     ImageDataset,
     ImageLoader,
     SequentialBatchSampler,
+    check_seed,
     collate,
 )
 from fat.data.sources.base import ImageSource, PhotoSource
 from fat.data.sources.decoding import UnreadableImage
 from fat.data.sources.folder import FolderSource
 from fat.data.sources.manifest import PHOTO_TESTS, ImageIndex
-from fat.data.splits import (
-    CALIBRATION_DRAW,
-    SPLIT_DRAW,
-    DatasetFactory,
-    check_seed,
-    find_folders,
-    image_count,
-)
+from fat.data.splits import CALIBRATION_DRAW, SPLIT_DRAW, DatasetFactory, find_folders, image_count
 from fat.data.transforms import DeviceCropTransform
 from fat.utils import distributed
 from fat.utils.errors import FatError, abbreviated, unknown_name

@@ -26,6 +26,7 @@ __all__ = [
     "ImageLoader",
     "SequentialBatchSampler",
     "SkippedImages",
+    "check_seed",
     "collate",
 ]
 
@@ -37,6 +38,12 @@ Key = int | tuple[int, int]
 
 MAX_UNREADABLE = 0.05
 """Largest accepted fraction of unreadable images of a split."""
+
+
+def check_seed(seed: int) -> None:
+    """Raise a FatError if a seed is negative."""
+    if seed < 0:
+        raise FatError(f"seed is {seed}; allowed are whole numbers from 0, as in seed=0.")
 
 
 class SkippedImages:
@@ -121,8 +128,7 @@ class ImageDataset(Dataset[Item]):
         self.epoch = 0
         if len(self.indices) == 0:
             raise FatError(f"The {split} split has no images. Give more images to choose from.")
-        if seed < 0:
-            raise FatError(f"The seed is {seed}; it must not be negative.")
+        check_seed(seed)
         self.skipped = SkippedImages(split, len(self.indices))
 
     def __len__(self) -> int:

@@ -22,14 +22,7 @@ from fat.utils.random import generator
 if TYPE_CHECKING:
     from fat.models.float_model import Preprocessing
 
-__all__ = [
-    "CALIBRATION_DRAW",
-    "SPLIT_DRAW",
-    "DatasetFactory",
-    "check_seed",
-    "find_folders",
-    "image_count",
-]
+__all__ = ["CALIBRATION_DRAW", "SPLIT_DRAW", "DatasetFactory", "find_folders", "image_count"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,12 +62,6 @@ class DatasetFactory:
         """Return a dataset of at most ``count`` test images, drawn with the seed."""
         order = generator(self.seed, SPLIT_DRAW).permutation(len(source))
         return self.evaluation(source, np.sort(order[:count]), "test")
-
-
-def check_seed(seed: int) -> None:
-    """Raise a FatError if a seed is negative."""
-    if seed < 0:
-        raise FatError(f"seed is {seed}; allowed are whole numbers from 0, as in seed=0.")
 
 
 def image_count(total: int, fraction: float) -> int:

@@ -9,10 +9,13 @@ from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from fat.data.config import DataConfig
+from fat.data.dataset import check_seed
 from fat.data.imagenet.labels import stem
 from fat.data.imagenet.layouts import Part, find_training, find_validation
 from fat.data.imagenet.sampling import Digests, Ints, digest, distinct
@@ -36,9 +39,9 @@ def choose(
     *,
     classes: Sequence[str] | None,
     num_classes: int,
-    fraction: float = 0.1,
+    fraction: float = DataConfig.fraction,
     train_images: int | None = None,
-    calibration_images: int = 100,
+    calibration_images: int = DataConfig.calibration_images,
     validation_images: int = 1000,
     test_images: int | None = None,
     seed: int = 0,
@@ -72,14 +75,15 @@ def choose(
         FatError: If a number is out of range, the images are in no known layout, an archive is
             damaged, there are too few images, or labels are outside the network's classes.
     """
-    options = {
+    options: dict[str, Any] = {
         "fraction": fraction,
         "train_images": train_images,
         "test_images": test_images,
         "calibration_images": calibration_images,
         "validation_images": validation_images,
     }
-    _check_options(fraction, seed, {k: v for k, v in options.items() if k != "fraction"})
+    DataConfig(source="imagenet", **options)  # checks them
+    check_seed(seed)
     if classes is None or len(classes) != num_classes:
         raise FatError(
             f"The network has {num_classes} classes that are not ImageNet's. Type model.name=NAME "
@@ -298,16 +302,6 @@ def _folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(os.path.abspath(Path(path).expanduser()))
     check_folder(folder)
     return folder
-
-
-def _check_options(fraction: float, seed: int, counts: Mapping[str, float | None]) -> None:
-    if not 0 < fraction <= 1:
-        raise FatError(f"data.fraction is {fraction}; allowed: above 0, up to 1.")
-    for key, value in counts.items():
-        if value is not None and value < 1:
-            raise FatError(f"data.{key} is {value}; it must be at least 1.")
-    if seed < 0:
-        raise FatError(f"The seed is {seed}; it must not be negative.")
 
 
 def _check_enough(pool: _Pool, got: int, calibration: int, validation: int, wanted: int) -> None:
