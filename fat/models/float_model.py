@@ -85,7 +85,7 @@ class Preprocessing:
             ("size", all(1 <= side <= 8192 for side in result.size)),
             ("mean", len(result.mean) == 3 and all(map(math.isfinite, result.mean))),
             ("std", len(result.std) == 3 and all(0 < value < math.inf for value in result.std)),
-            ("crop_pct", 0.01 <= result.crop_pct <= 2.0),
+            ("crop_pct", 0.01 <= result.crop_pct <= 2.0),  # some of timm's networks have 1.15
         ):
             if not valid:
                 raise FatError(f"Invalid preprocessing: its {name} is {getattr(result, name)}.")
