@@ -213,6 +213,8 @@ class RunConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.source == "of_run":
+            raise FatError("data=of_run is for evaluating a run. Type data=folder data.root=DIR.")
         if (self.mixed is None) != (self.budget_mb is None):
             raise FatError(
                 f"quant.mixed is {self.mixed} and quant.budget_mb is {self.budget_mb}; bits per "

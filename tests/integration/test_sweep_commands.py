@@ -56,7 +56,7 @@ def test_one_bad_value_costs_its_jobs_alone(swept: tuple[Path, str, int | None])
         assert metrics["status"] == "finished"
         assert metrics["sweep"] == folder.as_posix()
     assert "Job 4 of 4" in output
-    assert "2 jobs failed; the others are done." in output
+    assert "2 jobs failed; the others are finished." in output
     table = list(csv.DictReader((folder / "sweep.csv").open()))
     assert len(table) == 4
     assert (folder / "report.html").is_file()
@@ -92,7 +92,7 @@ def test_a_second_sweep_does_not_take_the_place_of_a_first(
 ) -> None:
     status, output = server.run(*SWEEP, f"hydra.sweep.dir={swept[0]}")
     assert status == 2
-    assert "holds a sweep already" in output
+    assert "already holds a sweep" in output
 
 
 def test_sweep_resume_is_for_sweeps(server: Trainings) -> None:
