@@ -1,4 +1,4 @@
-"""What goes into a run: the images that a config asks for, and the float network they are for."""
+"""Build what a config describes: the images, the float network's inputs, and the export backend."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from fat.data.config import DataConfig
 from fat.data.datamodule import FatDataModule
 from fat.data.distill.synthesis import distilled_folder
 from fat.data.imagenet.subset import choose
-from fat.data.sources import builtin as ready
-from fat.data.sources import hub
+from fat.data.sources import builtin, hub
 from fat.data.sources.base import ImageSource
 from fat.data.sources.folder import FolderSource, folder_classes
 from fat.data.sources.manifest import ImageIndex
@@ -35,7 +34,7 @@ from fat.utils.errors import FatError
 __all__ = [
     "STEM",
     "InputSpec",
-    "asked_target",
+    "export_backend",
     "export_student",
     "finetuned",
     "for_images",
@@ -46,13 +45,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Whom the images are for.
+    """Input requirements of the float model.
 
     Attributes:
-        preprocessing: How the network wants them.
-        num_classes: Number of its logits.
-        classes: Names of the classes in the order of the logits, None for ImageNet's.
-        network: The float network itself, for images that are made from it.
+        preprocessing: Size, normalization and crop of the images.
+        num_classes: Number of logits.
+        classes: Names of the classes in the order of the logits; ``None`` for ImageNet's.
+        network: The float network itself, from which images can be distilled.
     """
 
     preprocessing: Preprocessing
@@ -62,18 +61,18 @@ class InputSpec:
 
     @classmethod
     def of(cls, source: FloatNetwork) -> InputSpec:
-        """That of a float network."""
+        """Return those of a float network."""
         return cls(source.preprocessing, source.num_classes, source.classes, source.network)
 
     def names(self) -> list[str] | None:
-        """Names that class folders may have, None where nobody knows them."""
+        """Return the names that class folders may have; ``None`` if they are unknown."""
         return list(self.classes) if self.classes else class_names(self.num_classes)
 
 
 @dataclass(frozen=True)
 class _Request:
     config: DataConfig
-    target: InputSpec
+    inputs: InputSpec
     seed: int
     device: torch.device | None
     progress: bool
@@ -85,15 +84,15 @@ class _Request:
         return Path(self.config.root).expanduser()
 
     def folder(self, root: str | Path) -> FolderSource:
-        return FolderSource(root, self.target.names(), self.target.num_classes)
+        return FolderSource(root, self.inputs.names(), self.inputs.num_classes)
 
     def real_test(self) -> ImageSource | None:
-        """The folder of test images that is asked for."""
+        """Return the images of ``test_root``, if there is one."""
         return self.folder(self.config.test_root) if self.config.test_root else None
 
 
 def for_images(source: FloatNetwork, config: DataConfig) -> FloatNetwork:
-    """Return the float network with the input size and the crop that ``data`` asks for."""
+    """Return the float network with the input size and the crop of the config."""
     preprocessing = source.preprocessing
     if config.image_size is not None:
         preprocessing = replace(preprocessing, size=(config.image_size, config.image_size))
@@ -103,20 +102,20 @@ def for_images(source: FloatNetwork, config: DataConfig) -> FloatNetwork:
 
 
 def own_classes(config: DataConfig) -> tuple[str, ...]:
-    """Names of the data's own classes, for a network that is fine-tuned on them.
+    """Return the names of the data's own classes, for fine-tuning a network on them.
 
     Raises:
         FatError: If the data has no labels.
     """
-    if config.source in _READY:
-        return _READY[config.source](config.root).classes
+    if config.source in _BUILTIN:
+        return _BUILTIN[config.source](config.root).classes
     if config.source == "folder" and config.root:
         pool, _ = find_folders(Path(config.root).expanduser(), config.test_root)
         return folder_classes(pool)
     if config.source == "imagenette":
-        return folder_classes(ready.imagenette(config.root) / "train")
+        return folder_classes(builtin.imagenette(config.root) / "train")
     raise FatError(
-        f"teacher=finetune needs images with classes, which data={config.source} has not. Type "
+        f"teacher=finetune needs images with classes, which data={config.source} lacks. Type "
         "data=folder data.root=DIR with one subfolder for each class, or data=digits."
     )
 
@@ -131,16 +130,16 @@ def finetuned(
     device: torch.device,
     progress: bool,
 ) -> tuple[FloatNetwork, FinetuneResult]:
-    """The float network with a classifier for the data's own classes, trained on its labels.
+    """Fine-tune the float network with a new classifier for the data's own classes.
 
     Args:
         source: The pretrained network.
-        data: Labelled images.
-        spec: The recipe.
+        data: Labeled images.
+        spec: Options of the training.
         classes: Names of the classes in the order of the labels.
-        seed: What the new classifier's first weights follow.
-        device: Where it is trained.
-        progress: Whether to show a bar.
+        seed: Seed of the new classifier's initial weights.
+        device: Device of the training.
+        progress: Whether to show a progress bar.
 
     Raises:
         FatError: If labels are missing, or training fails.
@@ -160,29 +159,29 @@ def finetuned(
 
 def make_data(
     config: DataConfig,
-    target: InputSpec,
+    inputs: InputSpec,
     seed: int,
     *,
     device: torch.device | None = None,
     progress: bool = False,
 ) -> FatDataModule:
-    """The four splits that a config asks for.
+    """Return the data module that a config describes.
 
     Args:
-        config: conf/data.
-        target: Whom they are for.
-        seed: What samples, order and crops follow.
-        device: Where images are made that are made from the network; None: where that is.
-        progress: Whether to show bars while images are listed, made or cached.
+        config: Options of conf/data.
+        inputs: Input requirements of the float model.
+        seed: Seed of samples, training order and crops.
+        device: Device on which images are distilled; ``None`` takes the network's.
+        progress: Whether to show progress bars while images are listed, distilled or cached.
 
     Raises:
-        FatError: For anything the user can mend.
+        FatError: For anything that the user can fix.
     """
-    if config.source not in _MAKE:
-        raise FatError(f"data={config.source} is for evaluate.py. Type data={'|'.join(_MAKE)}.")
-    request = _Request(config, target, seed, device, progress)
+    if config.source not in _BUILDERS:
+        raise FatError(f"data={config.source} is for evaluate.py. Type data={'|'.join(_BUILDERS)}.")
+    request = _Request(config, inputs, seed, device, progress)
     if config.index is None:
-        data = _MAKE[config.source](request)
+        data = _BUILDERS[config.source](request)
     else:
         data = _of_index(request, _load_index(config))
     if config.cache != "none":
@@ -192,43 +191,45 @@ def make_data(
 
 def _photos(request: _Request) -> FatDataModule:
     return FatDataModule.photos(
-        request.target.preprocessing, request.config, test=request.real_test(), seed=request.seed
+        request.inputs.preprocessing, request.config, test=request.real_test(), seed=request.seed
     )
 
 
 def _folder(request: _Request) -> FatDataModule:
     return FatDataModule.folder(
         request.root(),
-        request.target.preprocessing,
+        request.inputs.preprocessing,
         request.config,
         test_root=request.config.test_root,
-        classes=request.target.names(),
-        num_classes=request.target.num_classes,
+        classes=request.inputs.names(),
+        num_classes=request.inputs.num_classes,
         progress=request.progress,
         seed=request.seed,
     )
 
 
 def _imagenette(request: _Request) -> FatDataModule:
-    root = ready.imagenette(request.config.root)
+    root = builtin.imagenette(request.config.root)
     return _folder(replace(request, config=replace(request.config, root=str(root))))
 
 
 def _imagenet(request: _Request) -> FatDataModule:
-    config, target = request.config, request.target
-    names = target.names()
+    config, inputs = request.config, request.inputs
+    names = inputs.names()
     if names is None or len(names) != 1000:
         raise FatError(
-            f"data=imagenet has 1000 classes, the network has {target.num_classes}. Type "
-            "data=folder data.root=DIR, or take a network with ImageNet's classes."
+            f"data=imagenet has 1000 classes, the network has {inputs.num_classes}. Type "
+            "data=folder data.root=DIR, or use a network with ImageNet's classes."
         )
     if config.validation_images is None:
-        raise FatError("data=imagenet needs a number: type data.validation_images=1000.")
+        raise FatError(
+            "data=imagenet needs a number of validation images: type data.validation_images=1000."
+        )
     root = hub.fetch(config.root) if hub.is_hub_root(config.root) else request.root()
     index = choose(
         root,
         classes=names,
-        num_classes=target.num_classes,
+        num_classes=inputs.num_classes,
         fraction=config.fraction,
         train_images=config.train_images,
         calibration_images=config.calibration_images,
@@ -242,54 +243,54 @@ def _imagenet(request: _Request) -> FatDataModule:
 
 
 def _load_index(config: DataConfig) -> ImageIndex:
-    """The index, and where its images lie now if ``data.root`` says so."""
+    """Read the index; ``data.root`` overrides where its images are."""
     assert config.index is not None
     if config.source == "distilled":
         try:
             return ImageIndex.load(config.index, None, config.test_root)
         except FatError as error:
             raise FatError(
-                f"{error} The images of data=distilled were made from the network; to judge on "
+                f"{error} The images of data=distilled were made from the network; to use "
                 "others, type data=folder data.root=DIR or data=photos."
             ) from error
     if config.root is None or config.source == "imagenet":
         return ImageIndex.load(config.index, config.root, config.test_root)
-    root = ready.imagenette(config.root) if config.source == "imagenette" else Path(config.root)
+    root = builtin.imagenette(config.root) if config.source == "imagenette" else Path(config.root)
     pool, held_out = find_folders(root.expanduser(), config.test_root)
     return ImageIndex.load(config.index, pool, held_out)
 
 
 def _of_index(request: _Request, index: ImageIndex) -> FatDataModule:
-    index.check_labels(request.target.num_classes)
+    index.check_labels(request.inputs.num_classes)
     return FatDataModule.of_index(
-        index, request.target.preprocessing, request.config, seed=request.seed
+        index, request.inputs.preprocessing, request.config, seed=request.seed
     )
 
 
-def _ready(request: _Request) -> FatDataModule:
-    config, target = request.config, request.target
-    found = _READY[config.source](config.root)
-    if target.num_classes != len(found.classes):
+def _builtin(request: _Request) -> FatDataModule:
+    config, inputs = request.config, request.inputs
+    found = _BUILTIN[config.source](config.root)
+    if inputs.num_classes != len(found.classes):
         raise FatError(
             f"data={config.source} has {len(found.classes)} classes of its own, the network has "
-            f"{target.num_classes} logits. Type teacher=finetune to give it a new classifier, or "
+            f"{inputs.num_classes} logits. Type teacher=finetune to give it a new classifier, or "
             "model.weights=PATH with weights for these classes."
         )
     return FatDataModule.of_sources(
-        found.train, found.test, target.preprocessing, config, seed=request.seed
+        found.train, found.test, inputs.preprocessing, config, seed=request.seed
     )
 
 
 def _distilled(request: _Request) -> FatDataModule:
-    network = request.target.network
+    network = request.inputs.network
     if network is None:
         raise FatError(
-            "data=distilled makes images from a float network with batch norms, which a finished "
-            "run no longer has. Type data=folder data.root=DIR, or data=photos."
+            "data=distilled needs a float network with batch norms, which a finished run no longer "
+            "has. Type data=folder data.root=DIR, or data=photos."
         )
     images = distilled_folder(
         network,
-        request.target.preprocessing,
+        request.inputs.preprocessing,
         request.config.distill,
         seed=request.seed,
         device=request.device,
@@ -297,36 +298,36 @@ def _distilled(request: _Request) -> FatDataModule:
     )
     return FatDataModule.distilled(
         images,
-        request.target.preprocessing,
+        request.inputs.preprocessing,
         request.config,
         test=request.real_test(),
         seed=request.seed,
     )
 
 
-_READY: dict[str, Callable[[str | None], ready.LabeledSet]] = {
-    "digits": lambda root: ready.digits(),
-    "cifar10": ready.cifar10,
+_BUILTIN: dict[str, Callable[[str | None], builtin.LabeledSet]] = {
+    "digits": lambda root: builtin.digits(),
+    "cifar10": builtin.cifar10,
 }
-_MAKE: dict[str, Callable[[_Request], FatDataModule]] = {
+_BUILDERS: dict[str, Callable[[_Request], FatDataModule]] = {
     "photos": _photos,
     "folder": _folder,
     "imagenet": _imagenet,
     "imagenette": _imagenette,
     "distilled": _distilled,
-    **dict.fromkeys(_READY, _ready),
+    **dict.fromkeys(_BUILTIN, _builtin),
 }
 
 
 STEM = "student"
-"""Name of the file in the run directory, without its suffix."""
+"""Name of the exported file in the run directory, without its suffix."""
 
 
-def asked_target(config: ExportConfig) -> ExportBackend | None:
-    """What a config asks to export to, ``None`` for nothing.
+def export_backend(config: ExportConfig) -> ExportBackend | None:
+    """Return the export backend that a config names; ``None`` for ``none``.
 
     Raises:
-        FatError: If there is no such target, it is not installed, or an option is out of range.
+        FatError: If it is not installed, or does not support an option.
     """
     if config.target == "none":
         return None
@@ -345,26 +346,26 @@ def export_student(
     *,
     progress: bool,
 ) -> dict[str, Any]:
-    """Write a student into a run directory and verify the file.
+    """Export a student into a run directory and verify the file.
 
     Args:
-        student: Calibrated; it is moved to the CPU, where runtimes are.
-        target: From :func:`asked_target`.
+        student: Calibrated student; it is moved to the CPU, where the runtimes run.
+        target: Result of :func:`export_backend`.
         directory: The run directory.
         images: Test images, on the CPU.
-        config: conf/export.
-        metrics: The run's metrics; its figures are kept in the file.
-        progress: Whether to show a bar.
+        config: Options of conf/export.
+        metrics: The run's metrics, which are stored in the file.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What :func:`fat.export.exporter.export` returns.
+        The result of :func:`fat.export.exporter.export`.
     """
-    kept = ("float", "calibrated", "trained", "accuracy_drop")
+    stored = ("float", "calibrated", "trained", "accuracy_drop")
     return export(
         student.to("cpu"),
         directory / f"{STEM}{target.suffix}",
         target,
         AtMost(images, config.images),
-        metrics={key: metrics[key] for key in kept},
+        metrics={key: metrics[key] for key in stored},
         progress=f"Verify {target.name}" if progress else None,
     )

@@ -20,7 +20,7 @@ from fat.evaluation.sensitivity_file import (
     write_plot,
     write_sensitivity,
 )
-from fat.experiment.build import InputSpec, asked_target, export_student, for_images, make_data
+from fat.experiment.build import InputSpec, export_backend, export_student, for_images, make_data
 from fat.experiment.config import MOST_CLASSES, EvaluateConfig
 from fat.experiment.run_directory import METRICS, open_run, read_metrics
 from fat.experiment.run_files import write_metrics
@@ -132,7 +132,7 @@ def export_run(config: EvaluateConfig) -> dict[str, Any]:
         FatError: If the target is not installed, the directory is no run, its training was
             interrupted, or the file does not compute what the student does.
     """
-    target = asked_target(config.export)
+    target = export_backend(config.export)
     assert target is not None
     opened = open_run(config)
     check_writable(opened.directory)

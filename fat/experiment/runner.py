@@ -25,7 +25,7 @@ from fat.evaluation.layer_analysis import float_shift_db, layer_errors
 from fat.evaluation.sensitivity_file import SensitivityReport
 from fat.experiment.build import (
     InputSpec,
-    asked_target,
+    export_backend,
     export_student,
     finetuned,
     for_images,
@@ -155,7 +155,7 @@ def _run(
     writes = distributed.is_main_process()
     with distributed.main_process_first():
         earlier = begin(directory, config, resume=resume or not writes)
-    target = asked_target(config.export)
+    target = export_backend(config.export)
     if config.hub is not None:
         check_before(config.hub)
     spec, measured = mixed_spec(config)

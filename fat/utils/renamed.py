@@ -129,6 +129,7 @@ NAMES = {
     "graph.insert.hold_constants": "constants_to_buffers",
     "graph.plain.forward_of": "conv2d_of_transposed",
     "graph.tracer.WritesIntoPart": "PartialWrite",
+    "exports.asked_target": "export_backend",
     "inputs.Target": "InputSpec",
     "graph.integers.OnGrid": "IntegerTensor",
     "graph.integers.averages_pixels": "is_global_average_pool",
