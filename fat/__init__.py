@@ -1,4 +1,4 @@
-"""FAT: a pretrained network in integers, without labels, in minutes."""
+"""Post-training quantization of pretrained networks by Fast Adjustable Thresholds."""
 
 from __future__ import annotations
 

@@ -49,7 +49,8 @@ _MODULES = {
     "dashboard": "fat.report.wandb_dashboard",
 }
 
-COMPLETION = """\
+_COMPLETION_FLAGS = ("-sc", "--shell-completion")
+_COMPLETION = """\
 _fat_complete() {
     COMPREPLY=($(compgen -W "$(COMP_LINE="$COMP_LINE" fat -sc query=bash)" -- "${COMP_LINE##* }"))
     if (( COMP_CWORD == 1 )); then compopt +o nospace; fi
@@ -73,8 +74,10 @@ def main(given: Sequence[str] | None = None) -> int:
         print(usage())
     elif name == "--version":
         print(f"fat {fat.__version__}")
-    elif name in ("-sc", "--shell-completion"):
+    elif name in _COMPLETION_FLAGS:
         return _complete(words[0] if words else "")
+    elif words[:1] and words[0] in _COMPLETION_FLAGS and words[1:] == ["install=bash"]:
+        return _complete("install=bash")
     elif name in _MODULES:
         status: int = importlib.import_module(_MODULES[name]).main(words)
         return status
@@ -105,7 +108,7 @@ def usage() -> str:
 def _complete(request: str) -> int:
     """Answer ``-sc install=bash``, and the ``-sc query=bash`` of the function that it installs."""
     if request == "install=bash":
-        print(COMPLETION, end="")
+        print(_COMPLETION, end="")
         return 0
     if request != "query=bash":
         print("Error: type fat --shell-completion install=bash.", file=sys.stderr)

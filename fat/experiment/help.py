@@ -71,7 +71,7 @@ Flags
   --cfg job               print the composed config instead of running
   --config-dir DIR        also look for files in DIR, as in DIR/experiment/mine.yaml
   --hydra-help            help on Hydra, which composes the config
-  -sc install=bash        print the completion for bash: eval "$({complete} -sc install=bash)"
+  -sc install=bash        completion for bash: eval "$({complete} -sc install=bash)"
 """
 
 

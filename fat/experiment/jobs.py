@@ -93,10 +93,9 @@ def _job_of_sweep(composed: DictConfig, hydra: HydraConf, directory: Path) -> fl
 
 def _config_folder(hydra: HydraConf) -> list[str]:
     """The ``--config-dir`` that this run was started with, as words of its command line."""
-    sources = (source for source in hydra.runtime.config_sources if source.provider != "schema")
     return [
         word
-        for source in sources
+        for source in hydra.runtime.config_sources
         if source.provider == "command-line"
         for word in ("--config-dir", source.path)
     ]

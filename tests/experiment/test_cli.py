@@ -1,0 +1,77 @@
+"""The ``fat`` command without what it starts; tests/integration/test_wheel.py runs that."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+import fat
+from fat.experiment import cli
+from fat.utils.commands import VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """main() says in the environment how it was started, which must not reach other tests."""
+    monkeypatch.setenv(VARIABLE, "")
+    monkeypatch.setattr("sys.argv", ["fat"])
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_without_a_command_all_are_listed(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    for name in ("train", "evaluate", "report", "search", "dashboard"):
+        assert f"\n  fat {name} " in told
+
+
+def test_the_version_is_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"fat {fat.__version__}\n"
+
+
+def test_a_mistyped_command_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["evalute", "run=x"]) == 2
+    assert "Unknown command 'evalute'. Did you mean 'evaluate'?" in capsys.readouterr().err
+
+
+def test_other_commands_get_their_words_and_return_their_status(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["report", "/no/such/run"]) == 2
+    assert "/no/such/run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate"])
+def test_conf_is_found(name: str) -> None:
+    assert (cli.conf_directory() / f"{name}.yaml").is_file()
+
+
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("fat", cli.COMMANDS),
+        ("fat ev", cli.COMMANDS),
+        ("fat report outp", []),
+        ("fat unknown x", []),
+    ],
+)
+def test_completion_of_commands(
+    line: str,
+    wanted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(os.environ, "COMP_LINE", line)
+    assert cli.main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.split() == list(wanted)
+
+
+def test_completion_of_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["-sc", "install=tcsh"]) == 2
+    assert "install=bash" in capsys.readouterr().err
