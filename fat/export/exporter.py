@@ -154,20 +154,10 @@ def export(
             target.write(Program(contiguous_copy(student.teacher), example), floats)
             float_runtime = target.open(floats)
             check_float(float_runtime, student, example[:1])
-            float_ms, quantized_ms = latency(float_runtime, runtime, example[:1])
-            speed = {
-                "float": round(float_ms, 3),
-                "quantized": round(quantized_ms, 3),
-                "ratio": round(quantized_ms / float_ms, 3),
-                "threads": torch.get_num_threads(),
-                "batch": 1,
-            }
-            float_mb, quantized_mb = (1e-6 * file.stat().st_size for file in (floats, shipped))
-            size = {
-                "float": round(float_mb, 3),
-                "quantized": round(quantized_mb, 3),
-                "ratio": round(quantized_mb / float_mb, 4),
-            }
+            milliseconds = latency(float_runtime, runtime, example[:1])
+            speed = _ratio(*milliseconds) | {"threads": torch.get_num_threads(), "batch": 1}
+            megabytes = [1e-6 * file.stat().st_size for file in (floats, shipped)]
+            size = _ratio(megabytes[0], megabytes[1], digits=4)
         shipped.replace(path)
 
     return {
@@ -233,6 +223,14 @@ def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, 
         f"fat.{key}": value if isinstance(value, str) else json.dumps(value)
         for key, value in content.items()
         if value is not None
+    }
+
+
+def _ratio(reference: float, quantized: float, digits: int = 3) -> dict[str, Any]:
+    return {
+        "float": round(reference, 3),
+        "quantized": round(quantized, 3),
+        "ratio": round(quantized / reference, digits),
     }
 
 

@@ -140,7 +140,7 @@ def outputs_float(network: nn.Sequential, images: Tensor, index: int) -> Tensor:
     return copy.deepcopy(network[: index + 1]).double()(images.double()).detach()
 
 
-def test_no_images_and_no_thresholds_are_refused(tiny: nn.Module, images: Tensor) -> None:
+def test_missing_images_and_thresholds_are_rejected(tiny: nn.Module, images: Tensor) -> None:
     with pytest.raises(FatError, match="There are no images"):
         correct_biases(prepared(tiny, images), [])
     with pytest.raises(FatError, match="not calibrated"):

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: every block comes nearer to its float self, or stays as it was."""
+"""Block-wise reconstruction: the error of every block falls, or the block is unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def recipe(**options: Any) -> TrainSpec:
     return TrainSpec(epochs=0, bias_lr=1e-3, reconstruction=ReconstructSpec(**options))
 
 
-def test_every_block_comes_nearer_or_stays(tiny: TinyNet, batches: list[Tensor]) -> None:
+def test_the_error_of_every_block_falls_or_it_is_unchanged(
+    tiny: TinyNet, batches: list[Tensor]
+) -> None:
     student = student_of(tiny, torch.cat(batches))
     results = reconstruct(
         student, batches[:-1], batches[-1:], recipe(steps=40, batch_size=4), progress=False
@@ -74,7 +76,7 @@ def test_segments_in_a_row_are_the_network(tiny: TinyNet, batches: list[Tensor])
         assert torch.equal(x, student(batches[0]))
 
 
-def test_a_segment_from_inside_a_block_is_refused(tiny: TinyNet, batches: list[Tensor]) -> None:
+def test_a_segment_from_inside_a_block_is_rejected(tiny: TinyNet, batches: list[Tensor]) -> None:
     student = student_of(tiny, torch.cat(batches))
     inside = next(node for node in student.network.graph.nodes if node.target == "blocks.1.conv_dw")
     with pytest.raises(FatError, match="is not a cut point"):

@@ -1,4 +1,4 @@
-"""Callbacks by themselves: the best state, the guard against NaN, the log, the time left."""
+"""Callbacks: best student, guard against NaN, checkpoints, history, progress bar."""
 
 from __future__ import annotations
 
@@ -44,44 +44,44 @@ def alphas(student: Student) -> set[float]:
     return {round(float(a), 4) for t in student.thresholds() for a in t.alpha.detach().flatten()}
 
 
-def judged(keep: BestStudent, module: DistillModule, step: int, loss: float) -> None:
+def validated(best: BestStudent, module: DistillModule, step: int, loss: float) -> None:
     trainer: Any = SimpleNamespace(
         callback_metrics={"val/loss": torch.tensor(loss)}, global_step=step
     )
-    keep.on_validation_end(trainer, module)
+    best.on_validation_end(trainer, module)
 
 
-def test_keep_best_puts_the_smallest_loss_back(student: Student) -> None:
-    keep, module = BestStudent(), DistillModule(student, TrainSpec())
+def test_the_student_with_the_smallest_loss_is_restored(student: Student) -> None:
+    best, module = BestStudent(), DistillModule(student, TrainSpec())
     for step, (loss, alpha) in enumerate([(3.0, 1.0), (1.0, 0.9), (2.0, 0.8), (1.0, 0.7)]):
         fill(student, alpha)
-        judged(keep, module, 10 * step, loss)
-    judged(keep, module, 99, float("nan"))
-    assert (keep.calibrated_loss, keep.best_loss, keep.best_step) == (3.0, 1.0, 10)
-    keep.restore(module)
+        validated(best, module, 10 * step, loss)
+    validated(best, module, 99, float("nan"))
+    assert (best.calibrated_loss, best.best_loss, best.best_step) == (3.0, 1.0, 10)
+    best.restore(module)
     assert alphas(student) == {0.9}
 
 
-def test_keep_best_before_any_validation_changes_nothing(student: Student) -> None:
+def test_nothing_is_restored_before_a_validation(student: Student) -> None:
     fill(student, 0.8)
     BestStudent().restore(DistillModule(student, TrainSpec()))
     assert alphas(student) == {0.8}
 
 
-def test_keep_best_survives_a_checkpoint(student: Student) -> None:
-    keep, module = BestStudent(), DistillModule(student, TrainSpec())
+def test_the_best_student_is_part_of_checkpoints(student: Student) -> None:
+    best, module = BestStudent(), DistillModule(student, TrainSpec())
     fill(student, 0.75)
-    judged(keep, module, 4, 1.5)
+    validated(best, module, 4, 1.5)
     again = BestStudent()
-    again.load_state_dict(keep.state_dict())
+    again.load_state_dict(best.state_dict())
     fill(student, 1.0)
-    judged(again, module, 8, 2.0)
+    validated(again, module, 8, 2.0)
     again.restore(module)
     assert alphas(student) == {0.75}
     assert (again.calibrated_loss, again.best_loss, again.best_step) == (1.5, 1.5, 4)
 
 
-def test_nan_guard_restores_and_gives_up_after_its_patience(student: Student) -> None:
+def test_nan_guard_restores_and_fails_after_its_patience(student: Student) -> None:
     guard, module = NanGuard(patience=3), DistillModule(student, TrainSpec())
     optimizer = torch.optim.Adam(student.parameters(), lr=0.0)
     trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=0)
@@ -155,7 +155,9 @@ def test_alpha_history_logs_mean_smallest_and_largest(student: Student) -> None:
     assert {f"alpha/{layer}.{kind}" for layer, kind, _ in student.quantizers()} <= figures.keys()
 
 
-def test_progress_tells_the_time_left(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_bar_shows_the_remaining_time(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = iter([100.0, 104.0, 110.0])
     monkeypatch.setattr("fat.training.callbacks.time.monotonic", lambda: next(clock))
     trainer: Any = SimpleNamespace(
@@ -174,12 +176,12 @@ def test_progress_tells_the_time_left(student: Student, monkeypatch: pytest.Monk
     assert progress.get_metrics(trainer, module)["left"] == "0:00"
 
 
-def test_a_foreign_module_is_not_a_students() -> None:
+def test_other_modules_have_no_student() -> None:
     with pytest.raises(AssertionError):
         student_of(pl.LightningModule())
 
 
-def test_only_the_first_process_logs_alphas(student: Student) -> None:
+def test_only_the_main_process_logs_alphas(student: Student) -> None:
     class Logger(DummyLogger):
         def log_metrics(self, metrics: dict[str, float], step: int) -> None:
             raise AssertionError("another process logged")
@@ -189,7 +191,7 @@ def test_only_the_first_process_logs_alphas(student: Student) -> None:
 
 
 def stepping(history: CSVHistory, step: int, **figures: float) -> Any:
-    """A trainer after a step, or at its validation, of which the history has been told."""
+    """Call the history with a trainer after a step or a validation; return the trainer."""
     logged = {name.replace("_", "/", 1): torch.tensor(value) for name, value in figures.items()}
     trainer: Any = SimpleNamespace(
         is_global_zero=True, global_step=step, callback_metrics=logged, sanity_checking=False
@@ -203,7 +205,7 @@ def stepping(history: CSVHistory, step: int, **figures: float) -> Any:
     return trainer
 
 
-def test_history_is_one_row_a_figure_with_the_step_it_is_of(tmp_path: Path) -> None:
+def test_history_has_one_row_per_value_with_its_step(tmp_path: Path) -> None:
     history = CSVHistory(tmp_path / "history.csv")
     stepping(history, 0, val_loss=0.5)
     stepping(history, 1, train_loss=0.25, train_lr=1e-3)
@@ -220,7 +222,7 @@ def test_history_is_one_row_a_figure_with_the_step_it_is_of(tmp_path: Path) -> N
     ]
 
 
-def test_history_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_history_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "history.csv"
     lines = [
         "step,name,value",
@@ -229,7 +231,7 @@ def test_history_forgets_what_came_after_the_checkpoint(tmp_path: Path) -> None:
         "2,train/loss,2",
         "2,val/loss,3",
     ]
-    # As a process leaves it that went on once, was killed, and was cut off within a line.
+    # A process resumed once, and was killed while it wrote a line.
     path.write_text("\n".join([*lines, "2,val/loss,3", "3,train/loss,4", "2,trai"]))
     history = CSVHistory(path)
     trainer = stepping(history, 2)
@@ -250,8 +252,7 @@ def test_other_processes_write_no_history(tmp_path: Path) -> None:
 
 
 class Saver:
-    """As much of a trainer as PeriodicCheckpoint asks; its checkpoints say at which step they were
-    made."""
+    """The part of a trainer that PeriodicCheckpoint uses; its checkpoints hold their step."""
 
     def __init__(self, batches: int, validates_every: int) -> None:
         self.num_training_batches, self.val_check_batch = batches, validates_every
@@ -263,14 +264,14 @@ class Saver:
         self.saved.append(self.global_step)
         Path(path).write_text(str(self.global_step))
 
-    def steps(self, snapshots: PeriodicCheckpoint, clock: list[float], seconds: float) -> None:
+    def steps(self, checkpoints: PeriodicCheckpoint, clock: list[float], seconds: float) -> None:
         module: Any = None
         for index in range(self.num_training_batches):
             self.global_step += 1
             clock[0] += seconds
-            snapshots.on_train_batch_end(self, module, None, None, index)  # type: ignore[arg-type]
+            checkpoints.on_train_batch_end(self, module, None, None, index)  # type: ignore[arg-type]
             if (index + 1) % self.val_check_batch == 0:
-                snapshots.on_validation_end(self, module)  # type: ignore[arg-type]
+                checkpoints.on_validation_end(self, module)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -280,41 +281,43 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_snapshot_is_taken_at_validations_and_when_it_is_time(
+def test_a_checkpoint_is_saved_at_validations_and_when_due(
     tmp_path: Path, clock: list[float]
 ) -> None:
     trainer, path = Saver(batches=10, validates_every=10), tmp_path / "last.ckpt"
     trainer.steps(PeriodicCheckpoint(path, every=30.0), clock, seconds=10.0)
-    # Every third step; that of step 9 starts the count, and the validation is at step 10.
+    # Every third step; the one at step 9 restarts the count, and the validation is at step 10.
     assert trainer.saved == [3, 6, 9, 10]
     assert path.read_text() == "10"
-    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # nothing half written
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # no partial file
 
 
-def test_a_snapshot_waits_for_a_validation_at_the_same_step(
+def test_a_checkpoint_waits_for_a_validation_at_the_same_step(
     tmp_path: Path, clock: list[float]
 ) -> None:
     trainer = Saver(batches=8, validates_every=4)
     trainer.steps(PeriodicCheckpoint(tmp_path / "last.ckpt", every=0.0), clock, seconds=1.0)
-    # Never twice at one step: before its validation, step 4 is not over.
+    # Never twice at one step, and at step 4 only after its validation.
     assert trainer.saved == list(range(1, 9))
 
 
-def test_no_snapshot_comes_between_when_there_is_time(tmp_path: Path, clock: list[float]) -> None:
+def test_no_checkpoint_is_saved_in_between_before_it_is_due(
+    tmp_path: Path, clock: list[float]
+) -> None:
     trainer = Saver(batches=8, validates_every=4)
     trainer.steps(PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9), clock, seconds=1.0)
     assert trainer.saved == [4, 8]
 
 
-def test_sigterm_asks_for_a_snapshot_at_once(tmp_path: Path, clock: list[float]) -> None:
+def test_sigterm_saves_a_checkpoint_at_once(tmp_path: Path, clock: list[float]) -> None:
     trainer = Saver(batches=4, validates_every=4)
-    snapshots = PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9)
+    checkpoints = PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9)
     trainer.global_step, trainer.received_sigterm = 2, True
-    snapshots.on_train_batch_end(trainer, None, None, None, 1)  # type: ignore[arg-type]
+    checkpoints.on_train_batch_end(trainer, None, None, None, 1)  # type: ignore[arg-type]
     assert trainer.saved == [2]
 
 
-def test_a_validation_outside_training_leaves_no_snapshot(
+def test_a_validation_outside_training_saves_no_checkpoint(
     tmp_path: Path, clock: list[float]
 ) -> None:
     trainer = Saver(batches=4, validates_every=4)

@@ -1,4 +1,4 @@
-"""Fine-tuning a float network on classes of one's own, and what is kept of it."""
+"""Fine-tuning a float network on new classes, and its cache."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_batch_norms_keep_their_statistics_and_train_the_rest(source: FloatNetwo
     assert {name for name in before if torch.equal(before[name], after[name])} == statistics
 
 
-def test_the_best_epoch_is_kept_and_waiting_ends(
+def test_the_best_epoch_is_kept_and_training_stops_early(
     source: FloatNetwork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Accuracies are dictated: the second epoch is the best, by its loss alone."""
@@ -156,7 +156,7 @@ def test_labels_of_another_kind(source: FloatNetwork, labels: Tensor, says: str)
         finetune(source, batches, coloured(16, 1), SPEC, classes=CLASSES, progress=False)
 
 
-def test_images_that_do_not_come_again(source: FloatNetwork) -> None:
+def test_missing_images_and_iterators_are_rejected(source: FloatNetwork) -> None:
     good = coloured(16, 0)
     for train, validation, says in (
         ([], good, "There are no training images"),
@@ -177,7 +177,7 @@ def test_a_last_batch_of_one(source: FloatNetwork) -> None:
 
 
 class Epochs:
-    """Batches, and a sampler that notes which epoch it is told."""
+    """Batches with a sampler that records its epochs."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches, self.sampler, self.told = batches, self, list[int]()
@@ -224,7 +224,7 @@ def test_options_out_of_range(options: dict[str, float], says: str) -> None:
         FinetuneSpec(**options)  # type: ignore[arg-type]
 
 
-def test_classes_must_be_told_apart(source: FloatNetwork) -> None:
+def test_classes_need_different_names(source: FloatNetwork) -> None:
     for classes in ((), ("one",), ("cat", "cat")):
         with pytest.raises(FatError, match="at least two, with different names"):
             with_classes(source, classes)
@@ -290,7 +290,7 @@ def test_other_weights_are_another_network(source: FloatNetwork, tmp_path: Path)
     assert not cached(other, tmp_path)[1]
 
 
-def test_a_damaged_file_is_made_anew(
+def test_a_damaged_file_is_replaced(
     source: FloatNetwork, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, _ = cached(source, tmp_path)

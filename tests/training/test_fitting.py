@@ -192,7 +192,7 @@ def test_factors_at_the_upper_edge_move_down_and_do_not_leave(
 # --- what comes out -----------------------------------------------------------
 
 
-def test_training_lowers_the_loss_and_the_result_tells_it(
+def test_training_lowers_the_loss_in_the_result(
     tiny: nn.Module, images: Tensor, batches: list[Tensor]
 ) -> None:
     student = prepared(tiny, images, bits=4)
@@ -292,7 +292,9 @@ def test_no_epoch_only_corrects(tiny: nn.Module, images: Tensor, batches: list[T
     assert all(torch.equal(value, before[name]) for name, value in trained(student).items())
 
 
-def test_training_can_go_on(tiny: nn.Module, images: Tensor, batches: list[Tensor]) -> None:
+def test_a_trained_student_can_be_trained_again(
+    tiny: nn.Module, images: Tensor, batches: list[Tensor]
+) -> None:
     student = prepared(tiny, images, bits=4)
     first = fat.fit(student, batches, validation=batches, epochs=3, **QUIET)
     second = fat.fit(student, batches, validation=batches, epochs=3, **QUIET)
@@ -345,7 +347,7 @@ def test_bias_correction_is_undone_when_it_harms(
 
 
 class Unsized:
-    """Iterates anew each time, without a length, and counts how often."""
+    """Can be iterated repeatedly, has no length, and counts the passes."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches, self.passes = batches, 0
@@ -404,7 +406,7 @@ def test_one_tensor_is_one_batch(tiny: nn.Module, images: Tensor) -> None:
     assert result.best_loss == pytest.approx(loss_of(student, [images[:5]]), rel=1e-4)
 
 
-def test_samplers_are_told_the_epoch(tiny: nn.Module, images: Tensor) -> None:
+def test_samplers_get_the_epoch(tiny: nn.Module, images: Tensor) -> None:
     class Sampler(torch.utils.data.Sampler[int]):
         def __init__(self) -> None:
             self.epochs: list[int] = []
@@ -468,12 +470,12 @@ def test_images_that_cannot_be_trained_on(tiny: nn.Module, images: Tensor, case:
     assert torch.equal(student(images), expected)
 
 
-def test_an_uncalibrated_student_is_refused(tiny: nn.Module, images: Tensor) -> None:
+def test_an_uncalibrated_student_is_rejected(tiny: nn.Module, images: Tensor) -> None:
     with pytest.raises(FatError, match="not calibrated"):
         fat.fit(fat.prepare(tiny, images), images, **QUIET)
 
 
-def test_nothing_to_train_is_refused(
+def test_nothing_to_train_is_rejected(
     tiny: nn.Module, images: Tensor, batches: list[Tensor]
 ) -> None:
     student = prepared(tiny, images, thresholds="frozen", bias="frozen", weights="frozen")
@@ -482,7 +484,7 @@ def test_nothing_to_train_is_refused(
     assert fat.fit(student, batches, epochs=0, **QUIET).steps == 0
 
 
-def test_an_unknown_option_is_refused(tiny: nn.Module, images: Tensor) -> None:
+def test_an_unknown_option_is_rejected(tiny: nn.Module, images: Tensor) -> None:
     with pytest.raises(FatError, match="loss"):
         fat.fit(prepared(tiny, images), images, loss="l1", **QUIET)
 
@@ -490,7 +492,7 @@ def test_an_unknown_option_is_refused(tiny: nn.Module, images: Tensor) -> None:
 # --- NaN, interruption, threads -----------------------------------------------
 
 
-def test_a_poisoned_batch_is_undone_and_training_goes_on(
+def test_a_batch_with_nan_is_undone_and_training_continues(
     tiny: nn.Module, images: Tensor, batches: list[Tensor]
 ) -> None:
     poison = torch.full((4, 3, 16, 16), float("nan"))
@@ -529,7 +531,7 @@ def test_a_poisoned_batch_is_undone_and_training_goes_on(
     assert result.best_loss < result.calibrated_loss
 
 
-def test_nothing_but_poison_is_an_error_and_leaves_a_finite_student(
+def test_nothing_but_nan_is_an_error_and_leaves_a_finite_student(
     tiny: nn.Module, images: Tensor, batches: list[Tensor]
 ) -> None:
     poison = [torch.full((4, 3, 16, 16), float("nan"))] * 8
@@ -550,7 +552,7 @@ def test_nothing_but_poison_is_an_error_and_leaves_a_finite_student(
     assert torch.equal(student(images), expected)
 
 
-def test_poison_in_the_correction_is_undone(
+def test_nan_in_the_correction_is_undone(
     tiny: nn.Module, images: Tensor, batches: list[Tensor]
 ) -> None:
     poison = torch.full((4, 3, 16, 16), float("nan"))

@@ -66,7 +66,7 @@ def nobody_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def used(name: str, folder: Path, **options: Any) -> Any:
-    """A logger through which a small run went, open still."""
+    """Log a small run and return the open logger."""
     logger = make_logger(name, folder, "a name", CONFIG, **options)
     assert logger is not None
     logger.log_metrics({"train/loss": 0.5, "train/lr": 1e-3}, step=1)
@@ -85,7 +85,7 @@ def results(logger: Any, folder: Path) -> None:
     finish(logger)
 
 
-def test_csv_holds_every_figure_at_its_step(tmp_path: Path) -> None:
+def test_csv_has_every_value_at_its_step(tmp_path: Path) -> None:
     logger = used("csv", tmp_path)
     results(logger, tmp_path)
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").open()))
@@ -100,7 +100,7 @@ def test_csv_holds_every_figure_at_its_step(tmp_path: Path) -> None:
     assert {key: found[2, key] for key in NUMBERS} == NUMBERS
 
 
-def test_csv_of_a_run_that_goes_on_keeps_the_earlier_file(tmp_path: Path) -> None:
+def test_csv_of_a_resumed_run_keeps_the_earlier_file(tmp_path: Path) -> None:
     for _ in range(3):
         finish(used("csv", tmp_path))
     folders = {"csv", "csv-before-1", "csv-before-2"}
@@ -124,7 +124,7 @@ def test_tensorboard_holds_figures_and_histograms(tmp_path: Path) -> None:
         assert event.histogram_value.sum == pytest.approx(float(tensor.sum()))
 
 
-def test_wandb_offline_holds_all_that_is_promised(tmp_path: Path) -> None:
+def test_wandb_offline_has_everything_documented(tmp_path: Path) -> None:
     logger = used("wandb", tmp_path, group="a sweep", tags=["one", "two"], project="p")
     assert sync_command(logger) == f"wandb sync {wandb_file.find(tmp_path).parent}"
     results(logger, tmp_path)
@@ -166,7 +166,7 @@ def test_the_reader_puts_long_records_together(tmp_path: Path) -> None:
     assert wandb_file.read(wandb_file.find(tmp_path)).logged("text") == texts
 
 
-def test_a_run_that_goes_on_is_the_same_run_for_wandb(tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_run_for_wandb(tmp_path: Path) -> None:
     finish(used("wandb", tmp_path))
     first = (tmp_path / "wandb-id.txt").read_text()
     logger: Any = used("wandb", tmp_path)
@@ -198,7 +198,7 @@ def test_no_logger_and_an_unknown_one(tmp_path: Path) -> None:
         ({}, "machine api.wandb.ai nonsense", "offline"),  # half a file
     ],
 )
-def test_wandb_asks_nobody(
+def test_wandb_never_prompts(
     environment: dict[str, str],
     login: str,
     mode: str,

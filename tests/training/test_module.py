@@ -1,4 +1,4 @@
-"""The module's loss: its terms, what they cost when they are off, and what they do not change."""
+"""The training loss: its terms, and their cost when they are disabled."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def _seed() -> None:
 
 
 @pytest.fixture
-def labelled(tiny: nn.Module, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Batches with labels that are not what the network says."""
+def labeled(tiny: nn.Module, batches: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Batches with labels that differ from the network's predictions."""
     return [(x, (tiny(x).argmax(1) + 3) % CLASSES) for x in batches]
 
 
@@ -52,7 +52,7 @@ class Logged(pl.Callback):
 
 
 def results_of(module: torch.fx.GraphModule, images: Tensor) -> dict[str, Tensor]:
-    """What every node of a graph gives, by the node's name."""
+    """Return the output of every node of a graph by name."""
     found: dict[str, Tensor] = {}
 
     class Note(torch.fx.Interpreter):
@@ -113,7 +113,7 @@ def test_every_loss_trains(
 # --- features -----------------------------------------------------------------
 
 
-def test_features_are_what_the_blocks_give(
+def test_features_are_the_outputs_of_the_blocks(
     tiny: nn.Module, images: Tensor, batches: list[Tensor]
 ) -> None:
     student = prepared(tiny, images)
@@ -145,10 +145,10 @@ def gradients(student: Student, batch: Any, **options: Any) -> dict[str, Tensor]
 
 
 def test_terms_add_up_by_their_weights(
-    tiny: nn.Module, images: Tensor, labelled: list[tuple[Tensor, Tensor]]
+    tiny: nn.Module, images: Tensor, labeled: list[tuple[Tensor, Tensor]]
 ) -> None:
     student = prepared(tiny, images)
-    batch = labelled[0]
+    batch = labeled[0]
     plain = gradients(student, batch, loss="mse")
     features = gradients(student, batch, loss="mse", feature_weight=0.5)
     labels = gradients(student, batch, loss="mse", label_weight=0.25)
@@ -206,7 +206,7 @@ def test_features_that_are_off_cost_nothing(
         network.register_forward_hook(count)
 
     def forbidden(*_: Any, **__: Any) -> None:
-        raise AssertionError("not asked for")
+        raise AssertionError("not enabled")
 
     for name in ("BlockOutputs", "relative_error", "label_loss"):
         monkeypatch.setattr(f"fat.training.module.{name}", forbidden)
@@ -214,7 +214,7 @@ def test_features_that_are_off_cost_nothing(
     assert calls == {"student": 4 + 2, "teacher": 4 + 2}  # steps and two validations
 
 
-def test_a_network_without_blocks_says_so(images: Tensor) -> None:
+def test_a_network_without_blocks_is_rejected(images: Tensor) -> None:
     chain = nn.Sequential(
         nn.Conv2d(3, 4, 3),
         nn.ReLU(),
@@ -229,7 +229,7 @@ def test_a_network_without_blocks_says_so(images: Tensor) -> None:
 
 
 class Projections(nn.Module):
-    """Two linear projections, one after the other: equalization may rescale what is between."""
+    """Two linear projections in sequence: equalization may rescale the tensor between them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ def rescaled(student: Student, first: str, second: str) -> Student:
     return student
 
 
-def test_blocks_that_equalization_rescaled_are_left_out(
+def test_blocks_that_equalization_rescaled_are_excluded(
     images: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = Projections().eval()
@@ -283,11 +283,11 @@ def test_blocks_that_equalization_rescaled_are_left_out(
 
 
 def test_labels_pull_towards_them(
-    tiny: nn.Module, images: Tensor, labelled: list[tuple[Tensor, Tensor]]
+    tiny: nn.Module, images: Tensor, labeled: list[tuple[Tensor, Tensor]]
 ) -> None:
     def cross_entropy(student: Student) -> float:
         with torch.no_grad():
-            return sum(float(nn.functional.cross_entropy(student(x), y)) for x, y in labelled)
+            return sum(float(nn.functional.cross_entropy(student(x), y)) for x, y in labeled)
 
     student, logged = prepared(tiny, images), Logged()
     seen = [cross_entropy(student)]
@@ -297,11 +297,11 @@ def test_labels_pull_towards_them(
             seen.append(cross_entropy(pl_module.student))
 
     with torch.no_grad():
-        first = float(nn.functional.cross_entropy(student(labelled[0][0]), labelled[0][1]))
+        first = float(nn.functional.cross_entropy(student(labeled[0][0]), labeled[0][1]))
     fat.fit(
         student,
-        labelled,
-        validation=labelled,
+        labeled,
+        validation=labeled,
         label_weight=5.0,
         epochs=10,
         lr=1e-2,
@@ -315,10 +315,10 @@ def test_labels_pull_towards_them(
 
 
 def test_labels_that_are_off_are_not_used(
-    tiny: nn.Module, images: Tensor, batches: list[Tensor], labelled: list[tuple[Tensor, Tensor]]
+    tiny: nn.Module, images: Tensor, batches: list[Tensor], labeled: list[tuple[Tensor, Tensor]]
 ) -> None:
     results = []
-    for data in (batches, labelled, [(x, y + 10**6) for x, y in labelled]):
+    for data in (batches, labeled, [(x, y + 10**6) for x, y in labeled]):
         student = prepared(tiny, images)
         fat.fit(student, data, validation=batches, epochs=1, **QUIET)
         results.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
@@ -326,10 +326,10 @@ def test_labels_that_are_off_are_not_used(
 
 
 def test_a_batch_without_labels_counts_nothing(
-    tiny: nn.Module, images: Tensor, labelled: list[tuple[Tensor, Tensor]]
+    tiny: nn.Module, images: Tensor, labeled: list[tuple[Tensor, Tensor]]
 ) -> None:
     student = prepared(tiny, images)
-    pixels, labels = labelled[0]
+    pixels, labels = labeled[0]
     plain = gradients(student, pixels)
     for batch in (pixels, (pixels, torch.full((4,), -1))):
         assert all(
@@ -337,9 +337,9 @@ def test_a_batch_without_labels_counts_nothing(
             for name, g in gradients(student, batch, label_weight=3.0).items()
         )
     logged = Logged()
-    mixed = [pixels, (pixels, labels.where(torch.arange(4) > 2, -1)), labelled[2], pixels]
+    mixed = [pixels, (pixels, labels.where(torch.arange(4) > 2, -1)), labeled[2], pixels]
     fat.fit(
-        student, mixed, validation=labelled, label_weight=1.0, epochs=1, callbacks=[logged], **QUIET
+        student, mixed, validation=labeled, label_weight=1.0, epochs=1, callbacks=[logged], **QUIET
     )
     values = [step["train/labels"] for step in logged.steps]
     assert values[0] == values[3] == 0.0
@@ -365,19 +365,19 @@ def test_no_label_at_all_is_an_error_and_the_student_stays_good(
 
 
 def test_a_label_that_is_no_class_is_an_error(
-    tiny: nn.Module, images: Tensor, labelled: list[tuple[Tensor, Tensor]]
+    tiny: nn.Module, images: Tensor, labeled: list[tuple[Tensor, Tensor]]
 ) -> None:
     student = prepared(tiny, images)
-    wrong = [(x, y + CLASSES) for x, y in labelled]
+    wrong = [(x, y + CLASSES) for x, y in labeled]
     with pytest.raises(FatError, match=r"A label is 1\d, but the network has the classes 0 to 9"):
-        fat.fit(student, wrong, validation=labelled, label_weight=1.0, **QUIET)
+        fat.fit(student, wrong, validation=labeled, label_weight=1.0, **QUIET)
 
 
 # --- validation ---------------------------------------------------------------
 
 
 def test_terms_do_not_change_what_is_called_best(
-    tiny: nn.Module, images: Tensor, labelled: list[tuple[Tensor, Tensor]]
+    tiny: nn.Module, images: Tensor, labeled: list[tuple[Tensor, Tensor]]
 ) -> None:
     student, logged = prepared(tiny, images), Logged()
     seen: list[float] = []
@@ -385,13 +385,13 @@ def test_terms_do_not_change_what_is_called_best(
     class Watch(pl.Callback):
         def on_validation_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
             with torch.no_grad():
-                errors = [student.float_logits(x) - student(x) for x, _ in labelled]
+                errors = [student.float_logits(x) - student(x) for x, _ in labeled]
             seen.append(float(torch.cat(errors).square().mean()))
 
     result = fat.fit(
         student,
-        labelled,
-        validation=labelled,
+        labeled,
+        validation=labeled,
         loss="mse",
         feature_weight=3.0,
         label_weight=3.0,

@@ -1,4 +1,4 @@
-"""A training that was cut off, wherever that was, ends as if it never had been."""
+"""A training that was interrupted at any moment resumes to the same result."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def train(
 
 
 class Crashes(pl.Callback):
-    """Copies the folder of a training as it would lie there after a crash, at every moment."""
+    """Copies the folder of a training at every moment, as a crash would leave it."""
 
     def __init__(self, folder: Path, to: Path) -> None:
         self.folder, self.to, self.found = folder, to, list[Path]()
@@ -102,7 +102,7 @@ class Crashes(pl.Callback):
 
 
 def checkpoints(place: Path) -> str:
-    """A hash of what lies there to go on with."""
+    """Return a hash of the files to resume from."""
     digest = hashlib.sha256()
     for path in sorted((place / "checkpoints").glob("*")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -123,7 +123,7 @@ def assert_same(
     [(0.0, 1, 0), (0.0, 2, 0), (NEVER, 2, 2)],
     ids=["each-step", "each-step-two-validations", "validations-alone"],
 )
-def test_wherever_a_training_is_cut_off_it_ends_the_same(
+def test_a_training_interrupted_anywhere_ends_the_same(
     calibrated: Student,
     batches: list[Tensor],
     tmp_path: Path,
@@ -158,7 +158,7 @@ def test_wherever_a_training_is_cut_off_it_ends_the_same(
     blocks = [place for place in crashes.found if place.name.endswith(RECONSTRUCTION)]
     assert len(blocks) == (3 if reconstruction else 0)  # two blocks, and what follows
     history = (folder / "history.csv").read_text()
-    # Of moments that left the same checkpoints the last has the most to forget.
+    # Of moments with the same checkpoints, the last has the most to drop.
     last = {checkpoints(place): place for place in crashes.found}
     assert len(last) > (8 if every == 0.0 else 4)
     for place in last.values():
@@ -169,7 +169,7 @@ def test_wherever_a_training_is_cut_off_it_ends_the_same(
         assert (folder / "history.csv").read_text() == history, place.name
 
 
-def test_without_resume_a_training_begins_anew(
+def test_without_resume_a_training_restarts(
     calibrated: Student, batches: list[Tensor], tmp_path: Path
 ) -> None:
     train(calibrated, batches, tmp_path / "a", lr=5e-3)
@@ -188,7 +188,7 @@ def test_resuming_a_finished_training_changes_nothing(
     assert (tmp_path / "history.csv").read_text() == history
 
 
-def test_resuming_where_nothing_was_kept_is_a_whole_training(
+def test_resuming_without_checkpoints_is_a_whole_training(
     calibrated: Student, batches: list[Tensor], tmp_path: Path
 ) -> None:
     new = train(calibrated, batches, tmp_path / "new", resume=True)
@@ -196,7 +196,7 @@ def test_resuming_where_nothing_was_kept_is_a_whole_training(
 
 
 @pytest.mark.parametrize("what", ["recipe", "quantization"])
-def test_a_training_of_other_options_is_not_gone_on_with(
+def test_a_training_with_other_options_is_not_resumed(
     calibrated: Student, tiny: nn.Module, batches: list[Tensor], tmp_path: Path, what: str
 ) -> None:
     train(calibrated, batches, tmp_path)
@@ -208,7 +208,7 @@ def test_a_training_of_other_options_is_not_gone_on_with(
         train(student, batches, tmp_path, resume=True, **options)
 
 
-def test_an_interrupted_training_goes_on(
+def test_an_interrupted_training_resumes(
     calibrated: Student, batches: list[Tensor], tmp_path: Path
 ) -> None:
     class CtrlC(pl.Callback):
@@ -224,7 +224,7 @@ def test_an_interrupted_training_goes_on(
 
 
 @pytest.mark.parametrize("step", [5, 6, 7, 8])
-def test_a_sigterm_after_the_batch_end_leaves_that_step(
+def test_a_sigterm_after_the_batch_end_saves_that_step(
     calibrated: Student,
     batches: list[Tensor],
     tmp_path: Path,
@@ -247,14 +247,14 @@ def test_a_sigterm_after_the_batch_end_leaves_that_step(
     assert late == [True]
     monkeypatch.undo()
     kept = torch.load(cut / "checkpoints" / LAST, weights_only=True)
-    # Every other step is validated: that was not over, and the state before it counts.
+    # Every other step is validated; before its validation the previous state is kept.
     assert kept["global_step"] == (step if step % 2 else step - 2)
     assert_same(train(calibrated, batches, cut, resume=True, **options), whole, step)
     history = [(place / "history.csv").read_text() for place in (tmp_path / "whole", cut)]
     assert history[0] == history[1]
 
 
-def test_what_is_kept_loads_no_code(
+def test_checkpoints_are_plain_data(
     calibrated: Student, batches: list[Tensor], tmp_path: Path
 ) -> None:
     train(calibrated, batches, tmp_path, reconstruction=ReconstructSpec(steps=1))
@@ -267,7 +267,7 @@ def test_what_is_kept_loads_no_code(
 
 
 def flip_a_bit(path: Path) -> None:
-    """One within the longest tensor: between the parts a file has bytes that nobody reads."""
+    """Flip a bit of the longest tensor; bytes between the parts of a file are not read."""
     with zipfile.ZipFile(path) as archive:
         longest = max(archive.infolist(), key=lambda part: part.file_size)
         content = archive.read(longest)
@@ -287,7 +287,7 @@ def flip_a_bit(path: Path) -> None:
         (START, {"whose": None, "content": {}}),
     ],
 )
-def test_a_damaged_state_is_named_and_nothing_is_lost(
+def test_the_error_names_a_damaged_file_and_nothing_is_lost(
     calibrated: Student, batches: list[Tensor], tmp_path: Path, name: str, content: Any
 ) -> None:
     train(calibrated, batches, tmp_path, epochs=1)
@@ -306,7 +306,7 @@ def test_a_damaged_state_is_named_and_nothing_is_lost(
     assert checkpoints(tmp_path) == before
 
 
-def test_damaged_lines_of_the_history_are_left_out(
+def test_damaged_lines_of_the_history_are_skipped(
     calibrated: Student, batches: list[Tensor], tmp_path: Path
 ) -> None:
     train(calibrated, batches, tmp_path, epochs=1)

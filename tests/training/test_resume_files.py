@@ -1,4 +1,4 @@
-"""Files of a training: whose they are, and that they hold nothing but data."""
+"""Files of a training: they belong to one training and hold plain data only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def draws() -> list[float]:
     return [float(torch.rand(())), float(np.random.standard_normal()), random.gauss(0, 1)]
 
 
-def test_random_states_come_back_also_from_a_file(tmp_path: Path) -> None:
+def test_random_states_are_restored_from_a_file(tmp_path: Path) -> None:
     draws()  # so that both normal generators hold half of a pair
     torch.save(random_states(), tmp_path / "states.pt")
     wanted = [draws() for _ in range(3)]
@@ -33,7 +33,7 @@ def test_random_states_come_back_also_from_a_file(tmp_path: Path) -> None:
     assert [draws() for _ in range(3)] == wanted
 
 
-def test_what_is_kept_is_found_by_the_same_training(student: Student, tmp_path: Path) -> None:
+def test_saved_content_is_loaded_by_the_same_training(student: Student, tmp_path: Path) -> None:
     state = student.trained_state()
     TrainingState(tmp_path / "new", student, TrainSpec()).save(START, {"student": state, "n": 3})
     found = TrainingState(tmp_path / "new", student, TrainSpec()).load(START)
@@ -43,7 +43,7 @@ def test_what_is_kept_is_found_by_the_same_training(student: Student, tmp_path: 
     assert [path.name for path in (tmp_path / "new").iterdir()] == [START]
 
 
-def test_another_training_is_told_what_differs(
+def test_the_error_for_another_training_names_the_difference(
     student: Student, tiny: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     TrainingState(tmp_path, student, TrainSpec()).save(START, {})
@@ -82,7 +82,7 @@ def test_clearing_leaves_what_is_no_state(student: Student, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_without_a_folder_nothing_is_kept_or_found(
+def test_without_a_folder_nothing_is_saved_or_found(
     student: Student, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -44,7 +44,7 @@ def test_authors_code_formula(step: int, period: int, lr: float) -> None:
     assert learning_rate(spec, step, 5000) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_authors_code_falls_to_about_seven_tenths_and_starts_anew() -> None:
+def test_authors_code_falls_to_about_seven_tenths_and_restarts() -> None:
     spec = TrainSpec(lr=1e-3, schedule="authors_code", period=400)
     rates = [learning_rate(spec, step, 1000) for step in range(401)]
     assert rates[0] == pytest.approx(1e-3 + 1e-7)
