@@ -1,8 +1,9 @@
-"""Calibrated students of small networks, one per kind of operation that exporters meet."""
+"""Calibrated students of small networks with all kinds of operations, and their ONNX files."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,6 +13,10 @@ from torch.nn import functional as F
 
 import fat
 from fat import QuantSpec, Student
+from fat.export.base import Program
+from fat.export.lowering import lower
+from fat.export.onnx import Onnx, OnnxRuntime
+from fat.export.verify import check_kernels, compare, compare_layers
 from fat.quant.layers import ChannelClip
 from tests.conftest import TinyNet, realistic
 
@@ -65,14 +70,14 @@ def tiny_student(spec: QuantSpec | None = None, act: type[nn.Module] = nn.ReLU6)
 
 
 class ClipAtOne(nn.Hardtanh):
-    """A ReLU6 that ends at 1, which these networks' activations reach."""
+    """A ReLU6 with the bound 1, which the activations of these networks reach."""
 
     def __init__(self) -> None:
         super().__init__(0.0, 1.0)
 
 
 def clipped_student(**options: Any) -> Student:
-    """A student of a TinyNet that clips channels at bounds of their own, as ``exact`` makes it."""
+    """A student of a TinyNet with per-channel clips, which ``exact`` equalization creates."""
     spec = QuantSpec(granularity="per_tensor", equalize=fat.EqualizeSpec("exact"), **options)
     student = tiny_student(spec, act=ClipAtOne)
     clips = [q for q in student.activation_quantizers() if isinstance(q.activation, ChannelClip)]
@@ -81,7 +86,7 @@ def clipped_student(**options: Any) -> Student:
 
 
 class Heads(nn.Module):
-    """A layer, a softmax of its result, and a layer of that, as attention of talking heads has."""
+    """A layer, a softmax and another layer, as in talking-heads attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,11 +97,11 @@ class Heads(nn.Module):
 
 
 class Everything(nn.Module):
-    """One of each of what stands between layers: uneven padding, sums, products, pools, joins."""
+    """All operations between layers: asymmetric padding, sums, products, pools, concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)  # always the same weights
+        torch.manual_seed(0)  # reproducible weights
         self.stem = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.left = nn.Conv2d(8, 8, 3, padding="same", groups=8)
         self.right = nn.Conv2d(8, 8, (1, 4), padding="same")
@@ -113,3 +118,41 @@ class Everything(nn.Module):
         x = F.silu(self.mix(x)) + F.leaky_relu(x, 0.1)
         x = F.avg_pool2d(x, 2)
         return self.head(x.mean((2, 3)))
+
+
+def written(
+    student: Student,
+    folder: Path,
+    target: Onnx | None = None,
+    metadata: dict[str, str] | None = None,
+) -> tuple[Path, Program]:
+    """Write the file of a student; return it with its program."""
+    target = target or Onnx()
+    size = student.origin["preprocessing"]["size"][0]
+    example = structured(2, size)
+    lowered = lower(student, example, target.style)
+    program = Program(
+        lowered.network, example, lowered.tensors, lowered.weight_bits, metadata or {}
+    )
+    path = folder / "student.onnx"
+    target.write(program, path)
+    return path, program
+
+
+def check_equal(student: Student, folder: Path, target: Onnx | None = None) -> OnnxRuntime:
+    """Assert that integers and logits of the file equal the student's on new images."""
+    target = target or Onnx()
+    path, program = written(student, folder, target)
+    size = student.origin["preprocessing"]["size"][0]
+    images = structured(8, size, seed=5)
+    runtime = OnnxRuntime(path)
+    check_kernels(runtime.kernels(), student)
+    target.write_with_integers(program, path, folder / "tapped.onnx")
+    differences = compare_layers(
+        student, OnnxRuntime(folder / "tapped.onnx"), program.tensors, images
+    )
+    assert len(differences) == len(student.activation_quantizers())
+    assert [entry for entry in differences if entry.steps] == []
+    figures = compare(student, runtime, images.split(4))
+    assert figures["simulation"] == {"agreement": 100.0, "sqnr_db": 200.0, "largest_step": 0.0}
+    return runtime

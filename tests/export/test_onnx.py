@@ -16,58 +16,20 @@ from torch import Tensor, nn
 import fat
 from fat import FatError, QuantSpec, Student
 from fat.export import onnx as module
-from fat.export.base import Program
-from fat.export.lowering import lower
 from fat.export.onnx import OPSETS, Onnx, OnnxRuntime
-from fat.export.verify import check_kernels, compare, compare_layers
+from fat.export.verify import compare_layers
 from tests.export.students import (
     NAMES,
     SCHEMES,
     Everything,
     Heads,
+    check_equal,
     clipped_student,
     structured,
     student_of,
     tiny_student,
+    written,
 )
-
-
-def written(
-    student: Student,
-    folder: Path,
-    target: Onnx | None = None,
-    metadata: dict[str, str] | None = None,
-) -> tuple[Path, Program]:
-    """Write the file of a student; return it with its program."""
-    target = target or Onnx()
-    size = student.origin["preprocessing"]["size"][0]
-    example = structured(2, size)
-    lowered = lower(student, example, target.style)
-    program = Program(
-        lowered.network, example, lowered.tensors, lowered.weight_bits, metadata or {}
-    )
-    path = folder / "student.onnx"
-    target.write(program, path)
-    return path, program
-
-
-def check_equal(student: Student, folder: Path, target: Onnx | None = None) -> OnnxRuntime:
-    """Every operation's integers and the logits are the student's, on images it never saw."""
-    target = target or Onnx()
-    path, program = written(student, folder, target)
-    size = student.origin["preprocessing"]["size"][0]
-    images = structured(8, size, seed=5)
-    runtime = OnnxRuntime(path)
-    check_kernels(runtime.kernels(), student)
-    target.write_with_integers(program, path, folder / "tapped.onnx")
-    differences = compare_layers(
-        student, OnnxRuntime(folder / "tapped.onnx"), program.tensors, images
-    )
-    assert len(differences) == len(student.activation_quantizers())
-    assert [entry for entry in differences if entry.steps] == []
-    figures = compare(student, runtime, images.split(4))
-    assert figures["simulation"] == {"agreement": 100.0, "sqnr_db": 200.0, "largest_step": 0.0}
-    return runtime
 
 
 @pytest.fixture(scope="module")
@@ -100,21 +62,6 @@ def dequantized(model: onnx.ModelProto, kind: int) -> list[onnx.NodeProto]:
 @pytest.mark.parametrize("spec", SCHEMES, ids=NAMES)
 def test_every_kind_of_operation_is_equal_in_the_runtime(spec: QuantSpec, tmp_path: Path) -> None:
     check_equal(student_of(Everything(), spec), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "spec"),
-    [
-        ("test_resnet", QuantSpec(granularity="per_tensor")),
-        ("test_efficientnet", QuantSpec(scheme="symmetric")),
-        ("test_efficientnet", QuantSpec(bits=4, power_of_two=True)),
-        ("lcnet_035", QuantSpec(weight_bits=7)),
-    ],
-)
-def test_networks_of_timms_are_equal_in_the_runtime(
-    name: str, spec: QuantSpec, tmp_path: Path
-) -> None:
-    check_equal(student_of(name, spec), tmp_path)
 
 
 @pytest.mark.parametrize("scheme", ["asymmetric", "symmetric"])
