@@ -451,10 +451,10 @@ def refused(images: Tensor) -> dict[str, tuple[Any, Any, str]]:
     return {
         "generator": ((x for x in batches), None, "training images come from an iterator"),
         "iterator": (iter(batches), batches, "training images come from an iterator"),
-        "no images": ([], None, "No training images"),
-        "none of unknown number": (Unsized([]), None, "No training images"),
+        "no images": ([], None, "There are no training images"),
+        "none of unknown number": (Unsized([]), None, "There are no training images"),
         "validation from a generator": (batches, (x for x in batches), "validation images come"),
-        "no validation images": (batches, [], "No validation images"),
+        "no validation images": (batches, [], "There are no validation images"),
         "no batch": (batches, [images[0]], r"\[3, 16, 16\]"),
         "NaN to validate on": (batches, [images * float("nan")], "validation images is nan"),
     }
