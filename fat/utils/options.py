@@ -49,6 +49,11 @@ __all__ = [
 
 S = TypeVar("S", bound="Options")
 
+_BOOLEANS = dict.fromkeys(("true", "yes", "y", "on", "1"), True) | dict.fromkeys(
+    ("false", "no", "n", "off", "0"), False
+)
+"""Words for true and false on the command line, as OmegaConf reads them."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -516,10 +521,10 @@ def _converted(value: Any, kind: Any, rule: Rule) -> Any:
     """Return a value of YAML or the command line in its type, where it says the same as text."""
     if isinstance(value, list | tuple) and get_origin(kind) is tuple:
         return tuple(_converted(item, get_args(kind)[0], Rule("")) for item in value)
-    if kind is bool and isinstance(value, str):
-        return {"true": True, "false": False}.get(value.lower(), value)
+    if kind is bool and isinstance(value, int | str):
+        return _BOOLEANS.get(str(value).lower(), value)
     if (kind is str or rule.names(kind)) and isinstance(value, int | float):
-        return as_text(value)
+        return str(value)
     if (kind is int and isinstance(value, str)) or (
         kind is float and isinstance(value, int | str) and not isinstance(value, bool)
     ):

@@ -35,6 +35,7 @@ from fat.experiment.evaluate import evaluate_artifact, evaluate_run
 from fat.experiment.run_directory import begin, read_config
 from fat.experiment.runner import run
 from fat.quant.config import QuantSpec
+from fat.report.records import RENAMED_OPTIONS, RENAMED_VALUES
 from fat.report.sweep_page import write_sweep
 from fat.training.config import TrainSpec
 
@@ -163,6 +164,18 @@ def test_specs_take_earlier_names() -> None:
     assert quant == QuantSpec(granularity="per_tensor", weight_scale_range=(0.5, 2.0))
     recipe = TrainSpec.from_dict({"rounding_lr": 0.5, "reconstruction": {"float_share": 0.25}})
     assert (recipe.adaround_lr, recipe.reconstruction.float_fraction) == (0.5, 0.25)
+
+
+def test_reports_know_the_same_earlier_names() -> None:
+    earlier = {
+        f"{entry.key.rpartition('.')[0]}.{name}": entry.key
+        for entry in option_table(RunConfig)
+        for name in entry.rule.earlier
+    }
+    assert earlier == RENAMED_OPTIONS | {"data.scale": "data.crop_scale"}
+    for entry in option_table(RunConfig):
+        if entry.rule.renamed:
+            assert RENAMED_VALUES[entry.key] == entry.rule.renamed
 
 
 def test_a_student_of_the_same_file_gives_the_same_logits() -> None:

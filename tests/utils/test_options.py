@@ -172,6 +172,14 @@ def test_text_of_yaml_becomes_numbers() -> None:
     assert isinstance(build(House, {"kitchen": {"cooks": 2, "timeout": 3}}).kitchen.timeout, float)
 
 
+@pytest.mark.parametrize("word", [True, "true", "Yes", "on", "1", 1])
+def test_words_for_true(word: object) -> None:
+    values = {"kitchen": {"cooks": 2, "oven": {"fan": word}}}
+    assert build(House, values).kitchen.oven.fan is True
+    with pytest.raises(FatError, match=r"kitchen.oven.fan is 2; allowed are true and false"):
+        build(House, {"kitchen": {"cooks": 2, "oven": {"fan": 2}}})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
