@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fat
@@ -38,7 +39,10 @@ def main() -> None:
         sys.exit(f"skipped: {error}")
 
     network = load_float_network(options.model, weights=options.weights)
-    data = FatDataModule.folder(options.images, network.preprocessing, image_size=options.size)
+    preprocessing = network.preprocessing
+    if options.size:
+        preprocessing = replace(preprocessing, size=(options.size, options.size))
+    data = FatDataModule.folder(options.images, preprocessing)
     data.setup()
     student = fat.prepare(network.network, data.example_batch()[0])
     fat.calibrate(student, data.calibration_dataloader())

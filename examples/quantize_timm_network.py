@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import fat
@@ -36,16 +37,18 @@ def main() -> None:
 
     # 1. The float network, and images prepared as it expects them.
     network = load_float_network(options.model, weights=options.weights)
-    sizes = {
-        "image_size": options.size,
+    preprocessing = network.preprocessing
+    if options.size:
+        preprocessing = replace(preprocessing, size=(options.size, options.size))
+    counts = {
         "train_images": options.count,
         "validation_images": max(options.count // 10, 1),
         "test_images": options.test_count,
     }
     if options.images is None:
-        data = FatDataModule.photos(network.preprocessing, **sizes)
+        data = FatDataModule.photos(preprocessing, **counts)
     else:
-        data = FatDataModule.folder(options.images, network.preprocessing, **sizes)
+        data = FatDataModule.folder(options.images, preprocessing, **counts)
     data.setup()
 
     # 2. Insert quantizers, set their thresholds, train them. No labels are needed.
