@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import fat
-from fat import FatError
-from fat.export.onnx import OnnxRuntime
+from fat import FatError, QuantSpec
+from fat.export.exporter import export
 from fat.export.registry import RUNTIMES, TARGETS, make_target, open_artifact
 from tests.export.students import tiny_student
 
@@ -50,9 +49,23 @@ def test_the_error_for_a_missing_package_says_what_to_type(
     assert f"\n{name} = [" in extras
 
 
-def test_files_are_opened_by_their_suffix(tmp_path: Path) -> None:
-    fat.export_onnx(tiny_student(), tmp_path / "student.onnx", beside_float=False)
-    assert isinstance(open_artifact(tmp_path / "student.onnx"), OnnxRuntime)
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_exports_a_student_and_opens_its_file(name: str, tmp_path: Path) -> None:
+    target = make_target(name)
+    try:
+        target.check()
+    except FatError as error:
+        pytest.skip(str(error))
+    student = tiny_student(QuantSpec(weight_bits=7))  # headroom for sums that saturate
+    path = tmp_path / f"student{target.suffix}"
+    report = export(student, path, target, beside_float=False)
+    assert report["kernels"]["integer_layers"] == len(student.layers())
+    runtime = open_artifact(path, None if RUNTIMES[target.suffix][0] == name else name)
+    assert isinstance(runtime, target.runtime)
+    assert runtime.metadata["fat.model"] == "TinyNet"
+
+
+def test_files_of_other_kinds_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(FatError, match=r"file\.bin ends in '\.bin'; allowed are \.onnx, \.xml"):
         open_artifact(tmp_path / "file.bin")
     with pytest.raises(FatError, match=r"runtime for \.onnx files.*litert.*onnx, openvino"):
