@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import platform
 import resource
 import statistics
 import tempfile
@@ -38,6 +37,7 @@ import numpy as np
 import PIL
 import torch
 from PIL import Image, features
+from step import machine_name
 from torch.utils.data import DataLoader
 
 from fat.data.cache import MODES, build_cache
@@ -168,18 +168,13 @@ def is_jpeg(content: bytes) -> bool:
 
 def machine(source: FolderSource, indices: list[int], options: argparse.Namespace) -> str:
     """Return a description of the machine, the libraries and the images."""
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        known = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        found = [text.partition(":")[2].strip() for text in known if text.startswith("model name")]
-        processor = next(iter(found), processor)
     sizes = [Image.open(source.path(index)).size for index in indices]
     wide, high = np.mean(sizes, axis=0)
     kilobytes = np.mean([len(source.content(index)) for index in indices]) / 1e3
     turbo = features.version("libjpeg_turbo") or "none"
     return (
-        f"{processor}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, Pillow "
-        f"{PIL.__version__}, libjpeg-turbo {turbo}\n{len(indices)} images of {wide:.0f} x "
+        f"{machine_name()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, "
+        f"Pillow {PIL.__version__}, libjpeg-turbo {turbo}\n{len(indices)} images of {wide:.0f} x "
         f"{high:.0f} pixels and {kilobytes:.0f} kB on average, input {options.size} px, batch "
         f"{options.batch}, caches at {options.cache_side} px"
     )
