@@ -347,7 +347,10 @@ def test_damaged_indexes(photographs: Path, tmp_path: Path) -> None:  # noqa: F8
 
     attempt(lambda: read(content), "worked")
     cells = {
-        "path": ("/dev/zero", "/etc/passwd", "../../../etc/passwd", "", "nowhere.png", "a" * 5000),
+        "path": (
+            *("/dev/zero", "/etc/passwd", "../../../etc/passwd", "", "nowhere.png", "a" * 5000),
+            "a\0b",
+        ),
         "split": ("", "training", "test"),
         "label": ("-2", "99", "x", "9" * 400),
         "offset": ("-5", "7", "9" * 30, "1e3"),

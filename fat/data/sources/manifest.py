@@ -464,7 +464,7 @@ def _check_head(head: Mapping[str, Any]) -> None:
     for key, kind in wanted.items():
         if key not in head:
             raise ValueError(f"its head has no {key}")
-        if not isinstance(head[key], kind):
+        if not isinstance(head[key], kind) or "\0" in str(head[key]):
             raise ValueError(f"its {key} is {head[key]!r}")
     if head["format"] != _FORMAT:
         raise ValueError(f"its format is {head['format']}; this version of FAT reads {_FORMAT}")
@@ -483,6 +483,8 @@ def _record(row: Sequence[str]) -> Record:
         raise ValueError(f"unknown split {split!r}")
     if not re.fullmatch("[0-9a-f]{64}", sha256):
         raise ValueError(f"{sha256[:70]!r} is not a SHA-256")
+    if "\0" in path:
+        raise ValueError(f"{path[:70]!r} is not a path")
     record = Record(
         split, path, member, int(offset), int(size), int(place), name, int(label), sha256
     )
