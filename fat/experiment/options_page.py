@@ -1,4 +1,8 @@
-"""Writes what follows from the options: docs/options.md and the lower part of conf/*.yaml.
+"""Write what follows from the options: docs/options.md and the lower part of conf/*.yaml.
+
+Hydra composes conf/train.yaml before the files of the groups. It holds all options, so that these
+hold only what differs, and every option can be overridden without ``+``. A ``default.yaml`` in each
+group would show up as one more choice of the group, such as ``data=default``.
 
 ``python -m fat.experiment.options_page`` in a checkout; a test says when it has to be run again.
 """
