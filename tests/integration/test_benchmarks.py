@@ -69,7 +69,7 @@ def test_each_step_is_a_row_of_figures(lines: list[str]) -> None:
     assert steps == [
         "float fine-tuning",
         "student, frozen",
-        "student, rounding",
+        "student, adaround",
         "teacher alone",
         "Brevitas",
         "torchao",
@@ -109,7 +109,7 @@ def test_a_cell_that_failed_is_shown_and_tried_again(
     assert (
         presets.table(["best_w4a4"], ["mse"], tmp_path)
         .splitlines()[2]
-        .startswith("| best_w4a4 | failed: Error: bits is 9; allowed are whole numbers")
+        .startswith("| best_w4a4 | failed: Error: quant.bits is 9; allowed are whole numbers")
     )
     assert not (directory / "command.txt").exists()
     figures = {"agreement": 75.04, "sqnr_db": 5.25}
@@ -126,7 +126,7 @@ def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     milliseconds = {line[20:42].strip(): float(line[42:52]) for line in lines[3:6]}
-    both = milliseconds["student, rounding"] + milliseconds["teacher alone"]
+    both = milliseconds["student, adaround"] + milliseconds["teacher alone"]
     judged = 2 * 50_000 * milliseconds["teacher alone"]
     minutes = 1e-3 * (250_000 * both + judged) / 60
     told = re.search(r"computed: ([\d.]+) min, \$([\d.]+)", lines[6])
