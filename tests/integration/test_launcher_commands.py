@@ -48,7 +48,7 @@ def test_joblib_runs_jobs_side_by_side_and_notes_failures(tmp_path: Path) -> Non
     assert (tmp_path / "shared" / "logits.sqlite").is_file()  # kept for the jobs to come
     text = result.stdout + result.stderr
     assert "Job 1 of 3" in text
-    assert "2 jobs failed; the others are done." in text
+    assert "2 jobs failed; the others are finished." in text
 
     first = (tmp_path / "0-test_efficientnet" / "student.safetensors").stat().st_mtime_ns
     again = command_from_cold(*words, f"sweep.resume={tmp_path}")
