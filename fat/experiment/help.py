@@ -14,7 +14,7 @@ from fat.utils.options import Options
 __all__ = ["help_text"]
 
 _SCHEMAS: dict[str, type[Options]] = {"train": RunConfig, "evaluate": EvaluateConfig}
-_EVIDENT = ("text", "text, or null", "true and false")
+_EVIDENT = ("", "text", "text, or null", "true and false")
 
 _ABOUT = {
     "train": """\
@@ -97,7 +97,7 @@ def help_text(name: str, folders: Sequence[Path]) -> str:
     for entry in option_table(_SCHEMAS[name]):
         effect = f" [{entry.effect_text}]" if entry.effect_text else ""
         head = f"  {entry.key}={entry.default_text}"
-        allowed = f" ({entry.allowed})" if entry.allowed not in _EVIDENT else ""
+        allowed = f" ({entry.hint})" if entry.hint not in _EVIDENT else ""
         options.append(_wrapped(f"{head:34}", f"{entry.meaning}{allowed}{effect}"))
     sections = [
         f"usage: {commands[name]} [GROUP=CHOICE | OPTION=VALUE ...] [FLAG ...]",

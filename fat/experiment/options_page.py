@@ -133,16 +133,10 @@ def _common_effects(table: Sequence[Entry]) -> dict[str, str]:
 
 
 def _comment(entry: Entry, *, own_effect: bool) -> str:
-    names = entry.rule.names(entry.kind) or ()
-    listed = all(name in entry.meaning for name in names)
-    allowed = "" if listed else f" ({_folder(entry) or ', '.join(names)})"
+    is_choice = entry.folder or entry.rule.names(entry.kind)
+    allowed = f" ({entry.hint})" if is_choice and entry.hint else ""
     effect = f" [{entry.effect_text}]" if entry.effect_text and own_effect else ""
     return f"{entry.meaning}{allowed}{effect}"
-
-
-def _folder(entry: Entry) -> str:
-    """Return the folder with a file per name for names of a registry, so that it may grow."""
-    return f"names in conf/{entry.key.split('.')[0]}/" if callable(entry.rule.allowed) else ""
 
 
 def _row(entry: Entry) -> str:
@@ -153,7 +147,7 @@ def _row(entry: Entry) -> str:
     cells = (
         f"`{entry.key}`",
         f"`{entry.default_text}`" if entry.default_text else "",
-        _folder(entry) or entry.allowed,
+        entry.hint if entry.folder else entry.allowed,
         f"{entry.meaning}.{effect}{former}",
         f"`{entry.owner.__name__}.{entry.path[-1]}`",
     )

@@ -7,7 +7,7 @@ from .exporter import export as export
 from .exporter import export_onnx as export_onnx
 from .file_evaluation import evaluate_file as evaluate_file
 from .registry import BACKENDS as BACKENDS
-from .registry import RUNTIMES as RUNTIMES
 from .registry import TARGETS as TARGETS
 from .registry import make_target as make_target
 from .registry import open_artifact as open_artifact
+from .registry import runtimes as runtimes

@@ -2,28 +2,46 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fat.export.base import ExportBackend, Runtime
-from fat.export.executorch import ExecuTorch
-from fat.export.litert import LiteRT
-from fat.export.onnx import Onnx
-from fat.export.openvino import OpenVino
 from fat.utils.errors import FatError, first_line, unknown_name
 
-__all__ = ["BACKENDS", "RUNTIMES", "TARGETS", "make_target", "open_artifact"]
+if TYPE_CHECKING:
+    from fat.export.base import ExportBackend, Runtime
 
-BACKENDS: tuple[type[ExportBackend], ...] = (Onnx, OpenVino, LiteRT, ExecuTorch)
-"""All export targets. A new one is added here and gets a file ``conf/export/NAME.yaml``."""
+__all__ = ["BACKENDS", "TARGETS", "make_target", "open_artifact", "runtimes"]
 
-TARGETS = tuple(backend.name for backend in BACKENDS)
-RUNTIMES = {
-    suffix: tuple(backend.name for backend in BACKENDS if suffix in backend.opens)
-    for suffix in dict.fromkeys(suffix for backend in BACKENDS for suffix in backend.opens)
+BACKENDS = {
+    "onnx": "fat.export.onnx.Onnx",
+    "openvino": "fat.export.openvino.OpenVino",
+    "litert": "fat.export.litert.LiteRT",
+    "executorch": "fat.export.executorch.ExecuTorch",
 }
-"""Targets that can open a file of each suffix, the default first."""
+"""Class of each export target, imported when it is needed: help and completion do without torch.
+
+A new target is added here and gets a file ``conf/export/NAME.yaml``.
+"""
+
+TARGETS = tuple(BACKENDS)
+
+
+@cache
+def _backend(target: str) -> type[ExportBackend]:
+    module, _, name = BACKENDS[target].rpartition(".")
+    backend: type[ExportBackend] = getattr(importlib.import_module(module), name)
+    return backend
+
+
+@cache
+def runtimes() -> dict[str, tuple[str, ...]]:
+    """Return the targets that can open a file of each suffix, the default first."""
+    opens = {target: _backend(target).opens for target in TARGETS}
+    suffixes = dict.fromkeys(suffix for found in opens.values() for suffix in found)
+    return {suffix: tuple(name for name in TARGETS if suffix in opens[name]) for suffix in suffixes}
 
 
 def make_target(name: str, **options: Any) -> ExportBackend:
@@ -40,7 +58,7 @@ def make_target(name: str, **options: Any) -> ExportBackend:
     """
     if name not in TARGETS:
         raise unknown_name("export target", name, TARGETS)
-    parameters = {backend.name: inspect.signature(backend).parameters for backend in BACKENDS}
+    parameters = {target: inspect.signature(_backend(target)).parameters for target in TARGETS}
     accepted = {}
     for option, value in options.items():
         owners = [target for target in TARGETS if option in parameters[target]]
@@ -51,7 +69,7 @@ def make_target(name: str, **options: Any) -> ExportBackend:
                 f"export={name} has no option export.{option}"
                 + (f"; it belongs to export={' and export='.join(owners)}." if owners else ".")
             )
-    return BACKENDS[TARGETS.index(name)](**accepted)
+    return _backend(name)(**accepted)
 
 
 def open_artifact(path: Path, runtime: str | None = None, *, threads: int | None = None) -> Runtime:
@@ -66,9 +84,9 @@ def open_artifact(path: Path, runtime: str | None = None, *, threads: int | None
         FatError: If the suffix is unknown, the runtime does not open such files or is not
             installed, or the file cannot be opened.
     """
-    if path.suffix not in RUNTIMES:
-        raise FatError(f"{path} ends in '{path.suffix}'; allowed are {', '.join(RUNTIMES)}.")
-    allowed = RUNTIMES[path.suffix]
+    if path.suffix not in runtimes():
+        raise FatError(f"{path} ends in '{path.suffix}'; allowed are {', '.join(runtimes())}.")
+    allowed = runtimes()[path.suffix]
     if runtime is not None and runtime not in allowed:
         raise unknown_name(f"runtime for {path.suffix} files", runtime, allowed)
     target = make_target(runtime or allowed[0])
@@ -78,3 +96,9 @@ def open_artifact(path: Path, runtime: str | None = None, *, threads: int | None
     except OSError as error:  # for example, the name is too long
         raise FatError(f"{first_line(error)}. Give the file with artifact=FILE.") from error
     return target.open(path, threads=threads)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "RUNTIMES":  # the name in version 0.1
+        return runtimes()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -220,6 +220,22 @@ class Entry:
         return _allowed(self.kind, self.rule)
 
     @property
+    def folder(self) -> str:
+        """The folder of conf/ with a file per name, for names of a registry; empty for others."""
+        return f"conf/{self.key.partition('.')[0]}/" if callable(self.rule.allowed) else ""
+
+    @property
+    def hint(self) -> str:
+        """The allowed values as an addition to :attr:`meaning`; empty if that names them.
+
+        Registries are not imported for it, since help and completion do without torch.
+        """
+        if self.folder:
+            return f"names in {self.folder}"
+        names = self.rule.names(self.kind)
+        return "" if names and all(name in self.meaning for name in names) else self.allowed
+
+    @property
     def default_text(self) -> str:
         """The default as it is typed; empty if the option has to be given."""
         return "" if self.default is MISSING else as_text(self.default)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,12 @@ def test_choices_of_ones_own_folder_are_listed(tmp_path: Path) -> None:
     assert "calibration_only, paper" in help_text("train", [conf_directory()])
     listed = help_text("train", [tmp_path, conf_directory()])
     assert "calibration_only, mine, paper" in listed
+
+
+def test_help_does_without_torch() -> None:
+    code = "import sys, runpy; sys.argv = ['train.py', '--help']\n"
+    code += "try: runpy.run_path('train.py', run_name='__main__')\n"
+    code += "except SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules"
+    root = conf_directory().parent
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, stdout=subprocess.DEVNULL)

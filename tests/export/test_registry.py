@@ -9,7 +9,7 @@ import pytest
 
 from fat import FatError, QuantSpec
 from fat.export.exporter import export
-from fat.export.registry import RUNTIMES, TARGETS, make_target, open_artifact
+from fat.export.registry import TARGETS, make_target, open_artifact, runtimes
 from tests.export.students import tiny_student
 
 ROOT = Path(__file__).parents[2]
@@ -19,7 +19,7 @@ def test_every_target_has_its_name_and_a_runtime_for_its_files() -> None:
     for name in TARGETS:
         target = make_target(name)
         assert target.name == name
-        assert name in RUNTIMES[target.suffix]
+        assert name in runtimes()[target.suffix]
         assert (ROOT / "conf" / "export" / f"{name}.yaml").is_file()
 
 
@@ -60,7 +60,7 @@ def test_every_target_exports_a_student_and_opens_its_file(name: str, tmp_path: 
     path = tmp_path / f"student{target.suffix}"
     report = export(student, path, target, beside_float=False)
     assert report["kernels"]["integer_layers"] == len(student.layers())
-    runtime = open_artifact(path, None if RUNTIMES[target.suffix][0] == name else name)
+    runtime = open_artifact(path, None if runtimes()[target.suffix][0] == name else name)
     assert isinstance(runtime, target.runtime)
     assert runtime.metadata["fat.model"] == "TinyNet"
 
