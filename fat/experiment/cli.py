@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import ConfigCompositionException, HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -208,6 +209,7 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
+        _check_flags(sys.argv[1:])
         sys.argv[1:] = arguments(current_overrides(sys.argv[1:], schema))
         main()
         if _errors:
@@ -236,6 +238,17 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         )
     if jobs.failed_jobs():
         sys.exit(FAILED)
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Raise a FatError at an unknown flag, which Hydra would answer with all of its own."""
+    known = get_args_parser()._option_string_actions
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("-") and flag not in known:
+            close = nearest(flag, known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise FatError(f"Unknown flag {flag}.{hint} --help lists all flags.")
 
 
 def _exit(status: int, *lines: str) -> None:
@@ -270,7 +283,27 @@ def explain(error: Exception, schema: type) -> str:
     text = "\n".join(dict.fromkeys(str(link).strip() for link in chain))
     unknown = re.search(r"Could not (?:override|append) '([^']+)'", text)
     if unknown:
-        return suggest_key(unknown[1].split("@")[0], schema)
+        given = unknown[1].split("@")[0]
+        groups = [path.name for path in conf_directory().iterdir() if path.is_dir()]
+        if "." not in given and (close := nearest(given, groups, 1)):
+            return f"Unknown group '{given}'. Did you mean '{close[0]}'? --help lists all groups."
+        return suggest_key(given, schema)
+    several = re.search(r"Ambiguous value for argument '([^=']+)=", text)
+    if several:
+        return (
+            f"{several[1]} has several values: add -m to run a sweep over them, or quote a value "
+            f"that contains a comma, as in '{several[1]}=\"a,b\"'."
+        )
+    unreadable = re.search(r"Error parsing override '(.*)'", text)
+    if unreadable:
+        return (
+            f"'{unreadable[1]}' cannot be read; allowed are GROUP=CHOICE and OPTION=VALUE, as in "
+            "model=resnet18 or quant.bits=6. Quote a value with special characters, as in "
+            "'data.root=\"/my photos/a=b\"'."
+        )
+    folder = re.search(r"Additional config directory '([^']+)' not found", text)
+    if folder:
+        return f"There is no directory {folder[1]}: type --config-dir DIR with your YAML files."
     missing = re.search(r"Could not (?:find|load) '([^']+)'", text)
     options = re.search(r"Available options in '[^']*':\n((?:\s+\S+\n?)+)", text)
     if missing and options:

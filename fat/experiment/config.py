@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -215,6 +215,8 @@ class RunConfig(Options):
         super().__post_init__()
         if self.data.source == "of_run":
             raise FatError("data=of_run is for evaluating a run. Type data=folder data.root=DIR.")
+        if self.data.source in ("folder", "imagenet") and not (self.data.root or self.data.index):
+            raise FatError(f"data={self.data.source} needs a folder: type data.root=DIR.")
         if (self.mixed is None) != (self.budget_mb is None):
             raise FatError(
                 f"quant.mixed is {self.mixed} and quant.budget_mb is {self.budget_mb}; bits per "
@@ -288,7 +290,19 @@ def option_table(schema: type[Options]) -> tuple[Entry, ...]:
     An entry has ``key``, ``type_name``, ``allowed``, ``default_text``, ``meaning`` and
     ``effect_text``, see :class:`fat.utils.options.Entry`.
     """
-    return entries(schema)
+    if schema is not RunConfig:
+        return entries(schema)
+    # data=of_run is for evaluating a run: here it is no choice.
+    return tuple(
+        replace(
+            entry,
+            kind=Literal[tuple(name for name in get_args(entry.kind) if name != "of_run")]
+            if entry.key == "data.source"
+            else entry.kind,
+            effect=tuple(part for part in entry.effect if part[2] != ("of_run",)),
+        )
+        for entry in entries(schema)
+    )
 
 
 def parse(schema: type[T], composed: DictConfig) -> T:

@@ -67,11 +67,15 @@ Examples
 }
 _FLAGS = """\
 Flags
-  -m, --multirun          run all combinations of comma-separated values (train only)
-  --cfg job               print the composed config instead of running
+{multirun}  --cfg job               print the composed config instead of running
   --config-dir DIR        also look for files in DIR, as in DIR/experiment/mine.yaml
   --hydra-help            help on Hydra, which composes the config
   -sc install=bash        completion for bash: eval "$({complete} -sc install=bash)"
+"""
+
+
+_MULTIRUN = """\
+  -m, --multirun          run all combinations of comma-separated values
 """
 
 
@@ -105,7 +109,9 @@ def help_text(name: str, folders: Sequence[Path]) -> str:
         "\n".join(choices),
         "\n".join(options),
     ]
-    return "\n\n".join([*sections, _FLAGS.format(complete=complete).rstrip()])
+    multirun = _MULTIRUN if name == "train" else ""
+    flags = _FLAGS.format(complete=complete, multirun=multirun).rstrip()
+    return "\n\n".join([*sections, flags])
 
 
 def _wrapped(head: str, text: str) -> str:

@@ -168,7 +168,7 @@ class EqualizeSpec(Options, prefix="quant.equalize"):
         super().__post_init__()
         for name in self.methods:
             if name not in EQUALIZATIONS:
-                raise unknown_name("equalization", name, EQUALIZATIONS)
+                raise unknown_name("quant.equalize.method", name, EQUALIZATIONS)
         repeated = len(set(self.methods)) < len(self.methods)
         if repeated or "exact" in self.methods[:-1] or "none" in self.methods:
             raise FatError(

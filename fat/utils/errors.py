@@ -112,7 +112,7 @@ def no_run(directory: str | os.PathLike[str], missing: str) -> FatError:
         directory: The folder.
         missing: The file that every run directory has and this folder has not.
     """
-    return FatError(
-        f"{directory} is not a run directory: it has no {missing}. A run prints its directory at "
-        "the end; by default it is under outputs/ or multirun/."
-    )
+    where = "A run prints its directory at the end; by default it is under outputs/ or multirun/."
+    if not os.path.isdir(directory):
+        return FatError(f"There is no directory {directory}. {where}")
+    return FatError(f"{directory} is not a run directory: it has no {missing}. {where}")

@@ -42,7 +42,8 @@ def composed(*overrides: str, name: str = "train") -> RunConfig:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_into_valid_specs(choice: str) -> None:
-    extra = ["data.root=/somewhere"] if choice == "data=folder" else []
+    needs_root = choice in ("data=folder", "data=imagenet", "sweep=paper")
+    extra = ["data.root=/somewhere"] if needs_root else []
     config = composed(choice, *extra)
     assert config.quant.bits in range(2, 9)
     assert config.optim.lr > 0

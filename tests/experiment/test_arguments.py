@@ -75,7 +75,7 @@ def test_auto_takes_the_directory_that_is_typed_beside_it() -> None:
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["resume=nowhere"], "nowhere is not a run directory: it has no config.yaml"),
+        (["resume=nowhere"], "There is no directory nowhere"),
         (["resume=auto"], "type hydra.run.dir=DIR too"),
         (["-m", "resume=nowhere"], "for a sweep type sweep.resume=true"),
         (["--multirun", "resume=auto"], "for a sweep type sweep.resume=true"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 import fat
 from fat.experiment import cli
@@ -75,3 +78,31 @@ def test_completion_of_commands(
 def test_completion_of_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["-sc", "install=tcsh"]) == 2
     assert "install=bash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("quant.bits=8,6", "quant.bits has several values: add -m to run a sweep over them"),
+        ("foo", "'foo' cannot be read; allowed are GROUP=CHOICE and OPTION=VALUE, as in"),
+        ("modle=resnet18", "Unknown group 'modle'. Did you mean 'model'?"),
+        ("quant.bit=8", "Unknown key 'quant.bit'. Did you mean 'quant.bits'?"),
+        ("model=resnet19", "Unknown choice model=resnet19. Did you mean 'resnet18'"),
+        ("--config-dir nowhere", "There is no directory "),
+        ("--multrun quant.bits=8,6", "Unknown flag --multrun. Did you mean --multirun?"),
+        ("data=folder", "data=folder needs a folder: type data.root=DIR."),
+        ("resume=nowhere", "There is no directory nowhere. A run prints its directory"),
+        ("quant.equalize.method=exat", "Unknown quant.equalize.method 'exat'. Did you mean"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_answered_with_what_to_type(
+    words: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_errors", [])
+    GlobalHydra.instance().clear()
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", *words.split()])
+    GlobalHydra.instance().clear()
+    assert stopped.value.code == 2
+    assert f"Error: {told}" in capfd.readouterr().err

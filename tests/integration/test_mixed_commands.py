@@ -185,7 +185,7 @@ def test_what_cannot_be_measured_is_answered_in_words(measured: tuple[Path, str]
     for arguments, wanted in (
         (["analysis=sensitivty"], "Did you mean 'sensitivity'"),
         (["analysis=sensitivity", "analysis_images=0"], "analysis_images is 0"),
-        (["analysis=sensitivity", "run=/nowhere"], "is not a run directory"),
+        (["analysis=sensitivity", "run=/nowhere"], "There is no directory /nowhere"),
     ):
         assert wanted in failed("evaluate.py", f"run={folder}", *arguments)
 

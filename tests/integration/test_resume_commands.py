@@ -183,7 +183,7 @@ def test_auto_begins_and_goes_on_in_the_same_directory(server: Trainings, tmp_pa
     [
         (["resume={run}", "quant.bits=4"], "leave out quant.bits=4"),
         (["resume={run}", "model=resnet18"], "leave out model=resnet18"),
-        (["resume={none}"], "is not a run directory: it has no config.yaml"),
+        (["resume={none}"], "There is no directory "),
         (["-m", "resume={run}"], "for a sweep type sweep.resume=true"),
         (["resume=auto"], "type hydra.run.dir=DIR too"),
     ],

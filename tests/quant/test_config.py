@@ -105,8 +105,8 @@ def test_bits_on_a_grid() -> None:
         ),
         (
             lambda: EqualizeSpec(method="depthwize"),  # type: ignore[arg-type]
-            "Unknown equalization 'depthwize'. Did you mean 'depthwise'? Allowed: none, depthwise, "
-            "cross_layer, balanced, exact.",
+            "Unknown quant.equalize.method 'depthwize'. Did you mean 'depthwise'? Allowed: none, "
+            "depthwise, cross_layer, balanced, exact.",
         ),
         (
             lambda: TrainSpec(loss="rms"),  # type: ignore[arg-type]
@@ -166,7 +166,9 @@ def test_equalization_outside_relu6(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("method", ["", "none+exact+", "depthwise cross_layer", "exact+exactly"])
 def test_every_part_of_a_joined_equalization_is_checked(method: str) -> None:
-    with pytest.raises(FatError, match=r"Unknown equalization .* Allowed: none, depthwise, "):
+    with pytest.raises(
+        FatError, match=r"Unknown quant.equalize.method .* Allowed: none, depthwise, "
+    ):
         EqualizeSpec(method)
 
 

@@ -135,7 +135,7 @@ def check_folder(root: Path) -> None:
     close = nearest(missing, siblings)
     hint = f" Did you mean {' or '.join(str(parent / name) for name in close)}?" if close else ""
     if not close:
-        hint = f" {parent} has the folders: {', '.join(siblings[:8]) or 'none'}."
+        hint = f" {parent} has the folders: {abbreviated(siblings, 8) or 'none'}."
     raise FatError(f"The folder {root} does not exist.{hint} Type data.root=DIR.")
 
 
