@@ -22,6 +22,7 @@ import yaml
 
 from fat.utils.commands import command_line
 from fat.utils.errors import FatError, first_line
+from fat.utils.nested import leaves
 
 __all__ = [
     "Run",
@@ -165,20 +166,6 @@ def word(nested: object, path: str) -> str | None:
     """Return the text at a dotted path, else ``None``."""
     found = dig(nested, path)
     return found if isinstance(found, str) and found else None
-
-
-def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a nested mapping by dotted path.
-
-    Examples:
-        >>> leaves({"quant": {"bits": 4, "weight": {"bits": None}}})
-        {'quant.bits': 4, 'quant.weight.bits': None}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        path = f"{prefix}{key}"
-        flat |= leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value}
-    return flat
 
 
 def latencies(metrics: Mapping[str, Any]) -> dict[str, float]:

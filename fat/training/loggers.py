@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fat.utils.errors import FatError, unknown_name
 from fat.utils.io import write_text
+from fat.utils.nested import leaves as nested_leaves
 
 __all__ = [
     "LOGGERS",
@@ -201,20 +202,15 @@ def finish(logger: Logger) -> None:
         logger.experiment.finish()
 
 
-def leaves(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(nested: Mapping[str, Any]) -> dict[str, Any]:
     """Return the numbers and strings of a nested mapping by dotted name.
 
     Examples:
         >>> leaves({"trained": {"top1": 90.0, "top5": None}, "model": "x"})
         {'trained.top1': 90.0, 'model': 'x'}
     """
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= leaves(value, f"{prefix}{key}.")
-        elif isinstance(value, (str, int, float)):
-            flat[f"{prefix}{key}"] = value
-    return flat
+    values = nested_leaves(nested)
+    return {key: value for key, value in values.items() if isinstance(value, (str, int, float))}
 
 
 def flatten(nested: Mapping[str, Any]) -> dict[str, float]:

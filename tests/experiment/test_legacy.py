@@ -38,6 +38,7 @@ from fat.quant.config import QuantSpec
 from fat.report.records import RENAMED_OPTIONS, RENAMED_VALUES
 from fat.report.sweep_page import write_sweep
 from fat.training.config import TrainSpec
+from fat.utils.nested import leaves
 
 ROOT = Path(__file__).parents[2]
 LEGACY = ROOT / "tests" / "legacy"
@@ -79,14 +80,6 @@ def composed(*overrides: str, name: str = "evaluate") -> Any:
     schema: Any = RunConfig if name == "train" else EvaluateConfig
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return parse(schema, compose(name, overrides=current_overrides(overrides, schema)))
-
-
-def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        inner = isinstance(value, dict)
-        found |= leaves(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return found
 
 
 def today(values: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import yaml
 
 from fat.experiment.config import RunConfig, option_table, to_config
 from fat.experiment.options_page import MARK, SCHEMAS, markdown, yaml_block
+from fat.utils.nested import leaves
 from fat.utils.options import build, entries
 
 ROOT = Path(__file__).parents[2]
@@ -40,15 +41,8 @@ def test_files_of_groups_say_only_what_differs(path: Path) -> None:
     if group in ("hydra", "sweep", "experiment"):
         pytest.skip("not a section of the options")
     defaults = {entry.key: entry.default for entry in option_table(RunConfig)}
-
-    def leaves(values: dict[str, object], prefix: str) -> dict[str, object]:
-        found: dict[str, object] = {}
-        for key, value in values.items():
-            inner = isinstance(value, dict)
-            found |= leaves(value, f"{prefix}.{key}") if inner else {f"{prefix}.{key}": value}  # type: ignore[arg-type]
-        return found
-
-    for key, value in leaves(yaml.safe_load(path.read_text(encoding="utf-8")) or {}, group).items():
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    for key, value in leaves({group: content}).items():
         assert key in defaults
         # A choice names itself, whatever the default is.
         if key.rpartition(".")[2] not in ("source", "target", "name", "accelerator"):
