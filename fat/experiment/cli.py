@@ -112,7 +112,11 @@ def _complete(request: str) -> int:
         print(_COMPLETION, end="")
         return 0
     if request != "query=bash":
-        print("Error: type fat --shell-completion install=bash.", file=sys.stderr)
+        print(
+            f"Error: {request or 'nothing'} was requested; completion is for bash: type "
+            "fat --shell-completion install=bash.",
+            file=sys.stderr,
+        )
         return 2
     _, _, line = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
     name, space, _ = line.lstrip().partition(" ")

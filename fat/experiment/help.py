@@ -92,12 +92,16 @@ def help_text(name: str, folders: Sequence[Path]) -> str:
     for path in (path for folder in folders for path in folder.glob("*/*.yaml")):
         groups.setdefault(path.parent.name, set()).add(path.stem)
     primary = (folders[-1] / f"{name}.yaml").read_text(encoding="utf-8")
-    order = re.findall(r"^  - (?!hydra)(\w+):", primary, re.MULTILINE)
+    chosen = dict(re.findall(r"^  - (?!hydra)(\w+): (\w+)", primary, re.MULTILINE))
     choices = ["Groups and their choices: GROUP=CHOICE selects a file of conf/GROUP"]
-    for group in order:
+    for group, default in chosen.items():
         names = sorted(groups[group] - ({"of_run"} if name == "train" else set()))
-        choices.append(_wrapped(f"  {group:12}", ", ".join(names)))
-    options = ["Options: OPTION=VALUE; in [], the choices with which an option has an effect"]
+        note = "" if default == "null" else f" (default: {default})"
+        choices.append(_wrapped(f"  {group:12}", ", ".join(names) + note))
+    options = [
+        "Options: OPTION=VALUE; in [], the choices with which an option has an effect. Files of the",
+        f"groups may hold other defaults: {commands[name]} --cfg job prints the values in use",
+    ]
     for entry in option_table(_SCHEMAS[name]):
         effect = f" [{entry.effect_text}]" if entry.effect_text else ""
         head = f"  {entry.key}={entry.default_text}"

@@ -33,8 +33,9 @@ PAGE = """\
 
 All options of `fat train` (`python train.py`) and `fat evaluate` (`python evaluate.py`).
 `KEY=VALUE` on the command line changes one; `data=folder`, `optim=paper` and the like take a file
-of `conf/`, which holds the values that differ from the defaults below. `--cfg job` prints the
-options of a command with their values. "Field" is the field of the class that the library takes.
+of `conf/`, which holds the values that differ from the defaults below: `python train.py` itself
+takes those in the list of `conf/train.yaml`, such as `data=photos` and `logger=wandb`. `--cfg job`
+prints the values in use. "Field" is the field of the class that the library takes.
 This page is generated: `python -m fat.experiment.options_page`.
 """
 

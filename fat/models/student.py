@@ -73,6 +73,15 @@ class Student(nn.Module):
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle or copy; the state may be that of version 0.1, whose cache is left out."""
+        earlier = "memo" in state
+        super().__setstate__(  # type: ignore[no-untyped-call]
+            {name: value for name, value in state.items() if name != "memo"}
+        )
+        if earlier:
+            self.teacher_cache = None
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -75,6 +75,11 @@ class Grid:
         if self.kind not in get_args(GridKind):
             raise unknown_name("grid", self.kind, get_args(GridKind), earlier=_EARLIER_GRIDS)
 
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Unpickle or copy; the state may be that of an earlier version."""
+        self.__dict__.update(state)
+        object.__setattr__(self, "kind", _EARLIER_GRIDS.get(self.kind, self.kind))
+
     @property
     def qmin(self) -> int:
         """The smallest integer of the grid."""
@@ -87,7 +92,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class InitSpec(Options, prefix="init.activation"):
+class InitSpec(Options, prefix="init"):
     """Options of an init strategy: statistics of a tensor → its initial thresholds.
 
     Strategies are the functions of :mod:`fat.quant.range_estimators`.
@@ -261,22 +266,26 @@ class QuantSpec(Options, prefix="quant"):
         "range of the factor of a threshold, or of an asymmetric range",
         around=1,
         above=0,
+        infinite=True,
     )
     shift_range: tuple[float, float] = option(
         (-0.2, 0.4),
         "range of the shift of an asymmetric lower threshold, in units of its range",
         around=0,
+        infinite=True,
     )
     weight_scale_range: tuple[float, float] = option(
         (0.75, 1.25),
         "weights=scale: range of the factor of a weight",
         around=1,
+        infinite=True,
         earlier=("pointwise_range",),
     )
     adaround_range: tuple[float, float] = option(
         (-1.0, 1.0),
         "weights=adaround: range that a weight may move by before rounding, in steps of its grid",
         around=0,
+        infinite=True,
         earlier=("rounding_range",),
     )
     weight_init: InitSpec = nested(InitSpec, "initial thresholds of weights", key="/init.weight")

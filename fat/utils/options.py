@@ -12,6 +12,7 @@ what to type, so that it would come on top of most of this file.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from functools import cache, partial
 from numbers import Real
 from types import NoneType, UnionType
 from typing import (
+    TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
@@ -120,8 +122,16 @@ class _EarlierNames(type):
     def __call__(cls, *args: Any, **values: Any) -> Any:
         for earlier, name in _earlier_fields(cls).items():
             if earlier in values:
+                if name in values:
+                    raise FatError(f"{earlier} is the earlier name of {name}: give one of them.")
                 values[name] = values.pop(earlier)
         return super().__call__(*args, **values)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of ``__init__``, which ``__call__`` would hide from help and editors."""
+        own = inspect.signature(vars(cls)["__init__"])
+        return own.replace(parameters=list(own.parameters.values())[1:], return_annotation=cls)
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,25 @@ class Options(metaclass=_EarlierNames):
             else:
                 value = _checked(key, value, types[own.name], rule, own.default)
                 object.__setattr__(self, own.name, value)
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Unpickle or copy; the state may be that of an earlier version."""
+        current = _earlier_fields(type(self))
+        values = {current.get(name, name): value for name, value in state.items()}
+        for own in fields(self):
+            default = own.default if own.default_factory is MISSING else own.default_factory()
+            value, rule = values.get(own.name, default), own.metadata.get("rule")
+            if rule is not None and isinstance(value, str):
+                value = rule.renamed.get(value, value)
+            object.__setattr__(self, own.name, value)
+
+    if not TYPE_CHECKING:  # type checkers should know today's names only
+
+        def __getattr__(self, name: str) -> Any:
+            current = _earlier_fields(type(self)).get(name)
+            if current is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return getattr(self, current)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain containers that JSON can hold; :meth:`from_dict` takes them back."""
@@ -454,6 +483,8 @@ def _checked(
     if (given is None and optional) or kind is Any:
         return given
     value = _converted(given, kind, rule) if convert else given
+    if kind is bool and not isinstance(value, str) and value in (0, 1):  # also NumPy's
+        value = bool(value)
     value = rule.renamed.get(value, value) if isinstance(value, str) else value
     names = rule.names(kind)
     if names is not None:
@@ -491,7 +522,7 @@ def _is_number(given: Any, rule: Rule) -> bool:
     if isinstance(given, bool) or not isinstance(given, Real):
         return False
     value: Any = given
-    if not isinstance(given, int) and not (math.isfinite(given) or (rule.infinite and value > 0)):
+    if math.isnan(given) or (math.isinf(given) and not rule.infinite):
         return False
     return bool(
         (rule.at_least is None or value >= rule.at_least)

@@ -152,10 +152,18 @@ COMMANDS = ("search", "dashboard")
 
 
 class _Renamed(ModuleType):
-    """An earlier module. Some share the name of their function (``fat.fit``) and can be called."""
+    """An earlier module. Some share the name of their function (``fat.fit``).
+
+    Importing one of these binds it to the function's name in ``fat``, so it can be called, pickled
+    and inspected like the function.
+    """
 
     def __getattr__(self, name: str) -> Any:
         earlier = self.__name__.removeprefix("fat.")
+        if name == "__all__":
+            return self._names()
+        if name == "__wrapped__":  # inspect.signature() looks here
+            return getattr(self, earlier)
         current = NAMES.get(f"{earlier}.{name}", name)
         for home in MODULES[earlier].split():
             module = importlib.import_module(f"fat.{home}")
@@ -165,6 +173,24 @@ class _Renamed(ModuleType):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *self._names()})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        function = getattr(self, self.__name__.rpartition(".")[2])
+        return _function, (function.__module__, function.__name__)
+
+    def _names(self) -> list[str]:
+        """Return the public names of the modules that this one became, and its own."""
+        earlier = self.__name__.removeprefix("fat.")
+        homes = [importlib.import_module(f"fat.{home}") for home in MODULES[earlier].split()]
+        own = [path.rpartition(".")[2] for path in NAMES if path.rpartition(".")[0] == earlier]
+        return sorted({*own, *(name for home in homes for name in getattr(home, "__all__", ()))})
+
+
+def _function(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import importlib
 import importlib.util
+import inspect
 import json
+import pickle
 import shutil
 import sys
 import warnings
@@ -19,6 +23,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from torch import nn
 
 import fat
 from fat.evaluation.bit_allocation import choose_bits
@@ -34,10 +39,13 @@ from fat.experiment.config import (
 from fat.experiment.evaluate import evaluate_artifact, evaluate_run
 from fat.experiment.run_directory import begin, read_config
 from fat.experiment.runner import run
-from fat.quant.config import QuantSpec
+from fat.models.calibration import calibrate
+from fat.models.student import Student
+from fat.quant.config import Grid, InitSpec, QuantSpec
 from fat.report.records import RENAMED_OPTIONS, RENAMED_VALUES
 from fat.report.sweep_page import write_sweep
 from fat.training.config import TrainSpec
+from fat.utils.errors import FatError
 from fat.utils.nested import leaves
 
 ROOT = Path(__file__).parents[2]
@@ -234,3 +242,65 @@ def test_a_sensitivity_gives_bits_per_layer() -> None:
     chosen = choose_bits(report.rows, 0.0012)
     assert chosen.size_mb <= 0.0012
     assert set(chosen.bits) == {row.layer for row in report.rows if row.kind == "weight"}
+
+
+def test_pickles_of_version_0_1_have_todays_values() -> None:
+    spec = QuantSpec(granularity="vector", weights="pointwise")  # type: ignore[arg-type]
+    state = {**vars(spec), "granularity": "vector", "pointwise_range": (0.9, 1.1)}
+    del state["weight_scale_range"]
+    found = object.__new__(QuantSpec)
+    found.__setstate__(state)
+    assert found == dataclasses.replace(spec, weight_scale_range=(0.9, 1.1))
+    grid = object.__new__(Grid)
+    grid.__setstate__({"bits": 8, "kind": "signed"})
+    assert (grid.qmin, grid) == (-127, Grid(8, "symmetric"))
+
+
+@pytest.mark.parametrize("value", [QuantSpec(bits=4), InitSpec("mse"), Grid(8, "affine")])
+def test_specs_are_copied_and_pickled(value: Any) -> None:
+    assert copy.deepcopy(value) == pickle.loads(pickle.dumps(value)) == value
+
+
+def test_a_student_of_version_0_1_is_unpickled_without_its_cache(tiny: nn.Module) -> None:
+    student = fat.prepare(tiny, torch.zeros(1, 3, 16, 16))
+    state = {**vars(student), "memo": "any"}
+    del state["teacher_cache"]
+    found = Student.__new__(Student)
+    found.__setstate__(state)
+    assert found.teacher_cache is None
+    assert not hasattr(found, "memo")
+
+
+def test_options_are_read_by_their_earlier_names() -> None:
+    spec: Any = QuantSpec(pointwise_range=(0.9, 1.1))  # type: ignore[call-arg]
+    assert spec.pointwise_range == spec.weight_scale_range == (0.9, 1.1)
+    with pytest.raises(AttributeError, match="'QuantSpec' object has no attribute 'pointwise'"):
+        spec.pointwise  # noqa: B018
+    with pytest.raises(FatError, match="pointwise_lr is the earlier name of weight_scale_lr"):
+        TrainSpec(pointwise_lr=1e-3, weight_scale_lr=1e-3)  # type: ignore[call-arg]
+
+
+def test_signatures_show_the_options() -> None:
+    assert list(inspect.signature(QuantSpec).parameters)[:2] == ["bits", "weight_bits"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_earlier_modules_with_the_name_of_a_function_work_like_it(tiny: nn.Module) -> None:
+    module: Any = importlib.import_module("fat.calibrate")
+    assert inspect.signature(module) == inspect.signature(calibrate)
+    assert pickle.loads(pickle.dumps(module)) is calibrate
+    student = fat.prepare(tiny, torch.zeros(1, 3, 16, 16))
+    fat.calibrate(student, [torch.randn(4, 3, 16, 16)])
+    assert student.is_calibrated
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [("spec", "TrainSpec QuantSpec"), ("metrics", "sqnr_db Comparison"), ("kept", "Kept")],
+)
+def test_star_imports_of_earlier_modules(module: str, names: str) -> None:
+    found: dict[str, Any] = {}
+    exec(f"from fat.{module} import *", found)
+    assert set(names.split()) <= set(found)
+    assert set(names.split()) <= set(dir(importlib.import_module(f"fat.{module}")))
