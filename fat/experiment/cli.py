@@ -23,7 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 import fat
 from fat.experiment import jobs
 from fat.experiment.arguments import arguments
-from fat.experiment.config import EvaluateConfig, RunConfig, current_overrides, parse, suggest_key
+from fat.experiment.config import (
+    EvaluateConfig,
+    RunConfig,
+    current_overrides,
+    option_table,
+    parse,
+    suggest_key,
+)
 from fat.experiment.help import help_text
 from fat.utils.commands import VARIABLE
 from fat.utils.errors import FatError, nearest, unknown_name
@@ -214,7 +221,10 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         _check_flags(sys.argv[1:])
-        sys.argv[1:] = arguments(current_overrides(sys.argv[1:], schema))
+        words = sys.argv[1:]
+        if not {"--config-path", "-cp"} & set(words):  # else conf/ may be that of version 0.1
+            words = current_overrides(words, schema)
+        sys.argv[1:] = arguments(words)
         main()
         if _errors:
             raise _errors[0]
@@ -289,7 +299,8 @@ def explain(error: Exception, schema: type) -> str:
     if unknown:
         given = unknown[1].split("@")[0]
         groups = [path.name for path in conf_directory().iterdir() if path.is_dir()]
-        if "." not in given and (close := nearest(given, groups, 1)):
+        last_words = [entry.key.rpartition(".")[2] for entry in option_table(schema)]
+        if "." not in given and given not in last_words and (close := nearest(given, groups, 1)):
             return f"Unknown group '{given}'. Did you mean '{close[0]}'? --help lists all groups."
         return suggest_key(given, schema)
     several = re.search(r"Ambiguous value for argument '([^=']+)=", text)

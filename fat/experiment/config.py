@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, get_args
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -323,7 +324,9 @@ def parse(schema: type[T], composed: DictConfig) -> T:
         reason = str(getattr(error, "msg", error) or error).splitlines()[0]
         raise FatError(f"{key}: {reason}. Type it as in conf/, for example {key}=VALUE.") from error
     assert isinstance(values, dict)
-    return build(schema, {str(key): value for key, value in values.items()})
+    overrides = HydraConfig.get().overrides.task if HydraConfig.initialized() else ()
+    typed = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    return build(schema, {str(key): value for key, value in values.items()}, typed=typed)
 
 
 def parse_run(stored: Mapping[str, Any]) -> RunConfig:

@@ -99,8 +99,8 @@ def help_text(name: str, folders: Sequence[Path]) -> str:
         note = "" if default == "null" else f" (default: {default})"
         choices.append(_wrapped(f"  {group:12}", ", ".join(names) + note))
     options = [
-        "Options: OPTION=VALUE; in [], the choices with which an option has an effect. Files of the",
-        f"groups may hold other defaults: {commands[name]} --cfg job prints the values in use",
+        "Options: OPTION=VALUE; in [], the choices with which an option has an effect. Files of",
+        f"the groups may hold other defaults: {commands[name]} --cfg job prints the values in use",
     ]
     for entry in option_table(_SCHEMAS[name]):
         effect = f" [{entry.effect_text}]" if entry.effect_text else ""

@@ -18,10 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from fat.experiment.arguments import AUTO, sweep_command
-from fat.experiment.config import RunConfig, parse
+from fat.experiment.config import RunConfig, current_overrides, parse
 from fat.utils.commands import command_line
 from fat.utils.errors import FatError
 
@@ -205,14 +205,19 @@ class SweepReport(Callback):
     """Hydra callback that writes sweep.json before a sweep and its report at the end."""
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write sweep.json."""
+        """Write sweep.json; give the options that a sweep's file names by earlier keys today's."""
         from fat.experiment.sweep import start_sweep
+
+        params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+        current = [word.partition("=") for word in current_overrides(params, RunConfig)]
+        with flag_override(config, ["readonly", "struct"], [False, False]):
+            config.hydra.sweeper.params = {key: value for key, _, value in current} or None
 
         directory = Path(config.hydra.sweep.dir)
         _running[:] = [directory]
-        overrides = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
         parsed = OverridesParser.create().parse_overrides(
-            [*overrides, *config.hydra.overrides.task]
+            ["=".join((key, value)) for key, _, value in current]
+            + list(config.hydra.overrides.task)
         )
         choices = {
             override.get_key_element(): len(list(override.sweep_string_iterator()))

@@ -92,7 +92,7 @@ class Grid:
 
 
 @dataclass(frozen=True)
-class InitSpec(Options, prefix="init"):
+class InitSpec(Options, prefix="init.activation"):
     """Options of an init strategy: statistics of a tensor → its initial thresholds.
 
     Strategies are the functions of :mod:`fat.quant.range_estimators`.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cache, partial
 from numbers import Real
@@ -321,14 +321,20 @@ def _entries(
             yield Entry(key, where, types[own.name], default, rule, schema, condition)
 
 
-def build(schema: type[S], values: Mapping[str, Any], *, composed: bool = True) -> S:
+def build(
+    schema: type[S], values: Mapping[str, Any], *, composed: bool = True, typed: Container[str] = ()
+) -> S:
     """Build an object from nested values as conf/ has them.
+
+    If an option is given by its key and by an earlier one, the latter is from a file written for an
+    earlier version, which was composed after conf/: it counts unless the option was typed.
 
     Args:
         schema: Its class.
         values: Nested by the parts of the keys. Options that are left out get their defaults.
         composed: Whether the values were composed for this command: then an option that has no
             effect beside the others is refused. A stored config may hold such ones.
+        typed: Keys of the options that were typed on the command line.
 
     Raises:
         FatError: If a key is unknown, or a value missing, not allowed, or without effect.
@@ -340,10 +346,10 @@ def build(schema: type[S], values: Mapping[str, Any], *, composed: bool = True) 
         key = current.get(given, given)
         if key not in known:
             raise FatError(suggest_key(given, schema))
-        if key == given and key in found:
-            continue  # given by an earlier key too: that is no default
         entry = known[key]
-        found[key] = _checked(key, value, entry.kind, entry.rule, entry.default, convert=True)
+        checked = _checked(key, value, entry.kind, entry.rule, entry.default, convert=True)
+        if key not in found or key in typed:
+            found[key] = checked
     for key, entry in known.items():
         if key not in found and entry.default is MISSING:
             raise FatError(f"{key} is needed: type {key}=VALUE.")

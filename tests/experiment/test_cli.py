@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import fat
 from fat.experiment import cli
+from fat.experiment.config import RunConfig
 from fat.utils.commands import VARIABLE
 
 
@@ -85,6 +86,7 @@ def test_completion_of_another_shell_is_refused(capsys: pytest.CaptureFixture[st
     [
         ("quant.bits=8,6", "quant.bits has several values: add -m to run a sweep over them"),
         ("foo", "'foo' cannot be read; allowed are GROUP=CHOICE and OPTION=VALUE, as in"),
+        ("bits=4", "Unknown key 'bits'. Did you mean 'quant.bits' or 'quant.weight.bits' or"),
         ("modle=resnet18", "Unknown group 'modle'. Did you mean 'model'?"),
         ("quant.bit=8", "Unknown key 'quant.bit'. Did you mean 'quant.bits'?"),
         ("model=resnet19", "Unknown choice model=resnet19. Did you mean 'resnet18'"),
@@ -106,3 +108,46 @@ def test_mistakes_on_the_command_line_are_answered_with_what_to_type(
     GlobalHydra.instance().clear()
     assert stopped.value.code == 2
     assert f"Error: {told}" in capfd.readouterr().err
+
+
+def test_files_with_earlier_keys_give_way_to_what_is_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "conf" / "optim").mkdir(parents=True)
+    file = tmp_path / "conf" / "optim" / "mine.yaml"
+    file.write_text("# @package optim\nrounding_lr: 0.5\npointwise_lr: 5e-4\n")
+    found: list[RunConfig] = []
+    monkeypatch.setattr(
+        "fat.experiment.sweep.run_job", lambda config, *_, **__: found.append(config)
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["--config-dir", "conf", "optim=mine"]
+    for typed in ([], ["optim.pointwise_lr=7e-4"], ["optim.weight_scale_lr=1e-4"]):
+        GlobalHydra.instance().clear()
+        cli.main(["train", *words, *typed])
+    GlobalHydra.instance().clear()
+    assert [config.optim.weight_scale_lr for config in found] == [5e-4, 7e-4, 1e-4]
+    assert {config.optim.adaround_lr for config in found} == {0.5}
+
+
+def test_a_sweep_file_with_earlier_keys_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    (tmp_path / "conf" / "sweep").mkdir(parents=True)
+    params = "hydra:\n  sweeper:\n    params:\n      optim.pointwise_lr: 1e-4,2e-4\n"
+    params += "      quant.granularity: vector\n"
+    (tmp_path / "conf" / "sweep" / "mine.yaml").write_text(f"# @package _global_\n{params}")
+    found: list[RunConfig] = []
+
+    def job(config: RunConfig, *_: Any, **__: Any) -> float:
+        found.append(config)
+        return 0.0
+
+    monkeypatch.setattr("fat.experiment.sweep.run_job", job)
+    monkeypatch.setattr("fat.experiment.sweep.end_sweep", lambda directory: [])
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    cli.main(["train", "--config-dir", "conf", "-m", "sweep=mine"])
+    GlobalHydra.instance().clear()
+    assert [config.optim.weight_scale_lr for config in found] == [1e-4, 2e-4]
+    assert {config.quant.granularity for config in found} == {"per_channel"}

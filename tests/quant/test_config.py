@@ -101,7 +101,7 @@ def test_bits_on_a_grid() -> None:
         ),
         (
             lambda: InitSpec(name="percentil"),  # type: ignore[arg-type]
-            "Unknown init.name 'percentil'. Did you mean 'percentile'?",
+            "Unknown init.activation.name 'percentil'. Did you mean 'percentile'?",
         ),
         (
             lambda: EqualizeSpec(method="depthwize"),  # type: ignore[arg-type]
