@@ -6,6 +6,7 @@ python examples/own_module.py
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ class Patterns(Dataset[Tensor]):
 def main() -> None:
     """Quantize to 8-bit activations and 4-bit weights, train, export."""
     parser = argparse.ArgumentParser(description="Quantize your own nn.Module.")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the images")
     parser.add_argument("--out", type=Path, default=Path("own.onnx"))
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -75,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except fat.FatError as error:
+        sys.exit(f"Error: {error}")

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--size", type=int, help="side of the input, pixels; default: the network's"
     )
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the images")
     options = parser.parse_args()
 
     target = make_target("litert", integer_io=True)
@@ -61,4 +61,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except fat.FatError as error:
+        sys.exit(f"Error: {error}")

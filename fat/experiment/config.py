@@ -17,6 +17,7 @@ from fat.utils.errors import FatError
 from fat.utils.options import (
     Entry,
     Options,
+    as_text,
     build,
     current_overrides,
     entries,
@@ -220,7 +221,8 @@ class RunConfig(Options):
             raise FatError(f"data={self.data.source} needs a folder: type data.root=DIR.")
         if (self.mixed is None) != (self.budget_mb is None):
             raise FatError(
-                f"quant.mixed is {self.mixed} and quant.budget_mb is {self.budget_mb}; bits per "
+                f"quant.mixed is {as_text(self.mixed)} and quant.budget_mb is "
+                f"{as_text(self.budget_mb)}; bits per "
                 "layer need both: type quant.mixed=DIR, the directory of a run that was measured "
                 "with python evaluate.py run=DIR analysis=sensitivity, and quant.budget_mb=MB."
             )
