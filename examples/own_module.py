@@ -6,7 +6,6 @@ python examples/own_module.py
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -76,7 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except fat.FatError as error:
-        sys.exit(f"Error: {error}")
+    main()

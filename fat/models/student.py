@@ -73,6 +73,7 @@ class Student(nn.Module):
         for tensor in (*self.parameters(), *self.buffers()):
             if tensor.dim() == 4:
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        self.eval()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or copy; the state may be that of version 0.1, whose cache is left out."""
@@ -82,7 +83,6 @@ class Student(nn.Module):
         )
         if earlier:
             self.teacher_cache = None
-        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [N, classes] of images [N, 3, H, W], float32 values on the output's grid.
