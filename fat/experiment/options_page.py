@@ -111,7 +111,7 @@ def _grouped(table: tuple[Entry, ...]) -> Iterator[Entry]:
 
 
 def _order(inside: list[Entry], entry: Entry) -> tuple[int, ...]:
-    """Where an entry goes so that those that share a prefix stand together."""
+    """Return the sort key that keeps entries with a common prefix together."""
     parts = entry.key.split(".")
     return tuple(
         next(i for i, e in enumerate(inside) if e.key.split(".")[:n] == parts[:n])

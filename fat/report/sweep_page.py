@@ -218,7 +218,7 @@ def _best(view: _View, counts: Mapping[str, int]) -> list[tuple[str, str, str]]:
 
 
 def _pick(view: _View, place: int) -> dict[str, Any]:
-    """What page.js shows of a run when its cell or point is selected."""
+    """Return the facts that page.js shows when the cell or point of a run is selected."""
     run, metrics = view.runs[place], view.runs[place].metrics
 
     def stages(*keys: str, unit: str = "") -> str:

@@ -117,5 +117,5 @@ class TrainSpec(Options, prefix="optim"):
 
     @property
     def trains(self) -> bool:
-        """Whether anything is trained at all, or the network only calibrated."""
+        """``True`` if anything is trained; ``False`` if the network is only calibrated."""
         return self.epochs > 0 or self.reconstruction.steps > 0

@@ -240,7 +240,7 @@ class Entry:
 
     @property
     def meaning(self) -> str:
-        """What it is, in one line."""
+        """Its description in one line."""
         return self.rule.meaning
 
     @property
