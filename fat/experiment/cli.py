@@ -79,7 +79,7 @@ def main(given: Sequence[str] | None = None) -> int:
     os.environ[VARIABLE] = "fat"
     name, *words = (sys.argv[1:] if given is None else given) or ["--help"]
     if name in ("-h", "--help"):
-        print(usage())
+        _print(usage())
     elif name == "--version":
         print(f"fat {fat.__version__}")
     elif name in _COMPLETION_FLAGS:
@@ -154,7 +154,7 @@ def evaluate() -> None:
 def _run(name: str, function: Callable[[DictConfig], Any], schema: type) -> None:
     conf = conf_directory().resolve()
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(name, [*_config_folders(sys.argv[1:]), conf]))
+        _print(help_text(name, [*_config_folders(sys.argv[1:]), conf]))
         return
     start = hydra.main(version_base="1.3", config_path=str(conf), config_name=name)
     guarded(start(function), schema)
@@ -232,8 +232,8 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
         _exit(2, f"Error: {error}")
     except (HydraException, ConfigCompositionException, OmegaConfBaseException) as error:
         _exit(2, f"Error: {explain(error, schema)}")
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        _close_output()
         sys.exit(FAILED)
     except OSError as error:
         if error.filename is None:
@@ -263,6 +263,18 @@ def _check_flags(words: Sequence[str]) -> None:
             close = nearest(flag, known, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise FatError(f"Unknown flag {flag}.{hint} --help lists all flags.")
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _close_output()
+
+
+def _close_output() -> None:
+    """Keep Python from flushing to a reader, such as head, that has ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _exit(status: int, *lines: str) -> None:

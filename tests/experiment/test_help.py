@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,16 @@ def test_help_does_without_torch() -> None:
     code += "assert 'torch' not in sys.modules"
     root = conf_directory().parent
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_reader_of_the_help_may_end_early() -> None:
+    command = f"{shlex.quote(sys.executable)} train.py --help | head -1"
+    result = subprocess.run(
+        ["bash", "-c", command],
+        cwd=conf_directory().parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith("usage: ")
+    assert result.stderr == ""
