@@ -382,6 +382,8 @@ def current_overrides(words: Sequence[str], schema: type[Options]) -> list[str]:
         >>> from fat.experiment.config import RunConfig
         >>> current_overrides(["-m", "quant.granularity=vector,scalar"], RunConfig)
         ['-m', 'quant.granularity=per_channel,per_tensor']
+        >>> current_overrides(["+init.weight.candidates=50", "~optim.pointwise_lr"], RunConfig)
+        ['++init.weight.candidates=50', '~optim.weight_scale_lr']
     """
     known = {entry.key: entry for entry in entries(schema)}
     current = _earlier_keys(schema)
@@ -390,11 +392,13 @@ def current_overrides(words: Sequence[str], schema: type[Options]) -> list[str]:
         given, equals, value = word.partition("=")
         bare = given.lstrip("+~")
         key = current.get(bare, bare)
+        prefix = given[: len(given) - len(bare)]
         if key not in known or not equals:
-            return word
+            return f"{prefix}{key}" if bare in current else word
         for earlier, name in known[key].rule.renamed.items():
             value = _replace_name(value, earlier, name)
-        return f"{given[: len(given) - len(bare)]}{key}={value}"
+        # conf/ of earlier versions left some options out, which only a + could set.
+        return f"{'++' if prefix == '+' else prefix}{key}={value}"
 
     return [today(word) for word in words]
 
