@@ -256,11 +256,11 @@ def guarded(main: Callable[[], Any], schema: type) -> None:
 
 def _check_flags(words: Sequence[str]) -> None:
     """Raise a FatError at an unknown flag, which Hydra would answer with all of its own."""
-    known = get_args_parser()._option_string_actions
-    for word in words:
+    parser = get_args_parser()
+    for word in parser.parse_known_args(words)[1]:
         flag = word.partition("=")[0]
-        if flag.startswith("-") and flag not in known:
-            close = nearest(flag, known, 1)
+        if flag.startswith("-"):
+            close = nearest(flag, parser._option_string_actions, 1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise FatError(f"Unknown flag {flag}.{hint} --help lists all flags.")
 

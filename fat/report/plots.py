@@ -69,6 +69,7 @@ _AXIS = {
     "zeroline": False,
     "zerolinecolor": LINE,
     "linecolor": LINE,
+    "showline": True,  # the color alone shows it, but not in a template
     "ticks": "",
     "automargin": True,
     "title": {"standoff": 8, "font": {"size": 12, "color": MUTED}},
