@@ -121,9 +121,7 @@ class _EarlierNames(type):
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         for earlier, name in _earlier_fields(cls).items():
-            if earlier in values:
-                if name in values:
-                    raise FatError(f"{earlier} is the earlier name of {name}: give one of them.")
+            if earlier in values:  # dataclasses.replace() gives the current value too
                 values[name] = values.pop(earlier)
         return super().__call__(*args, **values)
 
@@ -532,7 +530,8 @@ def _is_number(given: Any, rule: Rule) -> bool:
     if isinstance(given, bool) or not isinstance(given, Real):
         return False
     value: Any = given
-    if math.isnan(given) or (math.isinf(given) and not rule.infinite):
+    exact = isinstance(given, int)  # may be too large for a float
+    if not exact and (math.isnan(given) or (math.isinf(given) and not rule.infinite)):
         return False
     return bool(
         (rule.at_least is None or value >= rule.at_least)
