@@ -209,4 +209,4 @@ def test_what_cannot_go_on_is_answered_in_words(
 def test_a_cold_process_says_the_same() -> None:
     result = command("train.py", "resume=/no/such/run")
     assert result.returncode == 2
-    assert "it has no config.yaml" in result.stderr
+    assert "There is no directory /no/such/run" in result.stderr
