@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,19 +10,15 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tests.loading import load_coverage
+
 FOLDER = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def coverage() -> ModuleType:
-    """benchmarks/coverage.py under a name of its own: the measuring tool is called coverage too."""
-    spec = importlib.util.spec_from_file_location("fat_coverage", FOLDER / "coverage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fat_coverage"] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module benchmarks/coverage.py."""
+    return load_coverage()
 
 
 def row(**changed: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fat.data.sources.base import ImageSource
 from fat.data.sources.folder import FolderSource, folder_classes
 from fat.data.sources.manifest import ImageIndex
 from fat.data.splits import find_folders
-from fat.experiment.config import ExportConfig
+from fat.experiment.config import ExportConfig, missing_root
 from fat.export.base import ExportBackend
 from fat.export.exporter import export
 from fat.export.registry import make_target
@@ -79,8 +79,7 @@ class _Request:
 
     def root(self) -> Path:
         if not self.config.root:
-            source = self.config.source
-            raise FatError(f"data={source} needs a folder: type data.root=DIR.")
+            raise missing_root(self.config.source)
         return Path(self.config.root).expanduser()
 
     def folder(self, root: str | Path) -> FolderSource:

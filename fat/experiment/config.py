@@ -36,6 +36,7 @@ __all__ = [
     "RunConfig",
     "TrainerConfig",
     "current_overrides",
+    "missing_root",
     "option_table",
     "parse",
     "parse_run",
@@ -218,7 +219,7 @@ class RunConfig(Options):
         if self.data.source == "of_run":
             raise FatError("data=of_run is for evaluating a run. Type data=folder data.root=DIR.")
         if self.data.source in ("folder", "imagenet") and not (self.data.root or self.data.index):
-            raise FatError(f"data={self.data.source} needs a folder: type data.root=DIR.")
+            raise missing_root(self.data.source)
         if (self.mixed is None) != (self.budget_mb is None):
             raise FatError(
                 f"quant.mixed is {as_text(self.mixed)} and quant.budget_mb is "
@@ -285,6 +286,11 @@ class EvaluateConfig(Options):
         for key, value in alone.items():
             if value is not None and self.artifact is None:
                 raise FatError(f"{key}={value} has no effect without artifact=FILE: leave it out.")
+
+
+def missing_root(source: str) -> FatError:
+    """Build the error for a data source without ``data.root``."""
+    return FatError(f"data={source} needs a folder: type data.root=DIR.")
 
 
 def option_table(schema: type[Options]) -> tuple[Entry, ...]:

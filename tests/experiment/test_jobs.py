@@ -36,7 +36,7 @@ def touch(path: Path, seconds: float, text: str = json.dumps(metrics())) -> None
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What :func:`fat.experiment.runner.run` is called with, in its place."""
+    """Replace :func:`fat.experiment.runner.run` and return the arguments of its calls."""
     calls: list[dict[str, Any]] = []
 
     def run(config: RunConfig, directory: Path, **options: Any) -> float:

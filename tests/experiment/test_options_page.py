@@ -1,4 +1,4 @@
-"""What is generated from the options, and that every section has one definition."""
+"""The files generated from the options are current, and every option has one definition."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.tests.loading import load_coverage
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 STEP = "--size 32 --batch 2 --repeats 1 --threads 1 --model mobilenet_v2 --weights frozen adaround"
 
@@ -137,14 +139,8 @@ def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
 
 @pytest.fixture(scope="module")
 def coverage() -> ModuleType:
-    """benchmarks/coverage.py under a name of its own: the measuring tool is called coverage too."""
-    spec = importlib.util.spec_from_file_location("fat_coverage", FOLDER / "coverage.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fat_coverage"] = module
-    spec.loader.exec_module(module)
-    return module
+    """The module benchmarks/coverage.py."""
+    return load_coverage()
 
 
 def options(**changed: Any) -> argparse.Namespace:

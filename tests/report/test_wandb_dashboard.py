@@ -255,7 +255,7 @@ def test_the_package_is_missing(
 
 
 def test_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is sent equals the output of --dry-run; the response determines the URL."""
+    """The request equals the output of --dry-run; the response determines the URL."""
     sent: list[Any] = []
 
     def upsert(view: Any) -> dict[str, Any]:
