@@ -19,6 +19,7 @@ from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
 from fat.quant.thresholds import Thresholds
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 
 __all__ = ["PrepareReport", "Student", "freeze"]
 
@@ -99,7 +100,7 @@ class Student(nn.Module):
         if not torch.is_grad_enabled() and is_fully_quantized(
             self.activation_quantizers(), self.layers()
         ):
-            with full_precision(images):
+            with full_precision(images.device):
                 return run_integers(self.network, images)
         logits: Tensor = self.network(images)
         return logits
@@ -123,7 +124,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _teacher_logits(self, images: Tensor) -> Tensor:
-        with full_precision(images):
+        with full_precision(images.device):
             logits: Tensor = self.teacher(images.contiguous(memory_format=torch.channels_last))
         return logits
 
@@ -170,11 +171,6 @@ class Student(nn.Module):
         for layer in self.layers():
             if layer.bias is not None:
                 layer.bias.copy_(state[f"{layer.layer}.bias"])
-
-
-def full_precision(images: Tensor) -> torch.autocast:
-    """Disable autocast, so that reference logits are not rounded to a lower precision."""
-    return torch.autocast(images.device.type, enabled=False)
 
 
 def freeze(network: M) -> M:

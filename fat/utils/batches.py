@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fat.utils.errors import FatError
 
-__all__ = ["AnyBatch", "Images", "as_batches", "counted", "first_images", "passes", "split"]
+__all__ = [
+    "AnyBatch",
+    "Images",
+    "as_batches",
+    "counted",
+    "first_images",
+    "passes",
+    "split",
+    "to_device",
+]
 
 AnyBatch = Tensor | tuple[Tensor, ...] | list[Tensor]
 Images = Tensor | Iterable[AnyBatch]
@@ -46,6 +55,15 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
             "or left out."
         )
     return images, labels.to(images.device)
+
+
+def to_device(batch: AnyBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Split a batch into images and labels on a device, see :func:`split`.
+
+    Copies from pinned memory do not wait for the device.
+    """
+    images, labels = split(batch)
+    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def as_batches(images: Images) -> Iterable[AnyBatch]:
