@@ -25,7 +25,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+        cudnn: Any = torch.backends.cudnn
+        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
         before = [backend.fp32_precision for backend in backends]
         try:
             for backend in backends:
