@@ -18,7 +18,7 @@ from fat.training.schedule import learning_rate, starts_cycle
 from fat.training.trainer import RestoresRandomStates
 from fat.utils import distributed
 from fat.utils.batches import AnyBatch, split
-from fat.utils.distributed import all_sum, gather_batch
+from fat.utils.distributed import all_sum, gather_batches
 from fat.utils.errors import FatError
 from fat.utils.random import random_states
 
@@ -71,14 +71,13 @@ class DistillModule(RestoresRandomStates):
             teacher, student, wanted, given = self._blocks(images)
             part = relative_error(wanted, given, all_sum)
         # Of the images of all processes, as a loss need not be a mean over images.
-        teacher, student = gather_batch(teacher), gather_batch(student)
+        teacher, student, labels = gather_batches(teacher, student, labels)
         loss = total = self.loss(teacher, student)
         if self._blocks is not None:
             # Of the images of this process; the sum over processes is the error of the batch.
             total = total + self.spec.feature_weight * part
             terms["features"] = all_sum(part)
         if self.spec.label_weight:
-            labels = gather_batch(labels)
             terms["labels"] = label_loss(student, labels)
             self._labeled += int((labels >= 0).sum())
             total = total + self.spec.label_weight * terms["labels"]

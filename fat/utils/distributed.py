@@ -28,10 +28,12 @@ from fat.utils.errors import FatError
 __all__ = [
     "all_max",
     "all_sum",
+    "all_sum_",
     "broadcast_object",
     "broadcast_state",
     "check_devices",
     "gather_batch",
+    "gather_batches",
     "gather_objects",
     "gather_rows",
     "is_main_process",
@@ -109,6 +111,16 @@ def all_sum(x: Tensor) -> Tensor:
     return total.to(x.device)
 
 
+def all_sum_(x: Tensor) -> Tensor:
+    """Replace a contiguous tensor of one shape by its sum over all processes, in place."""
+    if size() > 1:
+        shared = x if x.device.type in _device_types() else _movable(x)
+        distributed.all_reduce(shared)
+        if shared is not x:
+            x.copy_(shared)
+    return x
+
+
 def all_max(x: Tensor) -> Tensor:
     """Return the element-wise maximum over all processes of a tensor of one shape."""
     if size() == 1:
@@ -129,20 +141,55 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_batch(x: Tensor) -> Tensor:
-    """Return the rows [n, ...] of all processes as one batch [N, ...]; n may differ by process.
+    """Return the rows [n, ...] of all processes as one batch [N, ...], see :func:`gather_batches`.
+
+    Examples:
+        >>> gather_batch(torch.zeros(2, 5)).shape
+        torch.Size([2, 5])
+    """
+    return gather_batches(x)[0]
+
+
+def gather_batches(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors of n rows each as tensors of the N rows of all processes, by rank.
 
     Gradients flow only to the rows of this process. A loss L of the whole batch, multiplied by
     :func:`size`, therefore has the exact gradient of L after DDP averages over processes, even if
     L is not a mean over images, such as RMSE.
+
+    All tensors travel in one collective on their device. The numbers of rows are exchanged between
+    CPUs, so that no process waits for its GPU.
+
+    Args:
+        *tensors: Tensors [n, ...] of any dtypes on one device; n may differ by process, the other
+            sizes may not.
     """
     if size() == 1:
-        return x
-    counts = gather_rows(torch.tensor(len(x))).tolist()
-    padded = x.detach().new_zeros((max(counts), *x.shape[1:]))
-    padded[: len(x)] = x.detach()
-    parts = [part[:count] for part, count in zip(gather_rows(padded), counts, strict=True)]
-    parts[rank()] = x
-    return torch.cat(parts)
+        return tensors
+    mine = torch.cat([_as_bytes(x.detach()) for x in tensors], dim=1)
+    counts = gather_rows(torch.tensor(len(mine))).tolist()
+    padded = mine.new_zeros((max(counts), mine.shape[1]))
+    padded[: len(mine)] = mine
+    gathered = gather_rows(padded)
+    rows = torch.cat([part[:count] for part, count in zip(gathered, counts, strict=True)])
+    widths = [_row_bytes(x) for x in tensors]
+    before, after = sum(counts[: rank()]), sum(counts[rank() + 1 :])
+    result = []
+    for x, column in zip(tensors, rows.split(widths, dim=1), strict=True):
+        everything = column.contiguous().view(x.dtype).reshape(len(rows), *x.shape[1:])
+        parts = everything.split([before, len(x), after])
+        result.append(torch.cat([parts[0], x, parts[2]]))
+    return tuple(result)
+
+
+def _row_bytes(x: Tensor) -> int:
+    return math.prod(x.shape[1:]) * x.element_size()
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    """Return the memory of a tensor [n, ...] as uint8 [n, bytes per row]."""
+    flat = x.reshape(len(x), math.prod(x.shape[1:]))
+    return flat.contiguous().view(torch.uint8)
 
 
 def broadcast_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,9 +222,19 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def _device_types() -> set[str]:
+    """Return the types of devices whose tensors the process group can send."""
+    pairs = distributed.get_backend_config().split(",")  # such as "cpu:gloo,cuda:nccl"
+    return {pair.split(":")[0] for pair in pairs}
+
+
 def _movable(x: Tensor) -> Tensor:
-    """Return a copy on the device that the backend sends from: NCCL only supports GPUs."""
-    device = torch.device("cuda") if distributed.get_backend() == "nccl" else torch.device("cpu")
+    """Return a copy on a device that the process group sends from, its own if possible."""
+    types = _device_types()
+    if x.device.type in types:
+        device = x.device
+    else:
+        device = torch.device("cpu" if "cpu" in types else "cuda")
     return x.detach().to(device, copy=True).contiguous()
 
 
@@ -199,10 +256,29 @@ def check_devices(devices: int) -> None:
 def join(accelerator: str) -> None:
     """Join the process group of torchrun, from the variables that it sets."""
     if not distributed.is_initialized():
-        backend = "nccl" if accelerator == "gpu" else "gloo"
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group(backend, timeout=TIMEOUT)
+        _init_process_group(accelerator, int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def _init_process_group(accelerator: str, local_rank: int, **options: Any) -> None:
+    """Join a process group: gloo for tensors on the CPU, and NCCL for those on a GPU.
+
+    Counts, flags and objects thus travel between CPUs, without waiting for work on a GPU.
+
+    Raises:
+        FatError: If there is no GPU for this process.
+    """
+    backend = "gloo"
+    if accelerator == "gpu":
+        found = torch.cuda.device_count()
+        if local_rank >= found:
+            raise FatError(
+                f"Process {local_rank} of this machine needs a GPU of its own, but torch finds "
+                f"{found}. Type trainer.devices={max(found, 1)}, or set CUDA_VISIBLE_DEVICES."
+            )
+        torch.cuda.set_device(local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+        options["device_id"] = torch.device("cuda", local_rank)
+    distributed.init_process_group(backend, timeout=TIMEOUT, **options)
 
 
 def launch(work: Callable[..., Any], arguments: Sequence[Any], count: int, accelerator: str) -> Any:
@@ -324,13 +400,8 @@ def _worker(
         LOCAL_WORLD_SIZE=str(count),
     )
     torch.set_num_threads(threads)
-    backend = "nccl" if accelerator == "gpu" else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(index)
-    distributed.init_process_group(
-        backend, init_method=store, rank=index, world_size=count, timeout=TIMEOUT
-    )
     try:
+        _init_process_group(accelerator, index, init_method=store, rank=index, world_size=count)
         result = work(*arguments)
         sender.send(("result", result if index == 0 else None))
     except BaseException as error:

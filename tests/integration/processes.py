@@ -24,6 +24,17 @@ def logits(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return student, teacher, torch.randint(-1, 10, (rows,), generator=generator)
 
 
+def mixed(seed: int, rows: int) -> tuple[Tensor, ...]:
+    """Return tensors of several dtypes and shapes with the same number of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(rows, 5, generator=generator),
+        torch.randn(rows, 2, 3, generator=generator).bfloat16(),
+        torch.randint(-1, 10, (rows,), generator=generator),
+        torch.randint(0, 2, (rows, 3), generator=generator).bool(),
+    )
+
+
 def rmse_gradient(rows: list[Tensor], weight: Tensor) -> Tensor:
     """Return DDP's mean gradient of the root mean square of x·w over the rows of all processes."""
     weight = weight.clone().requires_grad_()
@@ -63,6 +74,10 @@ def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
         distributed.gather_batch(torch.full((counts[rank], 2), float(rank)))
         for counts in ((3, 1), (0, 2), (2, 0))
     ]
+    found["several"] = distributed.gather_batches(*mixed(rank, (3, 1)[rank]))
+    found["several, one without"] = distributed.gather_batches(*mixed(rank, (0, 2)[rank]))
+    found["in place"] = torch.full((3,), 1.0 + rank)
+    distributed.all_sum_(found["in place"])
     found["told"] = distributed.broadcast_object({"from": rank})
     found["all"] = distributed.gather_objects({"from": rank})
     found["state"] = distributed.broadcast_state({"a": torch.tensor([float(rank)])})

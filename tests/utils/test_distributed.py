@@ -21,6 +21,7 @@ from tests.integration.processes import (
     INITS,
     everything,
     logits,
+    mixed,
     one_of_them,
     rmse_gradient,
     thresholds,
@@ -72,6 +73,77 @@ def test_objects_and_states_travel(both: Found) -> None:
 def test_rows_of_unequal_numbers_become_one_batch(both: Found) -> None:
     for found in both:
         assert [part[:, 0].tolist() for part in found["batches"]] == [[0, 0, 0, 1], [1, 1], [0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"), [("several", (3, 1)), ("several, one without", (0, 2))]
+)
+def test_tensors_of_several_dtypes_travel_together(
+    both: Found, name: str, counts: tuple[int, int]
+) -> None:
+    parts = [mixed(rank, count) for rank, count in enumerate(counts)]
+    wanted = [torch.cat(column) for column in zip(*parts, strict=True)]
+    for found in both:
+        for got, expected in zip(found[name], wanted, strict=True):
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected)
+    alone = mixed(0, 3)
+    assert distributed.gather_batches(*alone) == alone
+
+
+def test_a_sum_in_place(both: Found) -> None:
+    assert [found["in place"].tolist() for found in both] == [[3.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "backend", "options"),
+    [("cpu", "gloo", {}), ("gpu", "cpu:gloo,cuda:nccl", {"device_id": torch.device("cuda", 1)})],
+)
+def test_a_group_of_gpus_sends_cpu_tensors_by_gloo(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, backend: str, options: dict[str, Any]
+) -> None:
+    joined: list[Any] = []
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda name, **given: joined.append((name, given))
+    )
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    distributed.join(accelerator)
+    assert joined == [(backend, {"timeout": distributed.TIMEOUT, **options})]
+    assert chosen == ([1] if accelerator == "gpu" else [])
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(FatError, match=r"Process 2 .* torch finds 2. Type trainer.devices=2"):
+        distributed.join("gpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "wanted"),
+    [
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "meta", "cpu"),
+        ("cuda:nccl", "cpu", "cuda"),
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+    ],
+)
+def test_tensors_travel_from_a_device_that_the_group_supports(
+    monkeypatch: pytest.MonkeyPatch, config: str, device: str, wanted: str
+) -> None:
+    moved: list[torch.device] = []
+
+    def to(x: Tensor, device: torch.device, copy: bool) -> Tensor:
+        moved.append(device)
+        return x
+
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: config)
+    monkeypatch.setattr(Tensor, "to", to)
+    distributed._movable(torch.zeros(2, device=device))
+    assert [x.type for x in moved] == [wanted]
 
 
 def test_the_gradient_of_a_loss_that_is_no_mean_is_that_of_one_process(both: Found) -> None:
