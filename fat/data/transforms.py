@@ -6,6 +6,7 @@ take a quarter of the memory of float32. The second, ``finish``, processes a bat
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,6 +19,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
 from fat.utils.errors import FatError, unknown_name
+from fat.utils.precision import full_precision
 from fat.utils.random import generator
 
 if TYPE_CHECKING:
@@ -81,16 +83,35 @@ class Normalize:
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
-        self._mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
-        self._std = torch.tensor(preprocessing.std).view(-1, 1, 1)
+        self._mean, self._std = tuple(preprocessing.mean), tuple(preprocessing.std)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return float32 from uint8 or float pixels 0…255 [N, 3, H, W], on their device."""
-        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        """Return float32 from uint8 or float pixels 0…255 [N, 3, H, W], on their device.
+
+        The result is the same on every device, bit for bit.
+        """
+        largest, mean, std = _constants(self._mean, self._std, pixels.device)
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         if scaled is pixels:  # do not change the caller's tensor
             scaled = scaled.clone()
-        return scaled.div_(255).sub_(mean).div_(std)
+        return scaled.div_(largest).sub_(mean).div_(std)
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return 255, mean and std on a device, copied there once.
+
+    255 is a tensor because CUDA divides by a number as a product with its reciprocal, which rounds
+    differently.
+    """
+    with torch.inference_mode(False):  # tensors made in inference mode cannot be used outside
+        return (
+            torch.tensor(255.0, device=device),
+            torch.tensor(mean, device=device).view(-1, 1, 1),
+            torch.tensor(std, device=device).view(-1, 1, 1),
+        )
 
 
 Normalise = Normalize
@@ -284,9 +305,11 @@ class DeviceCropTransform(_RandomCrop):
         pixels, places = parts
         squares = pixels.permute(0, 3, 1, 2)
         height, width = self.preprocessing.size
-        grid = torch.nn.functional.affine_grid(
-            places, [len(squares), 3, height, width], align_corners=False
-        )
+        # The coordinates come from a matrix product, which TF32 would move by a tenth of a pixel.
+        with full_precision(pixels.device):
+            grid = torch.nn.functional.affine_grid(
+                places, [len(squares), 3, height, width], align_corners=False
+            )
         cut = torch.nn.functional.grid_sample(
             squares.float(), grid, padding_mode="border", align_corners=False
         )

@@ -1,7 +1,13 @@
 """Observers: statistics of tensors, for the range estimators.
 
 Statistics of weights hold all values. Those of activations are updated batch by batch in memory
-that does not depend on the number of images.
+that does not depend on the number of images; on a GPU without waiting for it.
+
+All results are on the CPU, and so are the thresholds that init strategies compute from them. Range
+and counts of bins are exact, so that the same values give the same thresholds on every device, bit
+for bit, with strategies that use nothing else: ``minmax``, ``percentile``, ``mse``, ``lp`` and
+``entropy``. Means of activations are summed in float64 in an order that depends on the device: with
+``aciq`` and ``lsq`` a threshold may, rarely, differ in the last bit of float32.
 """
 
 from __future__ import annotations
@@ -18,7 +24,10 @@ __all__ = ["HistogramStatistics", "RangeStatistics", "SampleStatistics", "Statis
 
 
 class Statistics(Protocol):
-    """Statistics that init strategies may use. All results are float64, one row per threshold."""
+    """Statistics that init strategies may use.
+
+    All results are float64 on the CPU, one row per threshold.
+    """
 
     def minimum(self) -> Tensor:
         """Return the smallest value of each row, [rows]."""
@@ -72,12 +81,15 @@ _SAMPLE_BINS = 4096
 class SampleStatistics:
     """Exact statistics of values in memory, such as a weight.
 
+    They are computed on the CPU wherever the values are, because means and errors are float sums:
+    their order depends on the device, and a candidate of a search may win by the last bit.
+
     Args:
-        values: [rows, values per row].
+        values: [rows, values per row], on any device.
     """
 
     def __init__(self, values: Tensor) -> None:
-        self._values = values.detach().double()
+        self._values = values.detach().cpu().double()
 
     def minimum(self) -> Tensor:
         """Return the smallest value of each row, [rows]."""
@@ -138,57 +150,61 @@ def _quantile(values: Tensor, fraction: float) -> Tensor:
 
 
 class RangeStatistics:
-    """Running minimum and maximum of a tensor, which is all that ``minmax`` needs."""
+    """Running minimum and maximum of a tensor, which is all that ``minmax`` needs.
+
+    They stay on the tensor's device until a result is asked for.
+    """
 
     def __init__(self) -> None:
-        self._minimum = float("inf")
-        self._maximum = float("-inf")
+        self._minimum = torch.tensor(math.inf)
+        self._maximum = torch.tensor(-math.inf)
 
     def update(self, x: Tensor) -> None:
         """Add one batch of any shape."""
-        self._widen(*(float(value) for value in torch.aminmax(x.detach())))
+        low, high = torch.aminmax(x.detach())
+        # NaN stays NaN in both, which has to be reported.
+        self._minimum = torch.minimum(self._minimum.to(low.device), low)
+        self._maximum = torch.maximum(self._maximum.to(low.device), high)
 
     def merge(self) -> None:
-        """Combine the statistics of all processes, each of which must call this."""
-        if distributed.size() == 1:
-            return
-        # Gathered instead of reduced, because reductions may drop NaN.
-        for low, high in distributed.gather_rows(self._range()).tolist():
-            self._widen(low, high)
+        """Move the statistics to the CPU, and combine those of all processes.
 
-    def _range(self) -> Tensor:
-        return torch.tensor([self._minimum, self._maximum], dtype=torch.float64)
-
-    def _widen(self, low: float, high: float) -> None:
-        # Python's min and max may drop NaN, which has to be reported.
-        self._minimum = low if math.isnan(low) else min(self._minimum, low)
-        self._maximum = high if math.isnan(high) else max(self._maximum, high)
+        With several processes, each of them must call this.
+        """
+        ends = torch.stack([self._minimum, self._maximum]).cpu().double()
+        if distributed.size() > 1:
+            # Gathered instead of reduced, because reductions may drop NaN.
+            rows = distributed.gather_rows(ends)
+            ends = torch.stack([rows[:, 0].amin(), rows[:, 1].amax()])
+        self._minimum, self._maximum = ends.unbind()
 
     @property
     def seen(self) -> bool:
         """True after the first batch."""
-        return self._minimum != math.inf or self._maximum != -math.inf
+        return self.minimum().item() != math.inf or self.maximum().item() != -math.inf
 
     def minimum(self) -> Tensor:
         """Return the smallest value, [1]."""
-        return torch.tensor([self._minimum], dtype=torch.float64)
+        return self._minimum.cpu().double().reshape(1)
 
     def maximum(self) -> Tensor:
         """Return the largest value, [1]."""
-        return torch.tensor([self._maximum], dtype=torch.float64)
+        return self._maximum.cpu().double().reshape(1)
 
 
 _PART = 2**16
-"""Values that are processed at a time, few enough for the processor's cache."""
+"""Values that the CPU processes at a time, few enough for its cache."""
+_DEVICE_PART = 2**24
+"""Values that other devices process at a time, which takes about half a gigabyte."""
 
 
 class HistogramStatistics(RangeStatistics):
     """Histogram whose range doubles when a value falls outside.
 
     The bins lie symmetrically around 0 and end at a power of two, so that their edges and the bin
-    of a value are exact. Doubling merges pairs of neighboring bins: no count crosses an edge, and
-    the result does not depend on how the values were batched. A bin is at most 4/``bins`` of the
-    largest magnitude wide.
+    of a value are exact. Doubling merges neighboring bins: no count crosses an edge, and the result
+    does not depend on how the values were batched. A bin is at most 4/``bins`` of the largest
+    magnitude wide.
 
     Exact zeros (half of all values after a ReLU) are counted separately, and moments are summed in
     float64 from the values: an outlier coarsens the bins but not the moments.
@@ -200,87 +216,94 @@ class HistogramStatistics(RangeStatistics):
     def __init__(self, bins: int = 2**14) -> None:
         super().__init__()
         self._bins = bins
-        self._limit = 0.0
-        self._counts = torch.zeros(bins, dtype=torch.float64)
+        self._limit = torch.tensor(0.0, dtype=torch.float64)
+        self._counts = torch.zeros(bins, dtype=torch.int64)
         # The number of zeros, and the sums of x, |x| and x².
         self._sums = torch.zeros(4, dtype=torch.float64)
 
     def update(self, x: Tensor) -> None:
-        """Add one batch of any shape."""
+        """Add one batch of any shape.
+
+        NaN and infinity make the counts invalid; they are reported by the range.
+        """
+        x = x.detach()
+        if x.device.type == "mps":  # has no float64
+            x = x.cpu()
         super().update(x)
-        reach = max(-self._minimum, self._maximum)
-        if not math.isfinite(self._minimum + self._maximum):
-            return  # NaN or infinity cannot be counted; the range reports it
+        self._limit, self._counts, self._sums = (
+            state.to(x.device) for state in (self._limit, self._counts, self._sums)
+        )
+        reach = torch.maximum(-self._minimum, self._maximum).double()
+        # The power of two strictly above every value: doubling would move a value on the last edge
+        # to another bin. The quotient is exact.
+        power = reach / torch.frexp(reach).mantissa
+        self._extend(torch.where((reach > 0.0) & (reach < math.inf), power, self._limit))
         half = self._bins // 2
-        if reach == 0.0:
-            self._counts[half] += x.numel()
-            self._sums[0] += x.numel()
-            return
-        if self._limit == 0.0:
-            self._limit = math.ldexp(1.0, math.frexp(reach)[1])
-        # Strictly above every value: doubling would move a value on the last edge to another bin.
-        while self._limit <= reach:
-            self._double()
-        counts, sums = self._counts.to(x.device), self._sums.to(x.device)
+        # Bins per unit; 0 instead of half / 0 as long as all values are zero.
+        density = (torch.full_like(self._limit, half) / self._limit).nan_to_num_(posinf=0.0)
         # In float64, because float32 would overflow when tiny values are scaled to bins.
-        for part in torch.split(x.detach().flatten(), _PART):
+        for part in torch.split(x.flatten(), _PART if x.device.type == "cpu" else _DEVICE_PART):
             values = part.double()
-            bins = torch.mul(values, half / self._limit).floor_().add_(half).int()
-            counts += torch.bincount(bins, minlength=self._bins)
+            bins = torch.mul(values, density).floor_().add_(half).int()
+            self._counts += _count(bins.clamp_(0, self._bins - 1), self._bins)
             zeros, total, square = (part == 0).sum(), values.sum(), torch.dot(values, values)
-            sums += torch.stack([zeros.double(), total, values.abs().sum(), square])
-        self._counts, self._sums = counts.cpu(), sums.cpu()
+            self._sums += torch.stack([zeros.double(), total, values.abs().sum(), square])
 
     def merge(self) -> None:
-        """Combine the statistics of all processes, each of which must call this."""
+        """Move the statistics to the CPU, and combine those of all processes.
+
+        With several processes, each of them must call this.
+        """
         super().merge()
-        limit = float(distributed.all_max(torch.tensor(self._limit, dtype=torch.float64)))
-        if limit > 0.0:
-            if self._limit == 0.0:  # only zeros, which lie in the same bin at any width
-                self._limit = limit
-            while self._limit < limit:
-                self._double()
+        state = torch.cat([self._limit.reshape(1), self._sums, self._counts.double()]).cpu()
+        self._limit, self._sums, self._counts = state[0], state[1:5], state[5:].long()
+        self._extend(distributed.all_max(self._limit))
         self._counts = distributed.all_sum(self._counts)
         self._sums = distributed.all_sum(self._sums)
 
-    def _double(self) -> None:
-        quarter = self._bins // 4
-        merged = self._counts.view(-1, 2).sum(dim=1)
-        self._counts = torch.zeros_like(self._counts)
-        self._counts[quarter : quarter + len(merged)] = merged
-        self._limit *= 2
+    def _extend(self, limit: Tensor) -> None:
+        """Extend the bins to ±limit, a power of two not below the present one, or 0."""
+        half = self._bins // 2
+        # 0 / 0 if there were only zeros, which lie in the same bin at any width.
+        ratio = (self._limit / limit).nan_to_num_(0.0)
+        place = torch.arange(-half, half, dtype=torch.float64, device=limit.device)
+        place = place.mul_(ratio).floor_().add_(half).long()
+        self._counts = torch.zeros_like(self._counts).scatter_add_(0, place, self._counts)
+        self._limit = limit
 
     def edges(self) -> Tensor:
         """Return the edges of the bins, float64 [bins + 1]."""
-        return torch.linspace(-self._limit, self._limit, self._bins + 1, dtype=torch.float64)
+        limit = self._limit.item()
+        return torch.linspace(-limit, limit, self._bins + 1, dtype=torch.float64)
 
     def counts(self) -> Tensor:
         """Return the number of values in each bin, float64 [bins]."""
-        return self._counts
+        return self._counts.cpu().double()
 
     def quantile(self, fraction: float) -> Tensor:
         """Return the quantile, linearly interpolated within a bin, [1]."""
         value = _histogram_quantile(self.counts(), self.edges(), fraction)
-        return value.clamp(self._minimum, self._maximum)
+        return value.clamp(self.minimum(), self.maximum())
 
     def magnitude_quantile(self, fraction: float) -> Tensor:
         """Return the quantile of absolute values, linearly interpolated within a bin, [1]."""
         half = self._bins // 2
-        folded = self._counts[half:] + self._counts[:half].flip(0)
+        counts = self.counts()
+        folded = counts[half:] + counts[:half].flip(0)
         value = _histogram_quantile(folded, self.edges()[half:], fraction)
-        return value.clamp(max=max(-self._minimum, self._maximum))
+        return value.clamp(max=torch.maximum(-self.minimum(), self.maximum()))
 
     def mean(self) -> Tensor:
         """Return the exact mean, [1]."""
-        return self._sums[1].reshape(1) / self._counts.sum()
+        return self._sums[1].cpu().reshape(1) / self.counts().sum()
 
     def mean_magnitude(self) -> Tensor:
         """Return the exact mean absolute value, [1]."""
-        return self._sums[2].reshape(1) / self._counts.sum()
+        return self._sums[2].cpu().reshape(1) / self.counts().sum()
 
     def mean_square(self) -> Tensor:
         """Return the exact mean square, [1]."""
-        return self._sums[3].reshape(1) / self._counts.sum()
+        return self._sums[3].cpu().reshape(1) / self.counts().sum()
 
     def mean_deviation(self) -> Tensor:
         """Return the mean absolute deviation from the mean, by the centers of bins, [1]."""
@@ -292,16 +315,26 @@ class HistogramStatistics(RangeStatistics):
         counts, width = self.histogram()
         held = counts[0].nonzero()[:, 0]
         # The center of an outermost bin may lie beyond every value.
-        centers = ((held + 0.5 - self._bins // 2) * width).clamp(self._minimum, self._maximum)
-        zeros = self._sums[:1]
+        centers = ((held + 0.5 - self._bins // 2) * width).clamp(self.minimum(), self.maximum())
+        zeros = self._sums[:1].cpu()
         return torch.cat([0 * zeros, centers])[None], torch.cat([zeros, counts[0, held]])[None]
 
     def histogram(self) -> tuple[Tensor, Tensor]:
         """Return counts [1, bins] of the nonzero values, and the width [1] of a bin."""
-        counts = self._counts.clone()
-        counts[self._bins // 2] -= self._sums[0]
-        width = torch.tensor([self._limit / (self._bins // 2)], dtype=torch.float64)
+        counts = self.counts()
+        counts[self._bins // 2] -= self._sums[0].cpu()
+        width = torch.tensor([self._limit.item() / (self._bins // 2)], dtype=torch.float64)
         return counts[None], width
+
+
+def _count(bins: Tensor, length: int) -> Tensor:
+    """Return how often each of 0…length − 1 occurs in an int32 tensor, int64 [length]."""
+    if bins.device.type == "cpu":
+        return torch.bincount(bins, minlength=length)
+    # On other devices bincount would wait for the largest value. Sums of integers are the same in
+    # any order.
+    counts = torch.zeros(length, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add_(0, bins.long(), torch.ones_like(counts[:1]).expand(len(bins)))
 
 
 def _histogram_quantile(counts: Tensor, edges: Tensor, fraction: float) -> Tensor:

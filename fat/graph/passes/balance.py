@@ -20,6 +20,9 @@ D_k = E ‖Σ_pixels ∂z/∂x_k·Δx_k‖², tabulated over s_k on the images.
 All terms but D are sums, products and maxima of powers of s with positive coefficients, so log P is
 convex in log s (a geometric program): without remaining clips, gradient descent finds the global
 minimum.
+
+The model is evaluated on the CPU, also for a network on a GPU: most of its operations are on short
+vectors, and the scales then depend on the statistics alone.
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ class NoiseModel:
             if name not in writes and name not in reads:
                 continue
             assert layer is not None
-            weight = layer.weight.detach().double().abs()  # type: ignore[operator]
+            weight = layer.weight.detach().cpu().double().abs()  # type: ignore[operator]
             ranges = weight.flatten(2).amax(2) if weight.dim() > 2 else weight
             unit = ranges.max().clamp(min=torch.finfo(ranges.dtype).tiny)
             self._weights.append(
@@ -150,11 +153,10 @@ class NoiseModel:
             for clip in group.clips
             if keeps_clips
         ]
-        self._device = self._weights[0].ranges.device if self._weights else torch.device("cpu")
 
     def zeros(self) -> Tensor:
         """Return log s of the unscaled network, float64 [size]."""
-        return torch.zeros(self.size, dtype=torch.float64, device=self._device)
+        return torch.zeros(self.size, dtype=torch.float64)
 
     def __call__(self, log_scales: Tensor, p: int | None = None) -> Tensor:
         """Return the predicted noise power P, 0-dim float64.

@@ -83,7 +83,7 @@ def folded_into_next(
         each = values.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
         return each.reshape(*wide.shape[:2], *[1] * (wide.dim() - 2))
 
-    start = torch.zeros(len(weight)).to(wide) if bias is None else bias.detach().double()
+    start = wide.new_zeros(len(weight)) if bias is None else bias.detach().double()
     new_bias = start + (wide * of_filters(shift)).flatten(1).sum(1)
     return (wide * of_filters(factor)).to(weight.dtype), new_bias.to(weight.dtype)
 
@@ -172,16 +172,24 @@ def _layer_after(module: fx.GraphModule, norm: fx.Node) -> fx.Node | None:
 
 
 def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return the factor and the shift of a batch norm, float64 [C]."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return factor, shift
+    """Return the factor and the shift of a batch norm, float64 [C] on its device.
+
+    They are computed on the CPU, because the last bit of a root depends on the device.
+    """
+    mean, variance, weight, bias = (
+        None if values is None else values.detach().cpu().double()
+        for values in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
+    assert mean is not None
+    assert variance is not None
+    factor = torch.rsqrt(variance + norm.eps)
+    if weight is not None:
+        factor = factor * weight
+    shift = -mean * factor
+    if bias is not None:
+        shift = shift + bias
+    device = norm.running_var.device  # type: ignore[union-attr]
+    return factor.to(device), shift.to(device)
 
 
 def _convolution(norm: _BatchNorm) -> nn.Conv2d:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ GRADIENT_IMAGES = 64
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Float64 statistics per channel, by name of the node that computes the tensor.
+    """Float64 statistics per channel on the CPU, by name of the node that computes the tensor.
 
     Attributes:
         low: Smallest value of each channel, [C].
@@ -74,7 +75,7 @@ def clip_shift(x: Tensor, gradient: Tensor, cap: float) -> Tensor:
     Returns:
         float64 [C, scales].
     """
-    thresholds = cap * LOG_SCALES.to(x.device).exp()  # of s = exp(−LOG_SCALES), rising
+    thresholds = _clip_thresholds(cap, x.device)
     x, gradient = (tensor.transpose(0, 1).flatten(1) for tensor in (x.clamp(min=0.0), gradient))
     bins = torch.bucketize(x, thresholds.to(x.dtype))  # the number of thresholds below x
     sums = x.new_zeros((2, len(x), len(thresholds) + 1), dtype=torch.float64)
@@ -84,6 +85,12 @@ def clip_shift(x: Tensor, gradient: Tensor, cap: float) -> Tensor:
     clipped = sums[1].cumsum(1)[:, :-1] + thresholds * above  # Σ g·min(x, threshold)
     unscaled = clipped[:, len(thresholds) // 2, None]
     return (clipped - unscaled).square().flip(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _clip_thresholds(cap: float, device: torch.device) -> Tensor:
+    """Return the bounds c/s of s = exp(−LOG_SCALES), rising; copied to the device once."""
+    return (cap * LOG_SCALES.exp()).to(device)
 
 
 def gather_statistics(
@@ -149,7 +156,10 @@ def gather_statistics(
             weight.requires_grad_(required_grad[name])
     for sums in (found.activation, found.weight, found.shift):
         for name in sums:
-            sums[name] /= max(count, 1)
+            sums[name] = sums[name].cpu() / max(count, 1)
+    for ends in (found.low, found.high):
+        for name in ends:
+            ends[name] = ends[name].cpu()
     return found
 
 

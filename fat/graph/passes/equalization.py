@@ -1,4 +1,8 @@
-"""Equalization of channel ranges before quantization."""
+"""Equalization of channel ranges before quantization.
+
+Ranges of channels are measured where the network is. Scales are computed from them on the CPU, so
+that they are the same for a network on any device; the vectors are short.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +177,7 @@ def cross_layer_scales(first: Tensor, following: Tensor) -> Tensor:
 def channel_maxima(
     module: fx.GraphModule, layers: Sequence[str], images: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    """Return the largest value of each output channel over all images, {layer: [C]}."""
+    """Return the largest value of each output channel over all images, {layer: [C]} on the CPU."""
     maxima: dict[str, Tensor] = {}
 
     def watch(name: str) -> torch.utils.hooks.RemovableHandle:
@@ -190,7 +194,7 @@ def channel_maxima(
     finally:
         for handle in handles:
             handle.remove()
-    return maxima
+    return {name: seen.cpu() for name, seen in maxima.items()}
 
 
 def _depthwise(

@@ -143,7 +143,7 @@ def rescale(module: fx.GraphModule, group: ScaleGroup, scales: Tensor) -> None:
     Args:
         module: Folded canonical graph.
         group: From :func:`find_groups`.
-        scales: s, [channels], above 0.
+        scales: s, [channels], above 0, on any device.
     """
     for name in group.first:
         layer = _layer(module, name)
@@ -175,23 +175,24 @@ def channel_clips(module: fx.GraphModule, group: ScaleGroup, scales: Tensor) -> 
         name = str(node.target)
         if sum(str(other.target) == name for other in module.graph.nodes) > 1:
             name = f"{name}_{node.name}"  # one module used in several places
-        module.add_submodule(name, ChannelClip((scales * clip.cap).tolist()))
+        clipped = ChannelClip((scales * clip.cap).tolist())
+        module.add_submodule(name, clipped.to(_layer(module, group.first[0]).weight.device))
         node.target = name
     module.recompile()
 
 
 def filter_ranges(layer: nn.Module) -> Tensor:
-    """Return max|W| of each output filter, [out]."""
-    return _weight(layer).abs().flatten(1).amax(1)
+    """Return max|W| of each output filter, [out] on the CPU."""
+    return _weight(layer).abs().flatten(1).amax(1).cpu()
 
 
 def column_ranges(layer: nn.Module) -> Tensor:
-    """Return max|W| over the weights that read each input channel, [in]."""
+    """Return max|W| over the weights that read each input channel, [in] on the CPU."""
     weight = _weight(layer).abs()
     if is_grouped(layer):
         assert isinstance(layer, nn.Conv2d)
-        return weight.reshape(layer.in_channels, -1).amax(1)
-    return weight.transpose(0, 1).flatten(1).amax(1)
+        return weight.reshape(layer.in_channels, -1).amax(1).cpu()
+    return weight.transpose(0, 1).flatten(1).amax(1).cpu()
 
 
 def is_depthwise(layer: nn.Module | None) -> bool:
