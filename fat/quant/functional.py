@@ -23,6 +23,7 @@ __all__ = [
     "dequantize",
     "fake_quantize",
     "fake_quantize_bias",
+    "fake_quantize_lanes",
     "fake_quantize_weight",
     "quantize",
     "quantize_bias",
@@ -118,12 +119,12 @@ def _dot_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     return (a * b).sum_to_size(like.shape)
 
 
-class _FakeQuantize(Function):
-    """Fake quantization as one autograd node that saves only its input and output.
+class _FakeQuantizeRows(Function):
+    """Fake quantization with any broadcastable scale, in torch operations that run in any dtype.
 
-    The next convolution and the previous activation save these anyway. torch's learnable
-    fake-quantize kernels compute the same but convert each element to int64 and back, which is ten
-    times slower on a CPU.
+    For scales per channel, and for float64. Saves only its input and output: the next convolution
+    and the previous activation save these anyway. torch's learnable fake-quantize kernels compute
+    the same but convert each element to int64 and back, which is ten times slower on a CPU.
     """
 
     @staticmethod
@@ -132,12 +133,7 @@ class _FakeQuantize(Function):
     ) -> Tensor:
         # Shift the bounds by the zero point instead of the data: one pass less, same integers.
         out = torch.div(x, scale).round_()
-        if zero_point.dim():
-            out = torch.clamp(out, qmin - zero_point, qmax - zero_point, out=out)
-        else:
-            shift = float(zero_point)
-            out.clamp_(qmin - shift, qmax - shift)
-        out.mul_(scale)
+        out = torch.clamp(out, qmin - zero_point, qmax - zero_point, out=out).mul_(scale)
         ctx.save_for_backward(x, out, scale, zero_point)
         ctx.bounds = (qmin, qmax)  # type: ignore[attr-defined]
         return out
@@ -148,15 +144,10 @@ class _FakeQuantize(Function):
         x, out, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
         qmin, qmax = ctx.bounds  # type: ignore[attr-defined]
         needs_x, needs_scale, needs_zero_point = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        q = torch.div(x, scale).round_()
-        if zero_point.dim():
-            q.add_(zero_point)
-            shift = 0.0
-        else:
-            shift = float(zero_point)
+        q = torch.div(x, scale).round_().add_(zero_point)
         # hardtanh's backward masks values outside two bounds in one pass. The rounded values are
         # integers, so bounds half a step outside the grid select exactly the grid.
-        low, high = qmin - shift - 0.5, qmax - shift + 0.5
+        low, high = qmin - 0.5, qmax + 0.5
         inside = torch.ops.aten.hardtanh_backward
         grad_x = grad_scale = grad_zero_point = None
         if needs_x or needs_zero_point:
@@ -173,8 +164,8 @@ class _FakeQuantize(Function):
         return grad_x if needs_x else None, grad_scale, grad_zero_point, None, None
 
 
-class _FusedFakeQuantize(Function):
-    """Fake quantization with one threshold, in one pass each way (:mod:`fat.quant.kernels`).
+class _FakeQuantize(Function):
+    """Fake quantization with one threshold, in one kernel each way (:mod:`fat.quant.kernels`).
 
     Saves one byte per element, the rounding error to 1/252 of a step, and may overwrite its input:
     a training step then needs 1.25 times the activation memory of a float step instead of 2. The
@@ -191,34 +182,23 @@ class _FusedFakeQuantize(Function):
         qmax: int,
         inplace: bool,
     ) -> Tensor:
-        step, shift = float(scale), float(zero_point)
-        out = x if inplace else torch.empty_like(x)
-        code = kernels.forward_code(x, out, step, qmin - shift, qmax - shift)
         if inplace:
+            code = kernels.fake_quantize_code_(x, scale, zero_point, qmin, qmax)
             ctx.mark_dirty(x)
-        ctx.save_for_backward(code)
-        ctx.numbers = (step, qmin - shift, qmax - shift)  # type: ignore[attr-defined]
+            out = x
+        else:
+            out, code = kernels.fake_quantize_code(x, scale, zero_point, qmin, qmax)
+        ctx.save_for_backward(code, scale, zero_point)
+        ctx.bounds = (qmin, qmax)  # type: ignore[attr-defined]
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (code,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        step, low, high = ctx.numbers  # type: ignore[attr-defined]
-        grad_x, grad_scale, outside = kernels.backward_code(code, _laid_out(grad, code), low, high)
-        return (
-            grad_x,
-            grad.new_tensor(grad_scale),
-            grad.new_tensor(-step * outside),
-            None,
-            None,
-            None,
-        )
-
-
-def _laid_out(x: Tensor, like: Tensor) -> Tensor:
-    """Return ``x`` with the strides of ``like``."""
-    return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+        code, scale, zero_point = ctx.saved_tensors  # type: ignore[attr-defined]
+        bounds = ctx.bounds  # type: ignore[attr-defined]
+        gradients = kernels.fake_quantize_backward(code, grad, scale, zero_point, *bounds)
+        return (*gradients, None, None, None)
 
 
 def fake_quantize(
@@ -234,7 +214,8 @@ def fake_quantize(
     * ∂out/∂z = 0 inside, −scale outside.
 
     Args:
-        x: Real values, any shape and memory format. Half precision is converted to float32.
+        x: Real values, any shape and memory format. Half precision is computed in float32, and the
+            result is rounded to the dtype of ``x``.
         scale: Step, 0-dim or per output filter with the dimensions of ``x``, such as [C, 1, 1, 1].
         zero_point: Integer-valued float tensor of the shape of ``scale``.
         qmin: Smallest integer of the grid.
@@ -249,18 +230,41 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-9.0, 0.2, 0.3, 9.0]), step, zero, -7, 7).tolist()
         [-3.5, 0.0, 0.5, 3.5]
     """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    if not scale.dim() and (half or x.dtype == torch.float32):
+        count = kernels.lanes(x.device)
+        scale, zero_point = (t.float().expand(count) for t in (scale, zero_point))
+        return fake_quantize_lanes(x, scale, zero_point, qmin, qmax, inplace=inplace)
+    wide = x.float() if half else x
+    result: Tensor = _FakeQuantizeRows.apply(wide, scale, zero_point, qmin, qmax)
+    return result.to(x.dtype)
+
+
+def fake_quantize_lanes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, *, inplace: bool = False
+) -> Tensor:
+    """Compute :func:`fake_quantize` with a scale and zero point that were expanded to lanes.
+
+    A kernel writes its partial sums of a gradient to different lanes; the backward pass of expand
+    adds them. :func:`fake_quantize` expands each scalar itself. A caller with many quantizers can
+    expand all of them at once.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        scale: float32 [L] with L equal elements, with L of :func:`fat.quant.kernels.lanes`.
+        zero_point: Like ``scale``.
+        qmin: As in :func:`fake_quantize`, like ``qmax`` and ``inplace``.
+        qmax: See ``qmin``.
+        inplace: See ``qmin``.
+    """
     result: Tensor
-    if x.dtype in (torch.bfloat16, torch.float16):
-        x = x.float()  # half precision cannot resolve fractions of 255 steps
-    if scale.dim() or not kernels.usable(x):
-        result = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
-    elif torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-        result = _FusedFakeQuantize.apply(
-            x, scale, zero_point, qmin, qmax, inplace and x.requires_grad and not x.is_leaf
-        )
+    if torch.is_grad_enabled() and (
+        x.requires_grad or scale.requires_grad or zero_point.requires_grad
+    ):
+        inplace = inplace and x.requires_grad and not x.is_leaf
+        result = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, inplace)
     else:
-        result, shift = torch.empty_like(x), float(zero_point)
-        kernels.forward(x, result, float(scale), qmin - shift, qmax - shift)
+        result = kernels.fake_quantize(x, scale, zero_point, qmin, qmax)
     return result
 
 
@@ -274,42 +278,35 @@ class Adjust(IntEnum):
     """W + clip(f)·d, learned rounding with f in steps (``quant.weights=adaround``)."""
 
 
-class _FusedWeight(Function):
-    """Fake quantization of weights in one pass each way, saving no new tensor but the steps."""
+class _FakeQuantizeWeight(Function):
+    """Fake quantization of weights in one kernel each way, which saves no new tensor."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         weight: Tensor,
-        factor: Tensor,
+        factor: Tensor | None,
         scale: Tensor,
-        qmax: int,
-        adjust: Adjust,
-        bounds: tuple[float, float],
+        options: tuple[int, int, float, float, bool],
+        dtype: torch.dtype,
     ) -> Tensor:
-        steps = scale.detach().expand(len(weight)).contiguous()
-        ctx.save_for_backward(weight, factor, steps)
-        ctx.options = (qmax, adjust, *bounds)  # type: ignore[attr-defined]
-        ctx.shared = not scale.dim()  # type: ignore[attr-defined]
-        return kernels.forward_rows(weight, factor, steps, qmax, adjust, *bounds)
+        factors = weight if factor is None else factor  # any tensor: unused without a factor
+        ctx.save_for_backward(weight, factors, scale)
+        ctx.options = options  # type: ignore[attr-defined]
+        out: Tensor = kernels.fake_quantize_weight(weight, factors, scale, *options, dtype)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, factor, steps = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_factor: Tensor | None
-        grad_factor, grad_scale = kernels.backward_rows(
-            weight,
-            factor,
-            _laid_out(grad, weight),
-            steps,
-            *ctx.options,  # type: ignore[attr-defined]
+        weight, factor, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        options = ctx.options  # type: ignore[attr-defined]
+        grad_factor, grad_scale = kernels.fake_quantize_weight_backward(
+            weight, factor, grad, scale, *options
         )
-        if ctx.shared:  # type: ignore[attr-defined]
-            grad_scale = grad_scale.sum()
         if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             grad_factor = None
-        return None, grad_factor, grad_scale, None, None, None
+        return None, grad_factor, grad_scale, None, None
 
 
 def fake_quantize_weight(
@@ -319,6 +316,9 @@ def fake_quantize_weight(
     factor: Tensor | None = None,
     adjust: Adjust = Adjust.NOTHING,
     bounds: tuple[float, float] = (0.0, 0.0),
+    *,
+    per_channel: bool | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Round a frozen weight, adjusted by its trained factors, to the grid −qmax…qmax.
 
@@ -326,22 +326,36 @@ def fake_quantize_weight(
     :func:`fake_quantize`; ∂W'/∂f = W or d where f is within its bounds, ends included.
 
     Args:
-        weight: float32 [C, ...]; gets no gradient.
-        scale: Step d, [C] or 0-dim.
+        weight: float [C, ...]; gets no gradient.
+        scale: Step d of the dtype of ``weight``: [C], 0-dim, or lanes as in
+            :func:`fake_quantize_lanes`.
         qmax: Largest integer of the grid.
         factor: f, of the weight's shape, or ``None``.
         adjust: Effect of f.
         bounds: (low, high) of f.
+        per_channel: ``True`` if ``scale`` is [C], ``False`` if it is 0-dim or lanes. By default a
+            scale with a dimension is [C].
+        dtype: Dtype of the result. By default the dtype of autocast if that is on, otherwise the
+            dtype of ``weight``.
     """
     if factor is None or adjust is Adjust.NOTHING:
         factor, adjust = None, Adjust.NOTHING
-    factors = weight if factor is None else factor  # any tensor: NOTHING ignores it
-    if kernels.usable(weight, factors):
-        fused: Tensor = _FusedWeight.apply(weight, factors, scale, qmax, adjust, bounds)
-        return fused
-    step = _per_filter(scale, weight)
-    adjusted = adjust_weight(weight, scale, factor, adjust, bounds)
-    return fake_quantize(adjusted, step, torch.zeros_like(step), -qmax, qmax)
+    if per_channel is None:
+        per_channel = scale.dim() > 0
+    if per_channel and scale.shape != weight.shape[:1]:
+        raise ValueError(
+            f"scale must have one element for each of the {len(weight)} output filters of weight, "
+            f"got shape {list(scale.shape)}"
+        )
+    if not scale.dim():
+        scale = scale.expand(kernels.lanes(weight.device))
+    if dtype is None:
+        kind = weight.device.type
+        cast = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if cast else weight.dtype
+    options = (qmax, int(adjust), *bounds, per_channel)
+    result: Tensor = _FakeQuantizeWeight.apply(weight, factor, scale, options, dtype)
+    return result
 
 
 def adjust_weight(

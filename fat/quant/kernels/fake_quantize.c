@@ -1,7 +1,7 @@
 /* Fake quantization on CPUs in one pass over memory, where torch operations need four or more.
  *
- * Same arithmetic as fat/quant/functional.py, bit for bit: true division, rounding half to even, no
- * fused multiply-add (compile with -ffp-contract=off). Sums are computed per block of BLOCK
+ * Same arithmetic as fat/quant/kernels/reference.py, bit for bit: true division, rounding half to
+ * even, no fused multiply-add (compile with -ffp-contract=off). Sums are computed per block of BLOCK
  * elements (a compiler flag) and added in order: results do not depend on the number of threads.
  */
 #include <math.h>
@@ -18,9 +18,15 @@ static inline float clip(float x, float low, float high)
     return x > high ? high : x;
 }
 
-/* y = d * clip(round(x / d), low, high). y may be x. */
-void fat_forward(const float *x, float *y, int64_t n, float d, float low, float high, int threads)
+/* The bounds of the integers before adding the zero point. */
+#define GRID(scale, zero, qmin, qmax)                                                              \
+    float d = *(scale), low = (float)(qmin) - *(zero), high = (float)(qmax) - *(zero)
+
+/* y = d * clip(round(x / d), qmin - zero, qmax - zero). y may be x. */
+void fat_forward(const float *x, float *y, int64_t n, const float *step, const float *zero,
+                 int qmin, int qmax, int threads)
 {
+    GRID(step, zero, qmin, qmax);
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 8)
     for (int64_t b = 0; b < blocks; b++) {
@@ -32,9 +38,10 @@ void fat_forward(const float *x, float *y, int64_t n, float d, float low, float 
 }
 
 /* fat_forward, and in one byte per element the rounding error, which the backward pass needs. */
-void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, float d, float low,
-                      float high, int threads)
+void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, const float *step,
+                      const float *zero, int qmin, int qmax, int threads)
 {
+    GRID(step, zero, qmin, qmax);
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 8)
     for (int64_t b = 0; b < blocks; b++) {
@@ -52,11 +59,13 @@ void fat_forward_code(const float *x, float *y, int8_t *code, int64_t n, float d
     }
 }
 
-/* Computes grad_x and, for each block b, sums[2b] = its part of d out/d scale . grad and
- * sums[2b+1] = its sum of gradients of values outside the grid, followed by the totals. */
+/* Computes grad_x, by_scale = d out/d scale . grad and by_zero = -d * (sum of the gradients of
+ * values outside the grid). sums has room for both parts of each block. */
 void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, double *sums,
-                       int64_t n, float low, float high, int threads)
+                       int64_t n, const float *step, const float *zero, int qmin, int qmax,
+                       float *by_scale, float *by_zero, int threads)
 {
+    GRID(step, zero, qmin, qmax);
     int64_t blocks = (n + BLOCK - 1) / BLOCK;
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks > 8)
     for (int64_t b = 0; b < blocks; b++) {
@@ -81,16 +90,17 @@ void fat_backward_code(const int8_t *code, const float *grad, float *grad_x, dou
         sums[2 * b] = least == UNKNOWN ? NAN : scale;
         sums[2 * b + 1] = outside;
     }
-    double *total = sums + 2 * blocks;
-    total[0] = total[1] = 0.0;
+    double total = 0.0, beyond = 0.0;
     for (int64_t b = 0; b < blocks; b++) {
-        total[0] += sums[2 * b];
-        total[1] += sums[2 * b + 1];
+        total += sums[2 * b];
+        beyond += sums[2 * b + 1];
     }
+    *by_scale = (float)total;
+    *by_zero = (float)(-(double)d * beyond);
 }
 
-/* Weights: rows of k values on a grid -q..q, one step per row. Effect of `f` by `adjust`:
- * 0 none, 1 multiplies (w * clip(f)), 2 moves by steps (w + clip(f) * d). */
+/* Weights: rows of k values on a grid -q..q. The step of row r is scale[r * stride]. Effect of `f`
+ * by `adjust`: 0 none, 1 multiplies (w * clip(f)), 2 moves by steps (w + clip(f) * d). */
 static inline float adjusted(float w, float f, float d, int adjust, float low, float high)
 {
     if (adjust == 1)
@@ -102,7 +112,7 @@ static inline float adjusted(float w, float f, float d, int adjust, float low, f
 
 #define FORWARD_ROWS(ADJUST)                                                                       \
     for (int64_t r = 0; r < rows; r++) {                                                           \
-        float d = scale[r];                                                                        \
+        float d = scale[r * stride];                                                               \
         const float *wr = w + r * k, *fr = f + (ADJUST ? r * k : 0);                               \
         float *yr = y + r * k;                                                                     \
         _Pragma("omp simd") for (int64_t i = 0; i < k; i++)                                        \
@@ -110,8 +120,8 @@ static inline float adjusted(float w, float f, float d, int adjust, float low, f
                          -q, q) * d;                                                               \
     }
 
-void fat_forward_rows(const float *w, const float *f, float *y, const float *scale, int64_t rows,
-                      int64_t k, float q, int adjust, float low, float high)
+void fat_forward_rows(const float *w, const float *f, float *y, const float *scale, int64_t stride,
+                      int64_t rows, int64_t k, float q, int adjust, float low, float high)
 {
     if (adjust == 1)
         FORWARD_ROWS(1)
@@ -123,7 +133,7 @@ void fat_forward_rows(const float *w, const float *f, float *y, const float *sca
 
 #define BACKWARD_ROWS(ADJUST)                                                                      \
     for (int64_t r = 0; r < rows; r++) {                                                           \
-        float d = scale[r];                                                                        \
+        float d = scale[r * stride];                                                               \
         const float *wr = w + r * k, *gr = grad + r * k, *fr = f + (ADJUST ? r * k : 0);           \
         float *or = grad_f + (ADJUST ? r * k : 0);                                                 \
         double total = 0.0;                                                                        \
@@ -148,8 +158,8 @@ void fat_forward_rows(const float *w, const float *f, float *y, const float *sca
     }
 
 void fat_backward_rows(const float *w, const float *f, const float *grad, float *grad_f,
-                       float *grad_scale, const float *scale, int64_t rows, int64_t k, float q,
-                       int adjust, float low, float high)
+                       float *grad_scale, const float *scale, int64_t stride, int64_t rows,
+                       int64_t k, float q, int adjust, float low, float high)
 {
     if (adjust == 1)
         BACKWARD_ROWS(1)
