@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.optim import Adam
 from tqdm.auto import tqdm
 
@@ -27,8 +27,11 @@ from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer
 from fat.training.config import TrainSpec
 from fat.training.parameter_groups import parameter_groups
-from fat.utils.batches import Images, first_images, passes
+from fat.utils import distributed
+from fat.utils.batches import AnyBatch, Images, as_batches, passes, to_device
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
+from fat.utils.random import generator as seeded
 from fat.utils.schedules import annealed
 
 __all__ = ["BlockResult", "reconstruct"]
@@ -38,7 +41,9 @@ logger = logging.getLogger(__name__)
 Part = ActivationQuantizer | QuantLayer
 
 FORWARD_BATCH = 32
-"""Batch size of forward passes without training."""
+"""Batch size of forward passes without training on a CPU, where larger ones leave the cache."""
+DEVICE_FORWARD_BATCH = 256
+"""The same on other devices."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +80,27 @@ def reconstruct(
     training is quantized, with each element replaced by the float one with probability
     ``spec.reconstruction.float_fraction``.
 
+    It computes in float32 on the student's device, also where the training uses bf16: the error of
+    an 8-bit block is about as small as the rounding of bf16. Activations of one block on all images
+    stay on the device, about five times the size of its largest input or output.
+
+    With several processes, each holds the activations of its own images and computes its part of
+    every batch, and gradients are summed. All processes draw the same batches, so that the result
+    is that of one process up to the order of float sums, and identical in all of them.
+
     Args:
         student: Calibrated student.
         images: Training batches. If a loader has fewer images than ``spec.reconstruction.images``,
-            further epochs with other crops are used (:func:`fat.utils.batches.passes`).
-        validation: Batches to decide for each block whether to keep the result.
+            further epochs with other crops are used (:func:`fat.utils.batches.passes`). With
+            several processes, each passes its part of every batch.
+        validation: Batches to decide for each block whether to keep the result. With several
+            processes, each passes some of the batches.
         spec: Learning rates, and ``spec.reconstruction``.
         seed: Seed of the selection of images and of mixed elements.
         progress: Show a progress bar.
-        done: Last argument of ``keep`` in an interrupted call, to resume after that block.
-        keep: Called after every block with a state of plain values and tensors.
+        done: Last argument of ``keep`` in an interrupted call, to resume after that block, on any
+            device and with any number of processes.
+        keep: Called after every block, in every process, with a state of plain values and tensors.
 
     Returns:
         One result per block, in the order of the network.
@@ -93,6 +109,20 @@ def reconstruct(
         FatError: If the student is not calibrated, or there are no images.
     """
     student.check_calibrated()
+    with full_precision(student.device):
+        return _reconstruct(student, images, validation, spec, seed, progress, done, keep)
+
+
+def _reconstruct(
+    student: Student,
+    images: Images,
+    validation: Images,
+    spec: TrainSpec,
+    seed: int,
+    progress: bool,
+    done: Mapping[str, Any] | None,
+    keep: Callable[[dict[str, Any]], object],
+) -> list[BlockResult]:
     options = spec.reconstruction
     floating = copy.deepcopy(student.network)
     for module in floating.modules():
@@ -100,20 +130,18 @@ def reconstruct(
             module.enabled = False
         elif isinstance(module, QuantLayer):
             module.weight_quantizer.enabled = False
-    device = student.device
-    train = _collect(passes(images), options.images).to(device)
-    held = _collect(validation, options.images).to(device)
-    exact, given = [train, held], [train, held]  # float and quantized inputs of the current block
+    train = _collect(passes(images), options.images, student.device, divided=True)
+    held = _collect(validation, options.images, student.device, divided=False)
+    exact = [train.images, held.images]  # float inputs of the current block
+    given = [train.images, held.images]  # quantized inputs
     ends = [counterpart(student.network, node) for node in block_outputs(student.teacher)]
     ends.append(logits_node(student.network))
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     bar = tqdm(
         total=len(ends) * options.steps, desc="Reconstruct", disable=not progress, leave=False
     )
     results: list[BlockResult] = []
-    if (
-        done is not None
-    ):  # `floating` was copied before: it has the weights of the calibrated student
+    if done is not None:  # `floating` was copied before and has the calibrated student's weights
         student.load_trained_state(done["student"])
         generator.set_state(done["generator"])
         results = [BlockResult(**result) for result in done["results"]]
@@ -130,11 +158,12 @@ def reconstruct(
             continue
         modules = _parts(block)
         output = _forward(block, given[1])
-        before = _error(output, wanted[1])
+        before = _error(output[: held.count], wanted[1][: held.count])
         saved = [copy.deepcopy(module.state_dict()) for module in modules]
-        _train(block, modules, (given[0], exact[0], wanted[0]), spec, generator, bar)
+        draws = _Draws(generator, train, options.batch_size, (seed, index))
+        _train(block, modules, (given[0], exact[0], wanted[0]), spec, draws, bar)
         trained = _forward(block, given[1])
-        after = _error(trained, wanted[1])
+        after = _error(trained[: held.count], wanted[1][: held.count])
         kept = after < before
         if kept:
             output = trained
@@ -157,12 +186,82 @@ def reconstruct(
     return results
 
 
+@dataclass(frozen=True)
+class _OwnImages:
+    """The images of this process, among those of all processes.
+
+    Attributes:
+        images: [n, 3, H, W] on the student's device; one image of zeros if this process has none.
+        count: Number of images of this process.
+        rows: int64 [N] on the CPU: for each image of all processes its row in ``images``, −1 for
+            the images of other processes.
+    """
+
+    images: Tensor
+    count: int
+    rows: Tensor
+
+
+class _Draws:
+    """Random draws of the training steps of one block, the same in every process.
+
+    On a CPU, images and masks come from one generator in turn. On another device, masks are drawn
+    by a generator of that device, which is seeded for each block, so that no state of a device has
+    to be saved and a reconstruction can resume on any device.
+
+    Args:
+        generator: Generator on the CPU.
+        images: The images of this process.
+        batch_size: Images per step over all processes.
+        key: Numbers that identify the block.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, images: _OwnImages, batch_size: int, key: tuple[int, ...]
+    ) -> None:
+        self.images, self.batch_size = images, batch_size
+        self.device = images.images.device
+        self._indices = self._masks = generator
+        if self.device.type != "cpu":
+            self._masks = torch.Generator(self.device)
+            self._masks.manual_seed(int(seeded(*key).integers(2**63)))
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Draw a batch from the images of all processes.
+
+        Returns:
+            The rows of this process's images, int64 [n], and their places in the batch, int64 [n];
+            both on the device.
+        """
+        total = len(self.images.rows)
+        chosen = torch.randint(total, (self.batch_size,), generator=self._indices)
+        rows = self.images.rows[chosen]
+        places = torch.nonzero(rows >= 0).flatten()  # on the CPU, where it waits for nothing
+        mine = torch.stack([rows[places], places]).to(self.device, non_blocking=True)
+        return mine[0], mine[1]
+
+    def mask(self, x: Tensor, places: Tensor, fraction: float) -> Tensor:
+        """Draw a mask for a batch of all processes.
+
+        Args:
+            x: Tensor [n, ...] of this process's images.
+            places: Their places in the batch.
+            fraction: Probability of each element.
+
+        Returns:
+            bool tensor of the shape of ``x``.
+        """
+        shape = (self.batch_size, *x.shape[1:])
+        drawn = torch.rand(shape, generator=self._masks, device=self.device)
+        return (drawn if len(x) == len(drawn) else drawn[places]) < fraction
+
+
 def _train(
     block: fx.GraphModule,
     modules: list[Part],
     data: tuple[Tensor, Tensor, Tensor],
     spec: TrainSpec,
-    generator: torch.Generator,
+    draws: _Draws,
     bar: Any,
 ) -> None:
     options = spec.reconstruction
@@ -172,26 +271,63 @@ def _train(
         return
     quantized, exact, wanted = data
     optimizer = Adam(groups, lr=spec.lr)
-    power = wanted.square().mean()
+    gradients = _SummedGradients(parameter for group in groups for parameter in group["params"])
+    own = draws.images.count / len(draws.images.rows)  # fraction of the images of all processes
+    power = distributed.all_sum(wanted.square().mean() * own)
     for step in range(options.steps):
         rate = options.rate * spec.lr * annealed(step, options.steps)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["share"]
-        device = quantized.device
-        chosen = torch.randint(
-            len(quantized), (options.batch_size,), generator=generator, device=device
-        )
-        x = _dense(quantized[chosen])
+        rows, places = draws.batch()
+        x = _dense(quantized[rows])
         if options.float_fraction > 0.0:
-            mask = torch.rand(x.shape, generator=generator, device=device) < options.float_fraction
-            x = torch.where(mask, exact[chosen], x)
-        optimizer.zero_grad()
-        loss = (block(_dense(x)) - wanted[chosen]).square().mean() / power
-        loss.backward()
+            mask = draws.mask(x, places, options.float_fraction)
+            x = torch.where(mask, exact[rows], x)
+        gradients.zero()
+        if len(rows):
+            # This process's part of the mean over the batch.
+            weight = options.batch_size / len(rows)
+            loss = (block(_dense(x)) - wanted[rows]).square().mean() / (power * weight)
+            loss.backward()
+        gradients.all_sum()
         optimizer.step()
         for module in modules:
             module.project()
         bar.update()
+
+
+class _SummedGradients:
+    """Gradients of parameters that are summed over all processes in one collective.
+
+    With several processes they are views of one vector; with one, they are autograd's own.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._vector: Tensor | None = None
+        if distributed.size() > 1:
+            sizes = [parameter.numel() for parameter in self._parameters]
+            self._vector = self._parameters[0].new_zeros(sum(sizes))
+            for parameter, part in zip(
+                self._parameters, torch.split(self._vector, sizes), strict=True
+            ):
+                # In the parameter's memory format, as autograd and the optimizer expect.
+                parameter.grad = part.as_strided(
+                    parameter.shape, parameter.stride(), part.storage_offset()
+                )
+
+    def zero(self) -> None:
+        """Reset the gradients before a backward pass, which adds to them."""
+        if self._vector is not None:
+            self._vector.zero_()
+            return
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def all_sum(self) -> None:
+        """Sum the gradients over all processes; without a backward pass a process adds 0."""
+        if self._vector is not None:
+            distributed.all_sum_(self._vector)
 
 
 def _parts(block: fx.GraphModule) -> list[Part]:
@@ -200,11 +336,46 @@ def _parts(block: fx.GraphModule) -> list[Part]:
     return [module for module in found if isinstance(module, (QuantLayer, ActivationQuantizer))]
 
 
-def _collect(images: Images, count: int) -> Tensor:
-    batches = list(first_images(images, count))
-    if not sum(map(len, batches)):
+def _collect(
+    images: Iterable[AnyBatch] | Tensor, count: int, device: torch.device, *, divided: bool
+) -> _OwnImages:
+    """Collect the first images of all processes.
+
+    Args:
+        images: Batches of this process.
+        count: Maximum number of images of all processes; no further batch is drawn.
+        device: Device to hold this process's images.
+        divided: ``True`` if every process has its part of each batch, image by image in turn;
+            ``False`` if whole batches are assigned to the processes in turn.
+    """
+    rank = distributed.rank()
+    batches = iter(as_batches(images))
+    parts: list[Tensor] = []
+    rows: list[int] = []
+    mine = 0
+    while len(rows) < count:
+        batch = next(batches, None)
+        pixels = None if batch is None else to_device(batch, device)[0]
+        number = -1 if pixels is None else len(pixels)
+        numbers = distributed.gather_rows(torch.tensor(number)).tolist()
+        if max(numbers) < 0:  # no process has a further batch
+            break
+        order = [(place, owner) for owner, many in enumerate(numbers) for place in range(many)]
+        if divided:
+            order.sort()
+        taken = 0
+        for _, owner in order[: count - len(rows)]:
+            rows.append(mine + taken if owner == rank else -1)
+            taken += owner == rank
+        if pixels is not None and taken:
+            parts.append(pixels[:taken])
+            mine += taken
+    shapes = distributed.gather_objects([list(pixels.shape[1:]) for pixels in parts[:1]])
+    shape = next((shape for found in shapes for shape in found), None)
+    if shape is None:
         raise FatError("There are no images for reconstruction; pass at least one batch.")
-    return torch.cat(batches)
+    collected = torch.cat(parts) if parts else torch.zeros(1, *shape, device=device)
+    return _OwnImages(collected, mine, torch.tensor(rows))
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -213,12 +384,15 @@ def _dense(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _forward(block: fx.GraphModule, x: Tensor) -> Tensor:
-    return torch.cat([block(_dense(part)) for part in torch.split(x, FORWARD_BATCH)])
+    size = FORWARD_BATCH if x.device.type == "cpu" else DEVICE_FORWARD_BATCH
+    return torch.cat([block(_dense(part)) for part in torch.split(x, size)])
 
 
 def _error(output: Tensor, wanted: Tensor) -> float:
+    """Return ‖output − wanted‖² / ‖wanted‖² over the images of all processes."""
     error = (output.double() - wanted.double()).square().sum()
-    return float(error / wanted.double().square().sum().clamp_min(1e-300))
+    sums = distributed.all_sum(torch.stack([error, wanted.double().square().sum()]))
+    return float(sums[0] / sums[1].clamp_min(1e-300))
 
 
 def _same(network: fx.GraphModule, node: fx.Node | None) -> fx.Node | None:

@@ -246,9 +246,14 @@ class _Attempts:
     def validate(self) -> None:
         self.trainer.validate(self.module, self.validation, verbose=False)
 
-    def __call__(self, key: str, title: str, change: Callable[[], object]) -> None:
+    def __call__(
+        self, key: str, title: str, change: Callable[[], object], *, together: bool = False
+    ) -> None:
+        """Try a change, in all processes together or in the main process alone."""
         before = self.best.best_loss
-        if distributed.rank() == 0:
+        if together:
+            change()
+        elif distributed.rank() == 0:
             with distributed.local_only():
                 change()
         if distributed.size() > 1:
@@ -295,7 +300,7 @@ def _improve_start(
                 keep=lambda content: state.save(RECONSTRUCTION, content),
             )
 
-        attempts("reconstruction", "Block-wise reconstruction", reconstruct_blocks)
+        attempts("reconstruction", "Block-wise reconstruction", reconstruct_blocks, together=True)
     if spec.bias_correction:
         attempts("correction", "Bias correction", lambda: correct_biases(student, train))
     state.save(

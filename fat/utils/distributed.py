@@ -175,9 +175,9 @@ def gather_batches(*tensors: Tensor) -> tuple[Tensor, ...]:
     widths = [_row_bytes(x) for x in tensors]
     before, after = sum(counts[: rank()]), sum(counts[rank() + 1 :])
     result = []
-    for x, column in zip(tensors, rows.split(widths, dim=1), strict=True):
+    for x, column in zip(tensors, torch.split(rows, widths, dim=1), strict=True):
         everything = column.contiguous().view(x.dtype).reshape(len(rows), *x.shape[1:])
-        parts = everything.split([before, len(x), after])
+        parts = torch.split(everything, [before, len(x), after])
         result.append(torch.cat([parts[0], x, parts[2]]))
     return tuple(result)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,61 @@ def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
         found["no images"] = str(error)
     torch.save(found, folder / f"{rank}.pt")
     return f"result of {rank}"
+
+
+def reconstructed(
+    network: nn.Module,
+    parts: list[Tensor],
+    validation: list[Tensor],
+    done: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what block-wise reconstruction on this process's images gives."""
+    import fat
+    from fat.training.block_reconstruction import reconstruct
+
+    everything = fat.QuantSpec(bits=3, weights="adaround")
+    student = fat.prepare(network, torch.zeros(2, 3, 16, 16), everything)
+    with distributed.local_only():
+        fat.calibrate(student, realistic_images())
+    options = fat.ReconstructSpec(steps=6, batch_size=4, images=9)
+    spec = fat.TrainSpec(epochs=0, bias_lr=1e-3, reconstruction=options)
+    saved: list[dict[str, Any]] = []
+    results = reconstruct(
+        student, parts, validation, spec, progress=False, done=done, keep=saved.append
+    )
+    return {"results": results, "state": student.trained_state(), "saved": saved}
+
+
+def realistic_images() -> list[Tensor]:
+    """Return eleven smooth images in batches of four, four and three."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randn(11, 3, 4, 4, generator=generator)
+    return list(nn.functional.interpolate(coarse, size=16, mode="bilinear").split(4))
+
+
+def failing(batches: list[Tensor]) -> Iterator[Tensor]:
+    """Yield one batch, then fail in the last process."""
+    yield batches[0]
+    if distributed.rank() == distributed.size() - 1:
+        raise FatError("This file is gone.")
+    yield from batches[1:]
+
+
+def reconstruct_together(folder: Path, network: nn.Module, done: dict[str, Any] | None) -> None:
+    """Reconstruct in several processes; every process saves its results as RANK.pt."""
+    rank, size = distributed.rank(), distributed.size()
+    batches = realistic_images()
+    parts, validation = [batch[rank::size] for batch in batches], batches[rank::size]
+    if done is None:
+        alone = [] if rank == 1 else [batch[min(rank, 1) :: size - 1] for batch in batches]
+        found = {
+            "divided": reconstructed(network, parts, validation),
+            "one without": reconstructed(network, alone, [] if rank else batches),
+        }
+    else:
+        found = {"resumed": reconstructed(network, parts, validation, done)}
+    torch.save(found, folder / f"{rank}.pt")
+    reconstructed(network, failing(parts), validation)  # type: ignore[arg-type]
 
 
 def one_of_them(folder: Path, how: str) -> None:
