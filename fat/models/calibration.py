@@ -8,8 +8,9 @@ import torch
 
 from fat.models.student import Student
 from fat.utils import distributed
-from fat.utils.batches import Images, as_batches, split
+from fat.utils.batches import Images, as_batches, to_device
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 
 __all__ = ["calibrate"]
 
@@ -26,13 +27,14 @@ def calibrate(student: Student, images: Images) -> None:
     Args:
         student: A student from :func:`fat.prepare`.
         images: One batch [N, 3, H, W], or any iterable of batches, labeled or not; about 100
-            images are enough. With several processes, each passes its own images and all get the
-            same thresholds.
+            images are enough. They are moved to the student's device. With several processes, each
+            passes its own images and all get the same thresholds.
 
     Raises:
         FatError: If there is no image, or a layer's values are not finite. The student then keeps
             its earlier thresholds.
     """
+    device = student.device
     quantizers = student.activation_quantizers()
     layers = student.layers()
     weights_enabled = [layer.weight_quantizer.enabled for layer in layers]
@@ -47,10 +49,11 @@ def calibrate(student: Student, images: Images) -> None:
     for layer in layers:
         layer.weight_quantizer.enabled = False
     try:
-        for batch in as_batches(images):
-            pixels = split(batch)[0]
-            student.network(pixels.contiguous(memory_format=torch.channels_last))
-            seen += len(pixels)
+        with full_precision(device):
+            for batch in as_batches(images):
+                pixels = to_device(batch, device)[0]
+                student.network(pixels.contiguous(memory_format=torch.channels_last))
+                seen += len(pixels)
         if not int(distributed.all_sum(torch.tensor(seen))):
             raise FatError("There are no calibration images. Give at least one batch [N, 3, H, W].")
         for quantizer in quantizers:

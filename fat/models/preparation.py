@@ -14,8 +14,10 @@ from fat.graph.tracing.capture import trace
 from fat.models.student import PrepareReport, Student
 from fat.quant.config import QuantSpec
 from fat.quant.metrics import logits_sqnr_db
-from fat.utils.batches import Images, as_batches, split
+from fat.utils.batches import Images, as_batches, to_device
+from fat.utils.devices import module_device
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 
 __all__ = ["prepare"]
 
@@ -31,36 +33,39 @@ def prepare(network: nn.Module, example_images: Images, spec: QuantSpec | None =
         network: Any traceable network in eval mode, [N, 3, H, W] → logits [N, classes]. It does not
             change.
         example_images: One or several batches of real images, on which folding is checked and
-            equalization measures the ranges of channels.
+            equalization measures the ranges of channels. They are moved to the network's device.
         spec: Quantization options; by default 8 bits and one threshold per filter.
 
     Returns:
-        The student, not yet calibrated. ``student.report`` lists what each pass did by layer.
+        The student on the network's device, not yet calibrated. ``student.report`` lists what each
+        pass did by layer.
 
     Raises:
         FatError: If a layer cannot be traced, folded or quantized (the message names it), weights
             are not finite, or a pass changed the network's function.
     """
     spec = spec or QuantSpec()
-    images = [split(batch)[0] for batch in as_batches(example_images)]
+    device = module_device(network)
+    images = [to_device(batch, device)[0] for batch in as_batches(example_images)]
     if not images:
         raise FatError("There are no example images. Give at least one batch [N, 3, H, W].")
     check_finite(network)
 
-    teacher = trace(network, images[0])
-    fold = fold_batch_norms(teacher)
-    fold_sqnr = check_folding(network, teacher, images)
+    with full_precision(device):
+        teacher = trace(network, images[0])
+        fold = fold_batch_norms(teacher)
+        fold_sqnr = check_folding(network, teacher, images)
 
-    quantized = copy.deepcopy(teacher)
-    equalized: EqualizeReport | None = None
-    equalize_sqnr: float | None = None
-    if spec.equalize.methods:
-        equalized = equalize(quantized, images, spec)
-        equalize_sqnr = _sqnr_db(teacher, quantized, images)
+        quantized = copy.deepcopy(teacher)
+        equalized: EqualizeReport | None = None
+        equalize_sqnr: float | None = None
+        if spec.equalize.methods:
+            equalized = equalize(quantized, images, spec)
+            equalize_sqnr = _sqnr_db(teacher, quantized, images)
 
-    insert = insert_quantizers(quantized, spec, images[0][:1])
+        insert = insert_quantizers(quantized, spec, images[0][:1])
     report = PrepareReport(fold, fold_sqnr, equalized, equalize_sqnr, insert)
-    return Student(quantized, teacher, spec, report)
+    return Student(quantized, teacher, spec, report).to(device)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer
 from fat.utils.batches import Images, first_images
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 
 __all__ = ["IMAGES", "correct_biases"]
 
@@ -28,7 +29,7 @@ def correct_biases(student: Student, images: Images, count: int = IMAGES) -> Non
 
     Args:
         student: Calibrated student.
-        images: Batches, with or without labels.
+        images: Batches, with or without labels; they are moved to the student's device.
         count: Maximum number of images. Memory is proportional to it: the float and quantized
             activations of the current layer are held for all images.
 
@@ -39,12 +40,13 @@ def correct_biases(student: Student, images: Images, count: int = IMAGES) -> Non
     """
     student.check_calibrated()
     batches = [
-        pixels.contiguous(memory_format=torch.channels_last)
+        pixels.to(student.device).contiguous(memory_format=torch.channels_last)
         for pixels in first_images(images, count)
     ]
     if not batches:
         raise FatError("There are no images for bias correction; pass at least one batch.")
-    _Lockstep(student.network).run(batches)
+    with full_precision(student.device):
+        _Lockstep(student.network).run(batches)
 
 
 class _Lockstep:

@@ -12,6 +12,7 @@ from fat.graph.partition import block_outputs, counterpart, with_outputs
 from fat.models.student import Student
 from fat.training.losses import relative_error
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 
 __all__ = ["BlockOutputs"]
 
@@ -44,7 +45,8 @@ class BlockOutputs:
                 "The network has no blocks for the feature loss: no residual addition, no "
                 "concatenation, no projection. Type optim.feature_weight=0."
             )
-        self._networks: tuple[fx.GraphModule, fx.GraphModule] | None = None
+        self._selected = False
+        self._networks: dict[torch.device, tuple[fx.GraphModule, fx.GraphModule]] = {}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
         """Run both networks, the student's with gradients.
@@ -56,9 +58,9 @@ class BlockOutputs:
             Logits of the teacher and the student, then outputs of the teacher's and the student's
             blocks.
         """
-        teacher, student = self._networks or self.select(images)
+        teacher, student = self.select(images)
         images = images.contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(images.device):
             exact, wanted = teacher(images)
         logits, given = student(images)
         return exact, logits, wanted, given
@@ -78,19 +80,21 @@ class BlockOutputs:
         Raises:
             FatError: If all blocks are rescaled.
         """
-        if self._networks is None:
+        if not self._selected:
             # Without equalization nothing is rescaled, even after training.
             if self._student.spec.equalize.methods:
                 self._exclude(self._rescaled(images))
-            self._networks = self._pair(self._theirs)
-        return self._networks
+            self._selected = True
+        # Their constants stay where the student was when they were built.
+        if images.device not in self._networks:
+            self._networks[images.device] = self._pair(self._theirs)
+        return self._networks[images.device]
 
     def _rescaled(self, images: Tensor) -> list[fx.Node]:
         images = images.contiguous(memory_format=torch.channels_last)
         teacher, student = self._pair(self._theirs)
-        wanted = teacher(images)[1]
-        with disabled(self._student):
-            given = student(images)[1]
+        with disabled(self._student), full_precision(images.device):
+            wanted, given = teacher(images)[1], student(images)[1]
         return [
             node
             for node, exact, moved in zip(self._theirs, wanted, given, strict=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import re
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from fat.models.student import Student
 from fat.training.loggers import log_histograms
 from fat.training.module import DistillModule
+from fat.utils.deferred import Deferred
 from fat.utils.distributed import all_max
 from fat.utils.errors import FatError
 from fat.utils.io import put_in_place, write_text
@@ -97,9 +99,14 @@ class BestStudent(pl.Callback):
 class NanGuard(pl.Callback):
     """Restores the last finite parameters and optimizer state after a step with NaN or infinity.
 
+    On the CPU, the parameters are checked after every step. Other devices check them every few
+    steps, since a parameter that is NaN stays NaN, and the result is read at the next check, when
+    it has long arrived: a read would stop the device in every step.
+
     Args:
-        patience: Number of consecutive such steps after which training fails.
-        every: Number of steps between copies of the state; copying Adam's state takes time.
+        patience: Number of consecutive failed checks after which training fails.
+        every: Number of steps between copies of the state, and between checks on other devices than
+            the CPU.
 
     Attributes:
         restored: Number of restored states.
@@ -110,14 +117,16 @@ class NanGuard(pl.Callback):
         self.every = every
         self.restored = 0
         self._in_a_row = 0
-        self._good: tuple[dict[str, Tensor], list[dict[str, Any]]] | None = None
+        self._good: _Snapshot | None = None
+        self._spare: _Snapshot | None = None
+        self._unread: tuple[_Snapshot, Deferred] | None = None  # a copy, and whether it is finite
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Copy the state before the first step."""
         if self._good is None:
-            self._remember(trainer, pl_module)
+            self._good = _Snapshot(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -128,28 +137,40 @@ class NanGuard(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Restore the last finite state if a parameter is not finite."""
-        if all(bool(p.isfinite().all()) for p in pl_module.parameters()):
-            self._in_a_row = 0
-            if trainer.global_step % self.every == 0:
-                self._remember(trainer, pl_module)
-            return
         assert self._good is not None
-        state, optimizers = self._good
-        student_of(pl_module).load_trained_state(state)
-        for optimizer, saved in zip(trainer.optimizers, optimizers, strict=True):
-            optimizer.load_state_dict(copy.deepcopy(saved))
-        self.restored += 1
-        self._in_a_row += 1
-        if self._in_a_row == 1:
-            logger.warning(
-                "Step %d gave NaN or infinity; restored the last finite state.", trainer.global_step
-            )
-        if self._in_a_row >= self.patience:
-            raise FatError(
-                f"{self._in_a_row} steps in a row gave NaN or infinity. The last finite state is "
-                "kept. Check the images for extreme values, or try a smaller optim.lr or "
-                "optim.gradient_clip=1.0."
-            )
+        due = trainer.global_step % self.every == 0
+        if student_of(pl_module).device.type == "cpu":
+            if not bool(_all_finite(pl_module)):
+                self._restore(trainer, pl_module)
+                return
+            self._in_a_row = 0
+            if due:
+                self._good.update(trainer, pl_module)
+        elif due and self._read(trainer, pl_module):
+            copy = self._spare or _Snapshot(trainer, pl_module)
+            copy.update(trainer, pl_module)
+            self._spare, self._unread = None, (copy, Deferred(_all_finite(pl_module)))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the parameters that are validated."""
+        self.check(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check the parameters after the last step."""
+        self.check(trainer)
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Check the parameters now, where they have not been checked after every step."""
+        module = trainer.lightning_module
+        if self._good is None or student_of(module).device.type == "cpu":
+            return
+        if not self._read(trainer, module):
+            return
+        if not bool(_all_finite(module)):
+            self._restore(trainer, module)
+        else:
+            self._in_a_row = 0
+            self._good.update(trainer, module)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, without the copy, which is taken again on resume."""
@@ -159,9 +180,89 @@ class NanGuard(pl.Callback):
         """Load the state of a checkpoint."""
         self.restored, self._in_a_row = state_dict["restored"], state_dict["in_a_row"]
 
-    def _remember(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        optimizers = [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers]
-        self._good = (student_of(pl_module).trained_state(), optimizers)
+    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Read the result of the last check; restore the last finite state if it has failed."""
+        if self._unread is None:
+            return True
+        copy, finite = self._unread
+        self._unread = None
+        if bool(finite.tensor()):
+            self._good, self._spare, self._in_a_row = copy, self._good, 0
+            return True
+        self._spare = copy
+        self._restore(trainer, pl_module)
+        return False
+
+    def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert self._good is not None
+        self._good.restore(trainer, pl_module)
+        self.restored += 1
+        self._in_a_row += 1
+        on_cpu = student_of(pl_module).device.type == "cpu"
+        if self._in_a_row == 1:
+            logger.warning(
+                "Step %d gave NaN or infinity; restored the last finite state."
+                if on_cpu
+                else "The parameters became NaN or infinite before step %d; restored the last "
+                "finite state.",
+                trainer.global_step,
+            )
+        if self._in_a_row >= self.patience:
+            unit = "steps" if on_cpu else f"checks, one every {self.every} steps,"
+            raise FatError(
+                f"{self._in_a_row} {unit} in a row gave NaN or infinity. The last finite state is "
+                "kept. Check the images for extreme values, or try a smaller optim.lr or "
+                "optim.gradient_clip=1.0."
+            )
+
+
+class _Snapshot:
+    """Copy of the parameters and the optimizers' state, in memory that is used again."""
+
+    def __init__(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._kept: list[Tensor] = []
+        self.update(trainer, pl_module)
+
+    @torch.no_grad()
+    def update(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy the current state."""
+        parameters = list(pl_module.parameters())
+        # By optimizer, the parameters that it has a state of, with the names of its tensors.
+        self._states = [
+            [(parameter, tuple(state)) for parameter, state in optimizer.state.items()]
+            for optimizer in trainer.optimizers
+        ]
+        now = [
+            *parameters,
+            *(x for o in trainer.optimizers for s in o.state.values() for x in s.values()),
+        ]
+        if [(x.shape, x.device) for x in now] != [(x.shape, x.device) for x in self._kept]:
+            self._kept = [torch.empty_like(tensor) for tensor in now]
+        _copy(now, self._kept)
+
+    @torch.no_grad()
+    def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Restore the copied state."""
+        parameters = list(pl_module.parameters())
+        _copy(self._kept[: len(parameters)], parameters)
+        rest = iter(self._kept[len(parameters) :])
+        for optimizer, states in zip(trainer.optimizers, self._states, strict=True):
+            optimizer.state.clear()
+            for parameter, names in states:
+                optimizer.state[parameter] = {name: next(rest).clone() for name in names}
+
+
+def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy tensors, in one operation for each device."""
+    for device in dict.fromkeys(tensor.device for tensor in sources):
+        chosen = [index for index, tensor in enumerate(sources) if tensor.device == device]
+        torch._foreach_copy_([targets[i] for i in chosen], [sources[i] for i in chosen])
+
+
+def _all_finite(pl_module: pl.LightningModule) -> Tensor:
+    """Return a 0-dim tensor that is true if all parameters are finite."""
+    with torch.no_grad():
+        return get_total_norm(list(pl_module.parameters()), math.inf).isfinite()
 
 
 class PeriodicCheckpoint(pl.Callback):
@@ -175,11 +276,18 @@ class PeriodicCheckpoint(pl.Callback):
         path: The file.
         every: Seconds between checkpoints; infinity saves after validations only, for loaders that
             cannot resume in the middle of an epoch.
+        before: Called before each is saved.
     """
 
-    def __init__(self, path: Path, every: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        every: float,
+        before: Callable[[pl.Trainer], object] = lambda trainer: None,
+    ) -> None:
         self.path = path
         self.every = every
+        self.before = before
         self._saved = time.monotonic()
         self._step = -1
 
@@ -222,6 +330,7 @@ class PeriodicCheckpoint(pl.Callback):
             self._save(trainer)
 
     def _save(self, trainer: pl.Trainer) -> None:
+        self.before(trainer)
         # All processes take part; Lightning writes on the main process.
         partial = self.path.with_name(f".{self.path.name}.partial")
         trainer.save_checkpoint(partial)
@@ -237,14 +346,20 @@ class CSVHistory(pl.Callback):
     training that resumes drops the rows after its checkpoint; Lightning's CSVLogger would delete
     the whole file.
 
+    Values on the CPU are written at once. Those on other devices are read together, at least every
+    50 steps, before each checkpoint and at the end.
+
     Args:
         path: The file.
     """
 
     HEADER = "step,name,value\n"
+    EVERY = 50
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._unwritten: list[tuple[int, str, Tensor]] = []
+        self._since = 0  # steps since the file was written
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Create the file if it does not exist."""
@@ -271,30 +386,82 @@ class CSVHistory(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Write the values of the step."""
-        self._write(trainer, "train/")
+        self._since += 1
+        self._add(trainer, "train/")
+        on_cpu = all(value.device.type == "cpu" for _, _, value in self._unwritten)
+        if on_cpu or self._since >= self.EVERY:
+            self._write()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the values of the validation."""
-        self._write(trainer, "val/")
+        self._add(trainer, "val/")
+        self._write()
 
-    def _write(self, trainer: pl.Trainer, kind: str) -> None:
-        if not trainer.is_global_zero:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the values of the steps before the checkpoint."""
+        self._write()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the values of the last steps."""
+        self._write()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Write the values of the steps before an error or interrupt."""
+        self._write()
+
+    def _add(self, trainer: pl.Trainer, kind: str) -> None:
+        if trainer.is_global_zero:
+            self._unwritten += [
+                (trainer.global_step, name, value)
+                for name, value in trainer.callback_metrics.items()
+                if name.startswith(kind)
+            ]
+
+    def _write(self) -> None:
+        rows, self._unwritten, self._since = self._unwritten, [], 0
+        if not rows:
             return
-        rows = [
-            f"{trainer.global_step},{name},{float(value):.9g}\n"
-            for name, value in trainer.callback_metrics.items()
-            if name.startswith(kind)
+        elsewhere = [value for _, _, value in rows if value.device.type != "cpu"]
+        read = iter(torch.stack(elsewhere).tolist() if elsewhere else [])
+        lines = [
+            f"{step},{name},{float(value) if value.device.type == 'cpu' else next(read):.9g}\n"
+            for step, name, value in rows
         ]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(rows))
+            file.write("".join(lines))
 
 
 class ProgressBar(TQDMProgressBar):
-    """Progress bar with the loss and the remaining time of the whole training."""
+    """Progress bar with the loss and the remaining time of the whole training.
+
+    On other devices than the CPU it is refreshed once a second, since reading the loss waits for
+    the device.
+    """
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1)
         self._start: tuple[float, int] | None = None
+        self._refreshed = -math.inf
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Refresh the bar."""
+        if pl_module.device.type != "cpu":
+            now, last = time.monotonic(), batch_idx + 1 == trainer.num_training_batches
+            if now - self._refreshed < 1.0 and not last:
+                return
+            self._refreshed = now
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
@@ -302,6 +469,9 @@ class ProgressBar(TQDMProgressBar):
         """Return training loss, validation loss, and ``left``, the remaining minutes:seconds."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None:
+            metrics = {"train/loss": float(loss), **metrics}
         now, step = time.monotonic(), trainer.global_step
         if self._start is None or step < self._start[1]:
             self._start = (now, step)
@@ -326,7 +496,8 @@ class AlphaHistory(pl.Callback):
         metrics: dict[str, float] = {}
         factors: dict[str, Tensor] = {}
         for layer, kind, quantizer in student_of(pl_module).quantizers():
-            for name, values in quantizer.thresholds.factors().items():
+            for name, on_device in quantizer.thresholds.factors().items():
+                values = on_device.detach().cpu()
                 key = f"{name}/{layer}.{kind}"
                 factors[key] = values
                 metrics[key] = float(values.mean())

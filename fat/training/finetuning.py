@@ -34,8 +34,10 @@ from fat.training.trainer import (
     trainer_options_with_defaults,
 )
 from fat.utils.batches import AnyBatch, Images, split
+from fat.utils.devices import module_device
 from fat.utils.errors import FatError, first_line
 from fat.utils.io import cache_folder, check_writable, write_atomic
+from fat.utils.precision import full_precision
 from fat.utils.random import random_states
 from fat.utils.schedules import annealed
 
@@ -85,7 +87,8 @@ class FinetuneModule(RestoresRandomStates):
         self.spec = spec
         self.classes = classes
         self._head = head_parameters(network)
-        self._sums = torch.zeros(3, dtype=torch.float64)  # images, correct ones, loss
+        self._count = 0  # validation images
+        self._sums: Tensor | None = None  # correct ones, and the sum of their losses
 
     def on_train_epoch_start(self) -> None:
         """Freeze the features in the first epochs, and the statistics of batch norms in all."""
@@ -110,7 +113,7 @@ class FinetuneModule(RestoresRandomStates):
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
-        self._sums.zero_()
+        self._count, self._sums = 0, None
         self.network.eval()
 
     def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
@@ -119,12 +122,16 @@ class FinetuneModule(RestoresRandomStates):
         logits = self.network(images)
         loss = cross_entropy(logits, labels, reduction="sum")
         correct = (logits.argmax(1) == labels).sum()
-        self._sums += torch.tensor([len(labels), float(correct), float(loss)], dtype=torch.float64)
+        self._count += len(labels)
+        sums = torch.stack([correct.double(), loss.double()])
+        self._sums = sums if self._sums is None else self._sums + sums
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy in percent, and the mean loss."""
-        count, correct, loss = self._sums.tolist()
-        self._check_finite(self._sums[2])  # covers the last training step
+        count = self._count
+        assert self._sums is not None
+        correct, loss = self._sums.tolist()
+        self._check_finite(self._sums[1])  # covers the last training step
         self.log("val/top1", 100 * correct / count, prog_bar=True)
         self.log("val/loss", loss / count)
 
@@ -260,7 +267,8 @@ def finetune(
     """Replace the classifier of a float network and train the network on labeled images.
 
     Args:
-        source: The pretrained network, which is not modified.
+        source: The pretrained network, which is not modified. Training runs on its device, unless
+            ``trainer_options`` name another.
         train: Batches (images float32 [N, 3, H, W], labels int64 [N]).
         validation: Batches to select the best epoch.
         spec: Fine-tuning options.
@@ -272,7 +280,8 @@ def finetune(
             it; it has to belong to the same training.
 
     Returns:
-        The network of the best epoch, in eval mode and without gradients, and a summary.
+        The network of the best epoch, on the device of ``source``, in eval mode and without
+        gradients, and a summary.
 
     Raises:
         FatError: If there are no images, a label is missing or out of range, there are fewer than
@@ -283,8 +292,10 @@ def finetune(
     loaders = whole("training", train), whole("validation", validation)
     result = with_classes(source, classes, seed=seed)
     module, best = FinetuneModule(result.network, spec, len(classes)), _Best(spec.patience)
+    device = module_device(source.network)
     options = trainer_options_with_defaults(
         trainer_options,
+        device,
         max_epochs=spec.epochs,
         enable_checkpointing=False,  # Lightning's would be in the working directory
         enable_progress_bar=progress,
@@ -303,6 +314,7 @@ def finetune(
         with (
             keep_interrupt_handler(),
             ignore_warnings(*expected),
+            full_precision(trainer.strategy.root_device),
             torch.random.fork_rng(devices=devices),
         ):
             torch.manual_seed(seed)
@@ -311,7 +323,7 @@ def finetune(
         raise KeyboardInterrupt from stopped
     assert best.result is not None
     result.network.load_state_dict(best.state)
-    result.network.cpu().eval().requires_grad_(False)
+    result.network.to(device).eval().requires_grad_(False)  # Lightning leaves it on the CPU
     return result, best.result
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
 
@@ -28,8 +29,9 @@ from fat.training.trainer import (
     trainer_options_with_defaults,
 )
 from fat.utils import distributed
-from fat.utils.batches import AnyBatch, Images, counted, split
+from fat.utils.batches import AnyBatch, Images, counted, to_device
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 from fat.utils.random import random_states, set_random_states
 
 __all__ = ["FitResult", "fit"]
@@ -38,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 EVERY = 10
 """Without validation images, every tenth batch is set aside to select the best student."""
+
+LOG_EVERY = 20
+"""Steps between logged values on other devices than the CPU, where reading them waits."""
 
 EXPECTED = (
     # The student has no layers that depend on the mode.
@@ -95,7 +100,8 @@ def fit(
 ) -> FitResult:
     """Train a student to reproduce the logits of its float teacher, in place.
 
-    The student with the smallest validation loss is kept.
+    The student with the smallest validation loss is kept. Training runs on the student's device,
+    to which batches are moved.
 
     Args:
         student: Calibrated student.
@@ -109,7 +115,8 @@ def fit(
         progress: Show a progress bar.
         seed: Seed of the global random states, which user-defined data may draw from.
         trainer_options: Additional arguments of :class:`pytorch_lightning.Trainer`, such as
-            ``logger``.
+            ``logger``. If they name another device, training runs there, and the student returns to
+            its own afterwards.
         checkpoints: Folder for the training state, to resume after a crash, and for the best
             student so far (``step=….ckpt``). ``None`` saves nothing.
         checkpoint_every: Seconds between checkpoints; each validation saves one, too.
@@ -146,11 +153,13 @@ def fit(
     if not resume:
         with distributed.main_process_first():
             state.clear()
+    device = student.device
     options = trainer_options_with_defaults(
         trainer_options,
+        device,
         max_epochs=spec.epochs,
         enable_checkpointing=state.folder is not None,
-        log_every_n_steps=1,
+        log_every_n_steps=1 if device.type == "cpu" else LOG_EVERY,
         val_check_interval=1.0 / spec.validations if spec.validations > 1 else None,
         gradient_clip_val=spec.gradient_clip,
         enable_progress_bar=progress,
@@ -160,21 +169,25 @@ def fit(
         watchers.append(ProgressBar())
     if state.folder is not None:  # last, to save the state that the other callbacks left
         watchers.append(_best_checkpoint(state.folder))
-        watchers.append(PeriodicCheckpoint(state.folder / LAST, checkpoint_every))
+        watchers.append(PeriodicCheckpoint(state.folder / LAST, checkpoint_every, guard.check))
     pl.seed_everything(seed, verbose=False)
     module = DistillModule(student, spec)
     trainer = pl.Trainer(callbacks=watchers, **options)
-    attempts = _Attempts(student, validation, module, trainer, best)
+    root = trainer.strategy.root_device
+    if root != device:
+        logger.info("Training on %s (trainer_options); the student returns to %s.", root, device)
+    attempts = _Attempts(student, validation, module, trainer, best, device)
     interrupted = False
     student.eval()
     try:
-        with keep_interrupt_handler(), ignore_warnings(*EXPECTED):
+        # Mixed precision is switched on inside.
+        with keep_interrupt_handler(), ignore_warnings(*EXPECTED), full_precision(root):
             start = state.load(START)
             if start is None:
                 bar = bool(options["enable_progress_bar"])
                 _improve_start(attempts, state, train, spec, seed=seed, progress=bar)
             else:
-                module.select(split(next(iter(validation)))[0])
+                module.select(to_device(next(iter(validation)), device)[0])
                 _load_start(attempts, state, start)
             if spec.epochs:
                 last = state.path(LAST)
@@ -191,6 +204,7 @@ def fit(
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
+        module.to(device)  # Lightning leaves it on the CPU
         best.restore(module)
         student.eval()
     if best.calibrated_loss is None:  # interrupted before the first validation
@@ -230,6 +244,14 @@ def _best_checkpoint(folder: Path) -> ModelCheckpoint:
 class _Attempts:
     """Changes to the student that are kept only if they lower the validation loss.
 
+    Args:
+        student: The student, on its device.
+        validation: Batches to validate on.
+        module: The student's module.
+        trainer: Trainer that validates.
+        best: The best student so far.
+        device: Device of the student.
+
     Attributes:
         results: ``kept``, ``undone`` or ``off`` for each change.
     """
@@ -239,12 +261,16 @@ class _Attempts:
     module: DistillModule
     trainer: pl.Trainer
     best: BestStudent
+    device: torch.device
 
     def __post_init__(self) -> None:
         self.results = {"reconstruction": "off", "correction": "off"}
 
     def validate(self) -> None:
-        self.trainer.validate(self.module, self.validation, verbose=False)
+        try:
+            self.trainer.validate(self.module, self.validation, verbose=False)
+        finally:
+            self.module.to(self.device)  # Lightning leaves it on the CPU
 
     def __call__(
         self, key: str, title: str, change: Callable[[], object], *, together: bool = False

@@ -19,6 +19,7 @@ from fat.utils.errors import FatError
 __all__ = [
     "LOSSES",
     "authors_code",
+    "check_labels",
     "cosine",
     "kl",
     "label_loss",
@@ -188,14 +189,28 @@ def label_loss(student: Tensor, labels: Tensor) -> Tensor:
         0-dim tensor, in nats; 0, with a gradient of 0, if no label is known.
 
     Raises:
-        FatError: If a label is not a class of the network.
+        FatError: If a label on the CPU is not a class of the network. On other devices, where
+            reading the labels would wait for the device, such labels count as unknown; call
+            :func:`check_labels` on their maximum from time to time.
     """
-    largest, classes = int(labels.max()), student.shape[1]
-    if largest >= classes:
-        raise FatError(
-            f"A label is {largest}, but the network has the classes 0 to {classes - 1}. Check the "
-            "labels of the training images, or type optim.label_weight=0 to use none."
-        )
-    known = labels >= 0
+    classes = student.shape[1]
+    if labels.device.type == "cpu":
+        check_labels(labels.max(), classes)
+    known = (labels >= 0) & (labels < classes)
     total = F.cross_entropy(student, labels.where(known, -1), ignore_index=-1, reduction="sum")
     return total / known.sum().clamp_min(1)
+
+
+def check_labels(largest: Tensor, classes: int) -> None:
+    """Raise a FatError if a label is not a class of the network.
+
+    Args:
+        largest: The largest label, 0-dim; it is read.
+        classes: Number of classes.
+    """
+    label = int(largest)
+    if label >= classes:
+        raise FatError(
+            f"A label is {label}, but the network has the classes 0 to {classes - 1}. Check the "
+            "labels of the training images, or type optim.label_weight=0 to use none."
+        )

@@ -12,12 +12,12 @@ from fat.evaluation.metrics import Comparison
 from fat.models.student import Student
 from fat.training.block_outputs import BlockOutputs
 from fat.training.config import TrainSpec
-from fat.training.losses import label_loss, make_loss, relative_error
+from fat.training.losses import check_labels, label_loss, make_loss, relative_error
 from fat.training.parameter_groups import parameter_groups
 from fat.training.schedule import learning_rate, starts_cycle
 from fat.training.trainer import RestoresRandomStates
 from fat.utils import distributed
-from fat.utils.batches import AnyBatch, split
+from fat.utils.batches import AnyBatch, to_device
 from fat.utils.distributed import all_sum, gather_batches
 from fat.utils.errors import FatError
 from fat.utils.random import random_states
@@ -56,14 +56,16 @@ class DistillModule(RestoresRandomStates):
         self.comparison = Comparison()
         self._validation_loss: list[tuple[int, Tensor]] = []
         self._blocks = BlockOutputs(student) if spec.feature_weight else None
-        self._labeled = 0
+        # Of the labels in this training; tensors on the device, which would have to wait for them.
+        self._labeled: Tensor | int = 0
+        self._largest: Tensor | None = None
 
     # A process may have no batch of the validation images.
     allow_zero_length_dataloader_with_multiple_devices = True
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
         """Compute the loss of one batch."""
-        images, labels = split(batch)
+        images, labels = to_device(batch, self.device)
         terms: dict[str, Tensor] = {}
         if self._blocks is None:
             teacher, student = self.student.float_logits(images), self.student(images)
@@ -79,27 +81,37 @@ class DistillModule(RestoresRandomStates):
             terms["features"] = all_sum(part)
         if self.spec.label_weight:
             terms["labels"] = label_loss(student, labels)
-            self._labeled += int((labels >= 0).sum())
+            self._labeled = self._labeled + (labels >= 0).sum()
+            largest = labels.max()
+            self._largest = largest if self._largest is None else largest.maximum(self._largest)
+            self._classes = student.shape[1]
             total = total + self.spec.label_weight * terms["labels"]
         total = total * distributed.size()
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        # Not prog_bar=True, for which Lightning would read every step's value.
+        self.log("train/loss", loss.detach(), batch_size=len(images))
         for name, term in terms.items():
             self.log(f"train/{name}", term.detach(), batch_size=len(images))
         return total
 
     def on_train_epoch_end(self) -> None:
         """Raise a FatError if labels are required and none came."""
-        if self.spec.label_weight and not self._labeled:
+        self._check_labels()
+        if self.spec.label_weight and not int(self._labeled):
             raise FatError(NO_LABELS)
+
+    def _check_labels(self) -> None:
+        if self._largest is not None:
+            check_labels(self._largest, self._classes)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics."""
+        self._check_labels()
         self._validation_loss.clear()
         self.comparison.reset()
 
     def validation_step(self, batch: AnyBatch, batch_index: int) -> None:
         """Compare student and teacher on one batch."""
-        images, labels = split(batch)
+        images, labels = to_device(batch, self.device)
         self.select(images)  # first called before biases are corrected
         teacher, student = self.student.float_logits(images), self.student(images)
         self._validation_loss.append((len(images), self.loss(teacher, student)))
@@ -107,9 +119,11 @@ class DistillModule(RestoresRandomStates):
 
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss`` and the metrics of the comparison."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        sum_of_losses = torch.zeros((), dtype=torch.float64, device=self.device)
         for count, loss in self._validation_loss:
-            sums += torch.stack([count * loss.double(), sums.new_tensor(count)])
+            sum_of_losses += count * loss.double()
+        count = sum(count for count, _ in self._validation_loss)
+        sums = torch.stack([sum_of_losses, torch.full_like(sum_of_losses, count)])
         total, images = all_sum(sums).unbind()
         self.log("val/loss", (total / images).float(), prog_bar=True)
         metrics = self.comparison.compute()
@@ -125,7 +139,13 @@ class DistillModule(RestoresRandomStates):
                 "Nothing to train: thresholds, weights and biases are all frozen. "
                 "Type optim.epochs=0, or quant.thresholds=fat."
             )
-        return Adam(groups, lr=self.spec.lr)
+        return Adam(groups, lr=self.spec.lr, fused=self._fused())
+
+    def _fused(self) -> bool | None:
+        """Return Adam's ``fused``: one kernel on CUDA."""
+        # Lightning rejects clipping with it, which expects the gradients unscaled before the step.
+        on_cuda = self.student.device.type == "cuda"
+        return True if on_cuda and not self.trainer.gradient_clip_val else None
 
     def optimizer_step(
         self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None
@@ -140,7 +160,8 @@ class DistillModule(RestoresRandomStates):
             optimizer.optimizer.state.clear()
         optimizer.step(closure=optimizer_closure)
         self.student.project()
-        self.log("train/lr", rate)
+        # A tensor on the CPU: Lightning would copy a number to the device, which waits for it.
+        self.log("train/lr", torch.tensor(rate))
 
     def select(self, images: Tensor) -> None:
         """Select the blocks of the feature loss on images [N, 3, H, W], if it is used; only once.
@@ -155,7 +176,7 @@ class DistillModule(RestoresRandomStates):
         checkpoint["fat"] = {
             "spec": self.student.spec.to_dict(),
             "origin": self.student.origin,
-            "labelled": self._labeled,
+            "labelled": int(self._labeled),
             "random": random_states(),
         }
 
@@ -164,3 +185,7 @@ class DistillModule(RestoresRandomStates):
         saved = checkpoint["fat"]
         self._labeled = saved.get("labelled", 0)
         self._random = saved.get("random")
+        # The option of this device; that of the device of the checkpoint would replace it.
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = self._fused()

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 
 from fat.utils.random import set_random_states
 
@@ -22,22 +23,26 @@ __all__ = [
 
 
 def trainer_options_with_defaults(
-    trainer_options: dict[str, Any] | None, **options: Any
+    trainer_options: dict[str, Any] | None, device: torch.device, **options: Any
 ) -> dict[str, Any]:
     """Merge arguments of :class:`pytorch_lightning.Trainer`: FAT's defaults, then the user's.
 
     Args:
         trainer_options: Arguments from the user, which take precedence.
+        device: Device to train on, unless the user's arguments name another.
         **options: Arguments of this training.
     """
+    given = trainer_options or {}
+    where: dict[str, Any] = {"accelerator": device.type, "devices": 1}
+    if device.type == "cuda" and given.get("accelerator", "cuda") in ("cuda", "gpu"):
+        where["devices"] = [device.index or 0]
     return {
-        "accelerator": "cpu",
-        "devices": 1,
+        **where,
         "logger": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         **options,
-        **(trainer_options or {}),
+        **given,
     }
 
 

@@ -165,7 +165,8 @@ def test_the_progress_bar_shows_the_remaining_time(
         training=True,
         estimated_stepping_batches=100.0,
         loggers=[],
-        progress_bar_metrics={"train/loss": 0.5},
+        progress_bar_metrics={"val/loss": 0.25},
+        callback_metrics={"train/loss": torch.tensor(0.5)},
     )
     progress, module = ProgressBar(), DistillModule(student, TrainSpec())
     assert "left" not in progress.get_metrics(trainer, module)
