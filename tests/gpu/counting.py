@@ -6,10 +6,10 @@ One operation that reaches a device is one kernel, except that
 * a ``foreach`` or fused optimizer operation over a list of tensors is as many as CUDA needs for it;
 * a custom operator (``torch.ops.fat.*``) is one, since on CUDA it is one Triton kernel.
 
-The traffic of a kernel is the memory of every tensor that it reads, plus that of every tensor that it
-writes, each counted once: a tensor given twice is read once, a tensor changed in place is read and
-written, and dimensions of stride 0 take no memory. Caches, and the extra passes of algorithms inside
-cuDNN, are not modeled. The rule is the same for the networks that are compared.
+The traffic of a kernel is the memory of every tensor that it reads, plus that of every tensor that
+it writes, each counted once: a tensor given twice is read once, a tensor changed in place is read
+and written, and dimensions of stride 0 take no memory. Caches, and the extra passes of algorithms
+inside cuDNN, are not modeled. The rule is the same for all networks that are compared.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_", "random_", "bern
 """Operations in place that do not read what they change."""
 
 TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
-"""Tensors that one launch of a foreach kernel takes, by the number of its lists (MultiTensorApply)."""
+"""Tensors that one launch of a foreach kernel takes, by the number of its lists.
+
+Source: depth_to_max_tensors in ATen/native/cuda/MultiTensorApply.cuh.
+"""
 BLOCKS_PER_LAUNCH = 320
 CHUNK = 65_536
 """Elements that one block of a foreach kernel handles."""
@@ -168,8 +171,9 @@ class Counts:
 
     def table(self, most: int = 12) -> str:
         """Return the most frequent kernels, and all that waited, as text."""
-        lines = [f"{self.launched} kernels, {self.bytes / 1e6:.1f} MB, {self.host_reads} host reads"]
-        lines += [f"  {n:5d} {name:32s} {line}" for (name, line), n in self.kernels.most_common(most)]
+        total = f"{self.launched} kernels, {self.bytes / 1e6:.1f} MB, {self.host_reads} host reads"
+        often = self.kernels.most_common(most)
+        lines = [total, *(f"  {n:5d} {name:32s} {line}" for (name, line), n in often)]
         lines += [f"  {n:5d} host read: {kind} at {line}" for (kind, line), n in self.reads.items()]
         lines += [f"  {n:5d} waiting copy at {line}" for line, n in self.waiting_copies.items()]
         return "\n".join(lines)

@@ -1,7 +1,7 @@
 """A pretended GPU: tensors that say they are on ``cuda:0``, with values that a CPU computes.
 
-Within ``with PretendedGpu() as gpu:`` programs find one CUDA device. Tensors on it follow the rules of
-a real one where these can stop a program or change its result:
+Within ``with PretendedGpu() as gpu:`` programs find one CUDA device. Tensors on it follow the rules
+of a real one where these can stop a program or change its result:
 
 * tensors of different devices do not mix, except that operations by element take 0-dim CPU tensors;
 * their memory cannot be read on the host, other than by copies and ``item()``;
@@ -10,14 +10,14 @@ a real one where these can stop a program or change its result:
 * a copy to pinned memory that does not wait arrives when the host waits for an event after it.
 
 With ``reciprocal=True`` a division by a number multiplies by its reciprocal, and with ``tf32=True``
-float32 convolutions and products round their inputs to ten fraction bits where the settings allow it;
-otherwise results are bit for bit those of the CPU.
+float32 convolutions and products round their inputs to ten fraction bits where the settings allow
+it; otherwise results are bit for bit those of the CPU.
 
 Kernels, their traffic and what makes the host wait are counted, see :mod:`tests.gpu.counting`.
 
 What differs: C++ code sees tensors of a CPU, so that backward passes run without CUDA's streams;
-``torch.load`` leaves tensors on the CPU; there is no second device, no compiler and no profiler. All
-patches are undone at the end of the ``with`` block.
+``torch.load`` leaves tensors on the CPU; there is no second device, no compiler and no profiler.
+All patches are undone at the end of the ``with`` block.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class PretendedTensor(Tensor):
     inner: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> PretendedTensor:  # noqa: PYI034
+    def __new__(cls, inner: Tensor) -> PretendedTensor:
         # C++ code is told "cpu": autograd would ask a CUDA device for its stream.
         made = Tensor._make_wrapper_subclass(
             cls,
@@ -211,7 +211,7 @@ class PretendedTensor(Tensor):
         return False
 
     def pin_memory(self, device: Any = None) -> Tensor:
-        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
+        raise RuntimeError("cannot pin 'torch.cuda.FloatTensor': only CPU tensors can be pinned")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"{self.inner!r} on {CUDA}"
@@ -238,11 +238,13 @@ class PretendedTensor(Tensor):
 def on_cpu(value: Any) -> Any:
     """Return a copy of nested values with all tensors on the CPU, for comparisons in tests."""
     return tree_map(
-        lambda x: x.inner.clone()
-        if isinstance(x, PretendedTensor)
-        else x.detach().clone()
-        if isinstance(x, Tensor)
-        else x,
+        lambda x: (
+            x.inner.clone()
+            if isinstance(x, PretendedTensor)
+            else x.detach().clone()
+            if isinstance(x, Tensor)
+            else x
+        ),
         value,
     )
 
@@ -288,7 +290,7 @@ _GENERATOR = torch.Generator
 class _Generator(_GENERATOR, metaclass=_GeneratorType):  # type: ignore[misc, valid-type]
     """Random number generator that remembers which device it was made for."""
 
-    def __new__(cls, device: Any = "cpu") -> _Generator:  # noqa: PYI034
+    def __new__(cls, device: Any = "cpu") -> _Generator:
         made: _Generator = super().__new__(cls, "cpu")
         made.__dict__["on"] = CUDA if _is_cuda(device) else torch.device(device)
         return made
@@ -394,8 +396,8 @@ class PretendedGpu:
         ...     x = torch.ones(4, 4, device="cuda")
         ...     with gpu.counting() as counts:
         ...         y = float((x + 1).sum())
-        >>> y, counts.launched, counts.host_reads
-        (32.0, 2, 1)
+        >>> y, counts.launched, counts.host_reads  # an addition, a sum, and the item
+        (32.0, 3, 1)
     """
 
     def __init__(self, *, reciprocal: bool = False, tf32: bool = False) -> None:
@@ -517,7 +519,8 @@ class PretendedGpu:
             (torch, "Generator", _Generator),
             (torch._C, "Generator", _Generator),
             (torch._C._nn, "_parse_to", self._parse_to),
-            (Tensor, "pin_memory", self._pin),
+            (torch.utils, "swap_tensors", _swap),
+            (Tensor, "pin_memory", lambda x, device=None: self._pin(x)),
             (Tensor, "is_pinned", lambda x, device=None: self.is_pinned(x)),
             (torch.autograd, "_engine_run_backward", self._backward),
             (
@@ -540,7 +543,8 @@ class PretendedGpu:
         self.generator.manual_seed((int(value) + 0x5EED) % (1 << 63))
 
     def _parse_to(self, *args: Any, **kwargs: Any) -> Any:
-        args = tuple(x for a in args for x in ((a.device, a.dtype) if isinstance(a, Tensor) else (a,)))
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
         found = self._parse(*args, **kwargs)
         return (CUDA if _is_cuda(found[0]) else found[0], *found[1:])
 
@@ -568,7 +572,7 @@ class PretendedGpu:
             if waits:
                 counts.waiting_copies[line] += 1
 
-    def _pin(self, x: Tensor, device: Any = None) -> Tensor:
+    def _pin(self, x: Tensor) -> Tensor:
         if self.is_pinned(x):
             return x
         pinned = x.detach().clone(memory_format=torch.preserve_format)
@@ -630,8 +634,7 @@ class PretendedGpu:
             made = torch.tensor(*args[1:], **{"dtype": first.dtype, **kwargs, "device": None})
             return made if wanted is not None and not _is_cuda(wanted) else self.upload(made)
         if isinstance(first, PretendedTensor) and wanted is not None and not _is_cuda(wanted):
-            first = first.inner  # x.new_zeros(…, device="cpu") and torch.zeros_like(x, device="cpu")
-            args = (first, *args[1:])
+            args = (first.inner, *args[1:])  # torch.zeros_like(x, device="cpu")
         self._check_generator(args, kwargs)
         if torch.is_autocast_enabled("cuda") and (func in LOWER or func in FLOAT32):
             dtype = torch.get_autocast_dtype("cuda") if func in LOWER else torch.float32
@@ -721,7 +724,10 @@ class PretendedGpu:
         if name == "repeat_interleave" and kwargs.get("output_size") is None:
             self.note_read(name)
         inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
-        result = self._compute(func, name, inner_args, inner_kwargs)
+        if self.reciprocal and name in ("div", "div_") and _is_number(args[1]):
+            result = self._divide(func, inner_args, inner_kwargs)
+        else:
+            result = self._compute(func, name, inner_args, inner_kwargs)
         self._count(func, name, inner_args, inner_kwargs, result)
         if name in ("_local_scalar_dense", "equal", "is_nonzero"):
             return result
@@ -780,8 +786,6 @@ class PretendedGpu:
         return target.copy_(value)
 
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        if self.reciprocal and name in ("div", "div_") and _is_number(args[1]):
-            return self._divide(func, args, kwargs)
         if self.tf32:
             args = self._round_inputs(name, args)
         if name == "_fused_adam_":
@@ -833,8 +837,19 @@ class PretendedGpu:
             counts.written[key[0]] += written
 
 
+def _swap(first: Tensor, second: Tensor) -> None:
+    """Swap two tensors as module.to() wants it, even if a graph holds on to the first.
+
+    ``torch.utils.swap_tensors`` refuses that, whereas a real device replaces ``parameter.data``.
+    """
+    first.__class__, second.__class__ = second.__class__, first.__class__
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
+    torch._C._swap_tensor_impl(first, second)
+
+
 def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) or (isinstance(x, Tensor) and x.dim() == 0)
+    """Return whether CUDA knows the value of an argument on the host."""
+    return isinstance(x, int | float) or (not isinstance(x, PretendedTensor) and x.dim() == 0)
 
 
 def _tf32(x: Tensor) -> Tensor:
@@ -881,4 +896,3 @@ def _adam(
         eps=eps,
         maximize=maximize,
     )
-
