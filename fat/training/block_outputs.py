@@ -11,6 +11,7 @@ from fat.evaluation.layer_analysis import disabled
 from fat.graph.partition import block_outputs, counterpart, with_outputs
 from fat.models.student import Student
 from fat.training.losses import relative_error
+from fat.utils import distributed
 from fat.utils.errors import FatError
 from fat.utils.precision import full_precision
 
@@ -69,10 +70,11 @@ class BlockOutputs:
     def select(self, images: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Exclude the blocks that equalization rescaled, on the first call.
 
-        It should be called before training, which changes the student's float function, too.
+        It should be called before training, which changes the student's float function, too. Of
+        several processes, which all have to call it, the main process decides.
 
         Args:
-            images: [N, 3, H, W].
+            images: [N, 3, H, W]; N may be 0 except in the main process.
 
         Returns:
             Teacher and student with the outputs of the other blocks.
@@ -83,7 +85,9 @@ class BlockOutputs:
         if not self._selected:
             # Without equalization nothing is rescaled, even after training.
             if self._student.spec.equalize.methods:
-                self._exclude(self._rescaled(images))
+                rescaled = self._rescaled(images) if distributed.rank() == 0 else []
+                names = set(distributed.broadcast_object([node.name for node in rescaled]))
+                self._exclude([node for node in self._theirs if node.name in names])
             self._selected = True
         # Their constants stay where the student was when they were built.
         if images.device not in self._networks:

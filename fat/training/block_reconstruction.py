@@ -237,7 +237,10 @@ class _Draws:
         chosen = torch.randint(total, (self.batch_size,), generator=self._indices)
         rows = self.images.rows[chosen]
         places = torch.nonzero(rows >= 0).flatten()  # on the CPU, where it waits for nothing
-        mine = torch.stack([rows[places], places]).to(self.device, non_blocking=True)
+        mine = torch.stack([rows[places], places])
+        if self.device.type == "cuda":
+            mine = mine.pin_memory()  # else the copy would wait for the device
+        mine = mine.to(self.device, non_blocking=True)
         return mine[0], mine[1]
 
     def mask(self, x: Tensor, places: Tensor, fraction: float) -> Tensor:

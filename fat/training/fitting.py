@@ -354,7 +354,7 @@ def _load_start(attempts: _Attempts, state: TrainingState, start: dict[str, Any]
 
 def _split(images: Images, validation: Images | None) -> tuple[ResumableLoader, ResumableLoader]:
     if validation is not None:
-        return whole("training", images), whole("validation", validation)
+        return whole("training", images), whole("validation", validation, elsewhere=True)
     batches, count = counted("training", images)
     if count > 1 and isinstance(getattr(images, "sampler", None), RandomSampler):
         logger.warning(

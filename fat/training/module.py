@@ -113,6 +113,8 @@ class DistillModule(RestoresRandomStates):
         """Compare student and teacher on one batch."""
         images, labels = to_device(batch, self.device)
         self.select(images)  # first called before biases are corrected
+        if not len(images):  # only other processes have validation images
+            return
         teacher, student = self.student.float_logits(images), self.student(images)
         self._validation_loss.append((len(images), self.loss(teacher, student)))
         self.comparison.update(student, teacher, labels)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+
 from fat.utils.batches import AnyBatch, Images, counted
 from fat.utils.random import random_states, set_random_states
 
@@ -77,15 +79,20 @@ class ResumableLoader:
         self._skip = 0 if given >= self._length else drawn
 
 
-def whole(name: str, images: Images) -> ResumableLoader:
+def whole(name: str, images: Images, *, elsewhere: bool = False) -> ResumableLoader:
     """Return a loader of all batches; Lightning would take a list for a list of loaders.
 
     Args:
         name: Name of the images in error messages.
         images: Batches.
+        elsewhere: If this process has no batches but another has, return a loader of one batch of
+            no images [0, 3, 1, 1]. Without any batch, Lightning would skip the hooks in which the
+            processes add up their results.
 
     Raises:
         FatError: If there are none, or they can be iterated only once.
     """
-    batches, count = counted(name, images)
+    batches, count = counted(name, images, elsewhere=elsewhere)
+    if not count:
+        batches, count = [torch.zeros(0, 3, 1, 1)], 1
     return ResumableLoader(batches, count, count + 1, chosen=False)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from fat.utils import distributed
 from fat.utils.errors import FatError
 
 __all__ = [
@@ -71,12 +72,15 @@ def as_batches(images: Images) -> Iterable[AnyBatch]:
     return [images] if isinstance(images, Tensor) else images
 
 
-def counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
+def counted(
+    what: str, images: Images, *, elsewhere: bool = False
+) -> tuple[Iterable[AnyBatch], int]:
     """Return the batches and their number; an iterable without a length is counted by one pass.
 
     Args:
         what: The purpose of the images, for messages.
         images: Batches that can be iterated more than once.
+        elsewhere: Accept that this process has no batches if another process has some.
 
     Raises:
         FatError: If the images come from an iterator, or there are none.
@@ -95,7 +99,8 @@ def counted(what: str, images: Images) -> tuple[Iterable[AnyBatch], int]:
         count = len(batches)  # type: ignore[arg-type]
     except TypeError:
         count = sum(1 for _ in batches)
-    if not count:
+    most = int(distributed.all_max(torch.tensor(count))) if elsewhere else count
+    if not most:
         raise FatError(f"There are no {what} images; give at least one batch [N, 3, H, W].")
     return batches, count
 

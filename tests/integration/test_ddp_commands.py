@@ -102,6 +102,25 @@ def test_files_are_written_once_and_by_the_first(one: Path, two: Path) -> None:
     assert len(rows) == len((one / "history.csv").read_text().splitlines())
 
 
+def test_blocks_are_reconstructed_together_and_one_process_has_no_validation_batch(
+    tmp_path: Path,
+) -> None:
+    recipe = [
+        "data.validation_images=8",
+        "optim.feature_weight=0.1",
+        "optim.epochs=1",
+        "optim.reconstruction.steps=4",
+        "optim.reconstruction.batch_size=6",
+        "optim.reconstruction.images=20",
+        "quant.weights=adaround",
+    ]
+    for name, options in {"one": RUN, "two": DDP}.items():
+        result = command("train.py", *options, *recipe, f"hydra.run.dir={tmp_path / name}")
+        assert result.returncode == 0, result.stderr
+    assert metrics(tmp_path / "one")["training"]["reconstruction"] == "kept"  # type: ignore[index]
+    assert_same(tmp_path / "one", tmp_path / "two")
+
+
 def test_torchrun_starts_them_too(one: Path, tmp_path: Path) -> None:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     result = subprocess.run(
