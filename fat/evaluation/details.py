@@ -25,7 +25,7 @@ from fat.quant.metrics import sqnr_db
 from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer
 from fat.quant.thresholds import Thresholds
-from fat.utils.batches import AnyBatch, split
+from fat.utils.batches import AnyBatch, to_device
 from fat.utils.errors import FatError
 from fat.utils.io import write_csv, write_text
 
@@ -213,7 +213,7 @@ def layer_rows(
         FatError: If the student is not calibrated, or the batch is empty or holds no images.
     """
     student.check_calibrated()
-    images = split(batch)[0].to(student.device)
+    images = to_device(batch, student.device)[0]
     if not len(images):
         raise FatError("The batch holds no image. Give a few, such as 16 validation images.")
     collected = _Collector(worst)
@@ -314,7 +314,7 @@ def _powers(exact: Tensor, quantized: Tensor) -> tuple[float, float]:
 
 def _beyond(exact: Tensor, low: Tensor, high: Tensor, step: Tensor) -> int:
     """Count the values more than half a step beyond the ends of the grid."""
-    bottom, top = low - step / 2, high + step / 2
+    bottom, top = low - 0.5 * step, high + 0.5 * step
     if step.dim():
         shape = (-1, *[1] * (exact.dim() - 1))
         return int(((exact < bottom.reshape(shape)) | (exact > top.reshape(shape))).sum())

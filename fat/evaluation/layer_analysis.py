@@ -14,7 +14,8 @@ from fat.quant.metrics import sqnr_db
 from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer
 from fat.utils import distributed
-from fat.utils.batches import Images, as_batches, split
+from fat.utils.batches import Images, as_batches, to_device
+from fat.utils.precision import full_precision
 
 __all__ = ["LayerError", "disabled", "float_shift_db", "layer_errors", "switched"]
 
@@ -56,15 +57,16 @@ def disabled(student: Student) -> AbstractContextManager[None]:
 @torch.no_grad()
 def float_shift_db(student: Student, images: Images) -> float:
     """Return the SQNR of the student's float logits, as equalized, against the teacher's, dB."""
-    signal = noise = 0.0
-    with disabled(student):
+    device = student.device
+    signal, noise = torch.zeros(2, dtype=torch.float64, device=device).unbind()
+    with disabled(student), full_precision(device):
         for batch in as_batches(images):
-            pixels = split(batch)[0]
+            pixels = to_device(batch, device)[0]
             teacher = student.float_logits(pixels).double()
             moved = student.network(pixels.contiguous(memory_format=torch.channels_last))
-            signal += float(teacher.square().sum())
-            noise += float((teacher - moved.double()).square().sum())
-    sums = distributed.all_sum(torch.tensor([signal, noise], dtype=torch.float64))
+            signal = signal + teacher.square().sum()
+            noise = noise + (teacher - moved.double()).square().sum()
+    sums = distributed.all_sum(torch.stack([signal, noise]).cpu())
     return sqnr_db(*sums.tolist())
 
 
@@ -79,12 +81,15 @@ def layer_errors(student: Student, images: Images) -> list[LayerError]:
         student: Calibrated student.
         images: One or a few batches.
     """
-    sums: dict[tuple[str, str], list[float]] = {}
+    device = student.device
+    sums: dict[tuple[str, str], Tensor] = {}  # signal and noise, on the device
 
     def add(layer: str, kind: str, exact: Tensor, quantized: Tensor) -> None:
-        entry = sums.setdefault((layer, kind), [0.0, 0.0])
-        entry[0] += float(exact.double().square().sum())
-        entry[1] += float((exact.double() - quantized.double()).square().sum())
+        signal = exact.double().square().sum()
+        noise = (exact.double() - quantized.double()).square().sum()
+        both = torch.stack([signal, noise])
+        key = (layer, kind)
+        sums[key] = sums[key] + both if key in sums else both
 
     # The hooks call forward directly, which does not trigger them again.
     def watch_layer(layer: QuantLayer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -102,12 +107,12 @@ def layer_errors(student: Student, images: Images) -> list[LayerError]:
     handles = [layer.register_forward_hook(watch_layer) for layer in student.layers()]
     handles += [q.register_forward_hook(watch_activation) for q in student.activation_quantizers()]
     try:
-        with disabled(student):
+        with disabled(student), full_precision(device):
             for batch in as_batches(images):
-                pixels = split(batch)[0]
+                pixels = to_device(batch, device)[0]
                 student.network(pixels.contiguous(memory_format=torch.channels_last))
     finally:
         for handle in handles:
             handle.remove()
-    errors = [LayerError(*key, sqnr_db(*entry)) for key, entry in sums.items()]
+    errors = [LayerError(*key, sqnr_db(*entry.tolist())) for key, entry in sums.items()]
     return sorted(errors, key=lambda error: error.sqnr_db)

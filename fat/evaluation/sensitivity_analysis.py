@@ -18,8 +18,9 @@ from fat.models.student import Student
 from fat.quant.config import BITS, Grid, QuantSpec
 from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
-from fat.utils.batches import Images, as_batches, split
+from fat.utils.batches import Images, as_batches, split, to_device
 from fat.utils.errors import FatError
+from fat.utils.precision import full_precision
 
 __all__ = ["TensorSensitivity", "sensitivity"]
 
@@ -103,8 +104,8 @@ def sensitivity(
     bar = tqdm(total=runs, desc=progress, disable=progress is None, leave=False, smoothing=0)
     try:
         for pixels in batches:
-            x = pixels.contiguous(memory_format=torch.channels_last)
-            with switched(student, on=False):
+            x = to_device(pixels, device)[0].contiguous(memory_format=torch.channels_last)
+            with switched(student, on=False), full_precision(device):
                 reference = student.network(x)
                 for node in partial.walk(x, sites):
                     with _toggled(sites[node]):
@@ -112,7 +113,7 @@ def sensitivity(
                     for bits, quantizer in widths[node].items():
                         with _replaced(sites[node], quantizer):
                             compare((node, bits), reference)
-            with switched(student, on=True):
+            with switched(student, on=True), full_precision(device):
                 for node in partial.walk(x, sites):
                     with _toggled(sites[node]):
                         compare((node, "without"), reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fat.evaluation.metrics import Comparison
 from fat.export.base import Kernels, Runtime, Tolerance
 from fat.export.lowering import StoredGrid
 from fat.graph.patterns import module_of, source
-from fat.models.integer_inference import IntegerInterpreter, IntegerTensor, requantize
+from fat.models.integer_inference import IntegerInterpreter, IntegerTensor
 from fat.models.student import Student
 from fat.quant.metrics import logits_sqnr_db
 from fat.quant.quantized_layers import QuantLayer
@@ -126,7 +126,7 @@ class _LayerComparison(IntegerInterpreter):
         self.differences: list[LayerDifference] = []
 
     def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> IntegerTensor:
-        ours = requantize(x, quantizer)
+        ours = super().quantize(node, quantizer, x)
         grid, stored = self.integers[str(node.target)]
         theirs = stored.to(torch.float32) - grid.zero_point
         if theirs.shape != ours.values.shape:
@@ -145,7 +145,7 @@ class _LayerComparison(IntegerInterpreter):
         name = producer.layer if isinstance(producer, QuantLayer) else quantizer.layer
         fraction = float((off > 0).float().mean())
         self.differences.append(LayerDifference(name, fraction, int(off.max()), tied))
-        return IntegerTensor(theirs, ours.scale, ours.stored_zero)
+        return replace(ours, values=theirs)
 
 
 @torch.no_grad()

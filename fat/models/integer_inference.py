@@ -6,7 +6,7 @@ an early layer moves the logits by a third of the quantization noise. Inference 
 arithmetic of ONNX Runtime on x64:
 
 * convolution, linear: q_y = clip(round(a · M) + z_y), with the accumulator
-  a = Σ (q_x − z_x)·q_w + q_b exact and M = s_x·s_w / s_y in float32;
+  a = Σ (q_x − z_x)·q_w + q_b and M = s_x·s_w / s_y in float32;
 * addition: round(q_a·(s_a/s_y) + (q_b·(s_b/s_y) + c)), two fused multiply-adds in float32 with
   c = z_y − (s_a/s_y·z_a + s_b/s_y·z_b);
 * multiplication: round(a·b · (s_a·s_b/s_y) + z_y);
@@ -14,15 +14,23 @@ arithmetic of ONNX Runtime on x64:
 * operations that only move values (reshape, concatenation, …): on integers;
 * any other operation: on real values, then round(x / s_y) + z_y.
 
-Rounding is half to even. Accumulators are exact while their partial sums are below 2^24. Integers
-are stored as float32 minus their zero point, the operand of convolutions.
+Rounding is half to even. Integers are stored as floating-point numbers minus their zero point, the
+operand of convolutions.
+
+Accumulators are exact on every device. No partial sum, in any order, exceeds the bound
+max over filters Σ|q_w| · max|q_x − z_x|, and float32 represents all integers up to 2^24. Below
+that bound convolutions on the CPU, and matrix products (linear layers and 1×1 convolutions) on
+other devices, are computed in float32 without TF32. Everything else is computed in float64 and
+rounded to the nearest integer, since GPU libraries may use algorithms with intermediate results
+that are not integers (Winograd, FFT), whose errors float64 keeps far below 1/2. The int32 bias is
+added exactly, and the sum is rounded to float32 once, as in runtimes with int32 accumulators.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,18 +39,75 @@ from torch.nn import functional as F
 
 from fat.graph.patterns import is_value_preserving, module_of
 from fat.graph.tracing.capture import layer_name
-from fat.quant.quantized_layers import QuantLayer
+from fat.quant.kernels import requantize as operators
+from fat.quant.layers import ChannelClip
+from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
 from fat.quant.quantizers import ActivationQuantizer
 
 __all__ = [
+    "IntegerGrid",
     "IntegerInterpreter",
+    "IntegerLayer",
     "IntegerTensor",
+    "accumulator_bounds",
     "float_operations",
     "is_fully_quantized",
     "is_global_average_pool",
+    "is_matrix_product",
     "requantize",
     "run_integers",
 ]
+
+EXACT = 2.0**24
+"""float32 represents all integers up to this one."""
+
+
+@dataclass(frozen=True)
+class IntegerGrid:
+    """Constants of an activation quantizer.
+
+    Attributes:
+        scale: Step size, float32 0-dim.
+        zero_point: Integer that represents 0.0, float32 0-dim.
+        offset: Difference between integers as runtimes store them in uint8 and the student's: 128
+            for signed grids.
+        floor: Smallest real value that the fused activation returns; −∞ without one.
+        ceiling: Largest real value that the fused activation returns.
+        ceilings: Largest real value of each channel, float32 [C], or ``None``.
+        qmin: Smallest integer of the grid.
+        qmax: Largest integer of the grid.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    offset: int
+    floor: float
+    ceiling: float
+    ceilings: Tensor | None
+    qmin: int
+    qmax: int
+
+    @classmethod
+    def of(cls, quantizer: ActivationQuantizer, scale: Tensor, zero_point: Tensor) -> IntegerGrid:
+        """Return the constants of a quantizer with the given thresholds."""
+        grid, activation = quantizer.grid, quantizer.activation
+        floor, ceiling, ceilings = -torch.inf, torch.inf, None
+        if isinstance(activation, ChannelClip):
+            floor, ceilings = 0.0, activation.bound
+        elif activation is not None:
+            floor, ceiling = activation(torch.tensor([floor, ceiling], device="cpu")).tolist()
+        offset = 128 if grid.kind == "symmetric" else 0
+        return cls(scale, zero_point, offset, floor, ceiling, ceilings, grid.qmin, grid.qmax)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Arguments of the operators of :mod:`fat.quant.kernels.requantize`."""
+        ends = (self.floor, self.ceiling, self.ceilings)
+        return (self.scale, self.zero_point, *ends, self.qmin, self.qmax)
+
+    def reach(self) -> Tensor:
+        """Return the largest possible |q − z|, float32 0-dim."""
+        return torch.maximum(self.qmax - self.zero_point, self.zero_point - self.qmin)
 
 
 @dataclass(frozen=True)
@@ -51,13 +116,16 @@ class IntegerTensor:
 
     Attributes:
         values: Integers minus the zero point, float32.
-        scale: Step size, 0-dim float32.
-        stored_zero: Zero point as runtimes store it in uint8, where signed grids are offset by 128.
+        grid: Grid of the integers.
     """
 
     values: Tensor
-    scale: Tensor
-    stored_zero: int
+    grid: IntegerGrid
+
+    @property
+    def scale(self) -> Tensor:
+        """Step size, float32 0-dim."""
+        return self.grid.scale
 
     def real(self) -> Tensor:
         """Return the real values that the integers represent."""
@@ -66,11 +134,22 @@ class IntegerTensor:
 
 @dataclass(frozen=True)
 class _Accumulated:
-    """The accumulators of a layer or a sum, values · scale / count, before requantization."""
+    """The accumulators of a layer or a sum, (values + bias) · scales / count, not requantized."""
 
     values: Tensor
-    scale: Tensor  # 0-dim, or per channel in a shape that broadcasts
+    bias: Tensor | None  # int32 [C]
+    scale: Tensor  # of the input
+    weight_scale: Tensor | None = None  # 0-dim or [C]
     count: int = 1
+    dim: int = 1  # of the channels
+
+    def real(self) -> Tensor:
+        sums = operators.accumulate(self.values, self.bias, self.dim)
+        scale = self.scale
+        if self.weight_scale is not None:
+            scale = scale * operators.along(self.weight_scale, sums, self.dim)
+        # On a GPU division by a Python number would be a product with its rounded reciprocal.
+        return sums * (scale / torch.full_like(scale, self.count))
 
 
 @dataclass(frozen=True)
@@ -78,6 +157,101 @@ class _Pair:
     kind: str
     first: IntegerTensor
     second: IntegerTensor
+
+
+@dataclass(frozen=True)
+class IntegerLayer:
+    """A layer in integers.
+
+    Attributes:
+        layer: The quantized layer.
+        weight: Integers of the shape of the layer's weight, in the floating-point type that
+            represents all accumulators.
+        scale: Steps of the weight, float32 [C] or 0-dim.
+        bias: int32 [C] or ``None``.
+    """
+
+    layer: QuantLayer
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def accumulate(self, x: Tensor) -> Tensor:
+        """Return the accumulators without bias.
+
+        Args:
+            x: Integers minus their zero point, float32.
+
+        Returns:
+            Exact float32, or float64 that is exact after rounding to the nearest integer.
+        """
+        x = x.to(self.weight.dtype)
+        if x.device.type == "cpu" or not is_matrix_product(self.layer):
+            return self.layer.compute(x, self.weight, None)
+        if isinstance(self.layer, QuantLinear):
+            return F.linear(x, self.weight)
+        # A convolution might use an algorithm that is not exact on integers.
+        assert isinstance(self.layer, QuantConv2d)
+        down, across = self.layer.stride
+        pixels = x[:, :, ::down, ::across].permute(0, 2, 3, 1)
+        return F.linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def is_matrix_product(layer: QuantLayer) -> bool:
+    """Return True for a linear layer and for a 1×1 convolution without groups and padding."""
+    if not isinstance(layer, QuantConv2d):
+        return isinstance(layer, QuantLinear)
+    unpadded = isinstance(layer.padding, str) or not any(layer.padding)
+    return layer.weight.shape[2:] == (1, 1) and layer.groups == 1 and unpadded
+
+
+def accumulator_bounds(
+    layers: Sequence[IntegerLayer], grids: Sequence[IntegerGrid], *, exact: bool
+) -> list[float]:
+    """Return bounds of the accumulators of layers without bias, and of all partial sums.
+
+    Args:
+        layers: Layers.
+        grids: Grid of each layer's input.
+        exact: Compute max over filters Σ|q_w| · max|q_x − z_x|, which waits for the layers' device
+            once; otherwise return the bound for any weight and zero point.
+    """
+    bounds = [
+        float(
+            layer.weight[0].numel()
+            * layer.layer.weight_quantizer.grid.qmax
+            * max(grid.qmax, -grid.qmin)
+        )
+        for layer, grid in zip(layers, grids, strict=True)
+    ]
+    large = [index for index, bound in enumerate(bounds) if bound >= EXACT]
+    if exact and large:
+        found = [
+            layers[index].weight.flatten(1).abs().sum(1, dtype=torch.float64).amax()
+            * grids[index].reach()
+            for index in large
+        ]
+        for index, bound in zip(large, torch.stack(found).tolist(), strict=True):
+            bounds[index] = bound
+    return bounds
+
+
+def _integer_layers(
+    layers: Sequence[QuantLayer], grids: Mapping[ActivationQuantizer, IntegerGrid], *, exact: bool
+) -> dict[QuantLayer, IntegerLayer]:
+    """Return the integers of layers, each in the type that represents its accumulators."""
+    inputs = [grids[layer.input_quantizer] for layer in layers]
+    found = [
+        IntegerLayer(layer, *layer.integer_parameters(grid.scale))
+        for layer, grid in zip(layers, inputs, strict=True)
+    ]
+    bounds = accumulator_bounds(found, inputs, exact=exact)
+    for index, (layer, bound) in enumerate(zip(layers, bounds, strict=True)):
+        weight = found[index].weight
+        any_order = weight.device.type == "cpu" or is_matrix_product(layer)
+        if not (any_order and bound < EXACT):  # also if the bound is NaN
+            found[index] = replace(found[index], weight=weight.double())
+    return dict(zip(layers, found, strict=True))
 
 
 def float_operations(network: fx.GraphModule) -> list[str]:
@@ -127,7 +301,34 @@ def run_integers(network: fx.GraphModule, images: Tensor) -> Tensor:
 
 
 class IntegerInterpreter(fx.Interpreter):
-    """Runs a student's graph with integer arithmetic."""
+    """Runs a student's graph with integer arithmetic.
+
+    The integers of weights, biases and grids are computed once, when the interpreter is made.
+
+    Args:
+        network: A student's graph, calibrated and with all quantizers enabled.
+        exact_bounds: Bound the accumulators by the weights as they are, which waits once for the
+            network's device, and computes more layers in float32. By default on the CPU, where
+            waiting costs nothing; the results are the same.
+
+    Attributes:
+        grids: Constants of the activation quantizers.
+        layers: Layers in integers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, network: fx.GraphModule, *, exact_bounds: bool | None = None) -> None:
+        super().__init__(network)
+        modules = [module_of(network, node) for node in network.graph.nodes]
+        quantizers = [module for module in modules if isinstance(module, ActivationQuantizer)]
+        layers = [module for module in modules if isinstance(module, QuantLayer)]
+        self.grids = {
+            quantizer: IntegerGrid.of(quantizer, *quantizer.thresholds())
+            for quantizer in quantizers
+        }
+        if exact_bounds is None:
+            exact_bounds = all(layer.weight.device.type == "cpu" for layer in layers)
+        self.layers = _integer_layers(layers, self.grids, exact=exact_bounds)
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute the value of one node."""
@@ -144,7 +345,7 @@ class IntegerInterpreter(fx.Interpreter):
             return first[n.args[1]]  # type: ignore[index]
         if isinstance(first, IntegerTensor):
             if isinstance(module, QuantLayer):
-                return _layer(module, first)
+                return _layer(self.layers[module], first)
             if is_value_preserving(self.module, n):  # type: ignore[arg-type]
                 return _moved(self._call(n, lambda value: _values(value)), first)
             if is_global_average_pool(n, module, first.values.shape):
@@ -156,59 +357,46 @@ class IntegerInterpreter(fx.Interpreter):
 
     def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> IntegerTensor:
         """Return the integers of one activation."""
-        return requantize(x, quantizer)
+        return requantize(x, self.grids[quantizer])
 
     def _call(self, node: fx.Node, unpack: Any) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: unpack(self.env[arg]))
         return getattr(self, node.op)(node.target, args, kwargs)
 
 
-def requantize(x: Any, quantizer: ActivationQuantizer) -> IntegerTensor:
+def requantize(x: Any, grid: IntegerGrid) -> IntegerTensor:
     """Quantize a real tensor, or the accumulators of a layer, a sum or a product."""
-    scale, zero_point = quantizer.thresholds()
-    zero = int(zero_point)
-    stored = zero + (128 if quantizer.grid.kind == "symmetric" else 0)
-    shift = 0
     if isinstance(x, _Accumulated):
-        divisor = scale * x.count if x.count != 1 else scale
-        values = torch.mul(x.values, x.scale / divisor)
+        values = operators.requantize(
+            x.values, x.bias, x.scale, x.weight_scale, x.count, x.dim, *grid.arguments
+        )
     elif isinstance(x, _Pair):
-        values = (_add if x.kind == "add" else _mul)(x.first, x.second, scale, stored)
-        shift = stored
+        a, b = x.first, x.second
+        if x.kind == "add":
+            values = operators.requantize_sum(
+                a.values,
+                a.scale,
+                a.grid.zero_point,
+                a.grid.offset,
+                b.values,
+                b.scale,
+                b.grid.zero_point,
+                b.grid.offset,
+                grid.offset,
+                *grid.arguments,
+            )
+        else:
+            values = operators.requantize_product(
+                a.values, a.scale, b.values, b.scale, grid.offset, *grid.arguments
+            )
     else:
-        values = torch.div(x, scale)
-    values.round_()
-    if shift:
-        values.sub_(shift)
-    low, high = quantizer.integer_bounds()
-    values.clamp_(low - zero, high - zero)
-    bounds = quantizer.channel_bounds()
-    if bounds is not None:
-        limit = (bounds - zero).to(values).reshape(-1, *[1] * (values.dim() - 2))
-        values = torch.minimum(values, limit)
-    return IntegerTensor(values, scale, stored)
+        values = operators.requantize_real(x, *grid.arguments)
+    return IntegerTensor(values, grid)
 
 
-def _add(a: IntegerTensor, b: IntegerTensor, scale: Tensor, zero: int) -> Tensor:
-    """Add in float64, rounding to float32 where the runtime's fused multiply-adds round."""
-    by_a, by_b = (a.scale / scale).double(), (b.scale / scale).double()
-    zeros = (by_a * a.stored_zero + (by_b * b.stored_zero).float().double()).float()
-    partial = ((b.values.double() + b.stored_zero) * by_b + (zero - zeros).double()).float()
-    return ((a.values.double() + a.stored_zero) * by_a + partial.double()).float()
-
-
-def _mul(a: IntegerTensor, b: IntegerTensor, scale: Tensor, zero: int) -> Tensor:
-    return (a.values * b.values) * (a.scale * b.scale / scale) + float(zero)
-
-
-def _layer(layer: QuantLayer, x: IntegerTensor) -> _Accumulated:
-    weight, step, bias = layer.integers()
-    sums = layer.compute(x.values, weight.float(), None if bias is None else bias.float())
-    scale = x.scale * step
-    if scale.dim():
-        dims = sums.dim() - 2 if sums.dim() > 2 and layer.weight.dim() > 2 else 0
-        scale = scale.reshape(-1, *[1] * dims)
-    return _Accumulated(sums, scale)
+def _layer(layer: IntegerLayer, x: IntegerTensor) -> _Accumulated:
+    dim = 1 if isinstance(layer.layer, QuantConv2d) else -1
+    return _Accumulated(layer.accumulate(x.values), layer.bias, x.scale, layer.scale, dim=dim)
 
 
 def is_global_average_pool(node: fx.Node, module: nn.Module | None, shape: Sequence[int]) -> bool:
@@ -230,15 +418,15 @@ def _pooled(node: fx.Node, x: IntegerTensor) -> _Accumulated:
     keep = True
     if node.target in (torch.mean, "mean"):
         keep = bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
-    sums = x.values.sum((2, 3), keepdim=keep)
-    return _Accumulated(sums, x.scale, x.values.shape[2] * x.values.shape[3])
+    count = x.values.shape[2] * x.values.shape[3]
+    exact = count * max(x.grid.qmax, -x.grid.qmin) < EXACT
+    sums = x.values.sum((2, 3), keepdim=keep, dtype=torch.float32 if exact else torch.float64)
+    return _Accumulated(sums, None, x.scale, count=count)
 
 
 def _real(value: Any) -> Any:
-    if isinstance(value, IntegerTensor):
+    if isinstance(value, (IntegerTensor, _Accumulated)):
         return value.real()
-    if isinstance(value, _Accumulated):
-        return value.values * (value.scale / value.count)
     if isinstance(value, _Pair):
         function = operator.add if value.kind == "add" else operator.mul
         return function(value.first.real(), value.second.real())
@@ -257,5 +445,5 @@ def _moved(result: Any, like: IntegerTensor) -> Any:
     if isinstance(result, (tuple, list)):
         return type(result)(_moved(part, like) for part in result)
     if isinstance(result, Tensor):
-        return IntegerTensor(result, like.scale, like.stored_zero)
+        return IntegerTensor(result, like.grid)
     return result

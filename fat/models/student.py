@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from fat.graph.passes.batch_norm_folding import FoldReport
 from fat.graph.passes.equalization import EqualizeReport
 from fat.graph.passes.quantizer_insertion import QUANTIZERS, InsertReport
-from fat.models.integer_inference import is_fully_quantized, run_integers
+from fat.models.integer_inference import IntegerInterpreter, is_fully_quantized
 from fat.models.logits_cache import TeacherLogitsCache
 from fat.quant.config import QuantSpec
 from fat.quant.quantized_layers import QuantLayer
@@ -69,6 +70,8 @@ class Student(nn.Module):
         self.report = report
         self.origin: dict[str, Any] = {}
         self.teacher_cache: TeacherLogitsCache | None = None
+        self._keeps_integers = False
+        self._kept_integers: IntegerInterpreter | None = None
         self.register_buffer("is_calibrated", torch.tensor(False))
         # Depthwise convolutions run several times faster in channels-last format.
         for tensor in (*self.parameters(), *self.buffers()):
@@ -84,6 +87,7 @@ class Student(nn.Module):
         )
         if earlier:
             self.teacher_cache = None
+        self._keeps_integers, self._kept_integers = False, None
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute logits [N, classes] of images [N, 3, H, W], float32 values on the output's grid.
@@ -101,9 +105,33 @@ class Student(nn.Module):
             self.activation_quantizers(), self.layers()
         ):
             with full_precision(images.device):
-                return run_integers(self.network, images)
+                integers: Tensor = self._integers().run(images)
+                return integers
         logits: Tensor = self.network(images)
         return logits
+
+    @contextmanager
+    def cached_integers(self) -> Iterator[None]:
+        """Context manager for inference: compute integer weights, biases and grids only once.
+
+        Without it they are computed for every batch. Parameters, buffers and the device must not
+        change inside. The logits are the same. Entered again inside, it does nothing.
+        """
+        if self._keeps_integers:
+            yield
+            return
+        self._keeps_integers = True
+        try:
+            yield
+        finally:
+            self._keeps_integers, self._kept_integers = False, None
+
+    def _integers(self) -> IntegerInterpreter:
+        if not self._keeps_integers:
+            return IntegerInterpreter(self.network)
+        if self._kept_integers is None:
+            self._kept_integers = IntegerInterpreter(self.network, exact_bounds=True)
+        return self._kept_integers
 
     @property
     def device(self) -> torch.device:

@@ -140,13 +140,22 @@ class QuantLayer(nn.Module):
         Returns:
             int8 weight, its step ([C] or 0-dim), int32 bias [C] on the grid s_w·s_x or ``None``.
         """
+        weight, scale, bias = self.integer_parameters(self.input_quantizer.thresholds()[0])
+        return weight.to(torch.int8), scale, bias
+
+    @torch.no_grad()
+    def integer_parameters(self, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the layer in integers as :meth:`integers` does, with the weight in float32.
+
+        Args:
+            input_scale: Step s_x of the input, 0-dim.
+        """
         scale = self.weight_quantizer.scale()
         rows = scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
-        weight = torch.div(self.quantized()[0], rows).round_().to(torch.int8)
+        weight = torch.div(self.quantized()[0], rows).round_()
         if self.bias is None:
             return weight, scale, None
-        step = scale.double() * self.input_quantizer.thresholds()[0].double()
-        return weight, scale, quantize_bias(self.bias, step)
+        return weight, scale, quantize_bias(self.bias, scale.double() * input_scale.double())
 
     def extra_repr(self) -> str:
         """Return layer and shape."""
