@@ -31,7 +31,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,7 +39,8 @@ from torch.nn import functional as F
 
 from fat.graph.patterns import is_value_preserving, module_of
 from fat.graph.tracing.capture import layer_name
-from fat.quant.kernels import requantize as operators
+from fat.quant import kernels
+from fat.quant.kernels.requantize_reference import accumulate, along
 from fat.quant.layers import ChannelClip
 from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
 from fat.quant.quantizers import ActivationQuantizer
@@ -101,7 +102,7 @@ class IntegerGrid:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Arguments of the operators of :mod:`fat.quant.kernels.requantize`."""
+        """Arguments of the operators of :mod:`fat.quant.kernels`."""
         ends = (self.floor, self.ceiling, self.ceilings)
         return (self.scale, self.zero_point, *ends, self.qmin, self.qmax)
 
@@ -144,10 +145,10 @@ class _Accumulated:
     dim: int = 1  # of the channels
 
     def real(self) -> Tensor:
-        sums = operators.accumulate(self.values, self.bias, self.dim)
+        sums = accumulate(self.values, self.bias, self.dim)
         scale = self.scale
         if self.weight_scale is not None:
-            scale = scale * operators.along(self.weight_scale, sums, self.dim)
+            scale = scale * along(self.weight_scale, sums, self.dim)
         # On a GPU division by a Python number would be a product with its rounded reciprocal.
         return sums * (scale / torch.full_like(scale, self.count))
 
@@ -227,13 +228,21 @@ def accumulator_bounds(
     large = [index for index, bound in enumerate(bounds) if bound >= EXACT]
     if exact and large:
         found = [
-            layers[index].weight.flatten(1).abs().sum(1, dtype=torch.float64).amax()
-            * grids[index].reach()
-            for index in large
+            _largest_sum(layers[index].weight).double() * grids[index].reach() for index in large
         ]
         for index, bound in zip(large, torch.stack(found).tolist(), strict=True):
             bounds[index] = bound
     return bounds
+
+
+def _largest_sum(weight: Tensor) -> Tensor:
+    """Return the largest Σ|q_w| of all filters; sums below 2^24 are exact."""
+    exact = 127 * weight[0].numel() < EXACT
+    dims = tuple(range(1, weight.dim()))
+    sums = torch.linalg.vector_norm(
+        weight, 1, dims, dtype=torch.float32 if exact else torch.float64
+    )
+    return cast(Tensor, sums).amax()
 
 
 def _integer_layers(
@@ -367,13 +376,13 @@ class IntegerInterpreter(fx.Interpreter):
 def requantize(x: Any, grid: IntegerGrid) -> IntegerTensor:
     """Quantize a real tensor, or the accumulators of a layer, a sum or a product."""
     if isinstance(x, _Accumulated):
-        values = operators.requantize(
+        values = kernels.requantize(
             x.values, x.bias, x.scale, x.weight_scale, x.count, x.dim, *grid.arguments
         )
     elif isinstance(x, _Pair):
         a, b = x.first, x.second
         if x.kind == "add":
-            values = operators.requantize_sum(
+            values = kernels.requantize_sum(
                 a.values,
                 a.scale,
                 a.grid.zero_point,
@@ -386,11 +395,11 @@ def requantize(x: Any, grid: IntegerGrid) -> IntegerTensor:
                 *grid.arguments,
             )
         else:
-            values = operators.requantize_product(
+            values = kernels.requantize_product(
                 a.values, a.scale, b.values, b.scale, grid.offset, *grid.arguments
             )
     else:
-        values = operators.requantize_real(x, *grid.arguments)
+        values = kernels.requantize_real(x, *grid.arguments)
     return IntegerTensor(values, grid)
 
 

@@ -485,7 +485,7 @@ def test_the_key_depends_on_source_compiler_flags_and_processor(
     keys.append(compiled._key(command))
     other = fresh / "other.c"
     other.write_text("int x;")
-    monkeypatch.setattr(compiled, "SOURCE", other)
+    monkeypatch.setattr(compiled, "SOURCES", (other,))
     keys.append(compiled._key(command))
     assert len(set(keys)) == 5
 

@@ -1,4 +1,4 @@
-"""Fake quantization as operators, ``torch.ops.fat.*``, with one kernel for each on CPU and CUDA."""
+"""Quantization as operators, ``torch.ops.fat.*``, with one kernel for each on CPU and CUDA."""
 
 from fat.quant.kernels.compiled import usable
 from fat.quant.kernels.operators import (
@@ -12,6 +12,14 @@ from fat.quant.kernels.operators import (
     fake_quantize_weight_backward,
     lanes,
 )
+from fat.quant.kernels.requantize import (
+    integer_bias,
+    integer_weight,
+    requantize,
+    requantize_product,
+    requantize_real,
+    requantize_sum,
+)
 
 __all__ = [
     "backend",
@@ -22,6 +30,12 @@ __all__ = [
     "fake_quantize_code_",
     "fake_quantize_weight",
     "fake_quantize_weight_backward",
+    "integer_bias",
+    "integer_weight",
     "lanes",
+    "requantize",
+    "requantize_product",
+    "requantize_real",
+    "requantize_sum",
     "usable",
 ]

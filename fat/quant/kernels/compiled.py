@@ -1,4 +1,4 @@
-"""Fake-quantization kernels in C for CPUs, compiled on first use.
+"""Kernels in C for CPUs, compiled on first use, and the calls of those for fake quantization.
 
 Their outputs equal those of the torch operations in :mod:`fat.quant.kernels.reference` bit for bit,
 and a training step of a mobile network takes a third less time (``benchmarks/step.py``). Each
@@ -35,6 +35,7 @@ from fat.utils.io import cache_folder, write_atomic
 __all__ = [
     "SWITCH",
     "available",
+    "call",
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_code",
@@ -47,7 +48,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("fake_quantize.c")
+SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("fake_quantize", "requantize"))
 BLOCK = 4096
 """Number of elements whose sum the kernels compute at a time."""
 FLAGS = (
@@ -105,7 +106,7 @@ def fake_quantize(
         return None
     out = torch.empty_like(x)
     grid = (scale, zero_point, qmin, qmax)
-    _call("fat_forward", x, out, x.numel(), *grid, torch.get_num_threads())
+    call("fat_forward", x, out, x.numel(), *grid, torch.get_num_threads())
     return out
 
 
@@ -130,7 +131,7 @@ def fake_quantize_code_(
 
 def _forward_code(x: Tensor, out: Tensor, *grid: Any) -> Tensor:
     code = torch.empty_like(x, dtype=torch.int8)
-    _call("fat_forward_code", x, out, code, x.numel(), *grid, torch.get_num_threads())
+    call("fat_forward_code", x, out, code, x.numel(), *grid, torch.get_num_threads())
     return code
 
 
@@ -146,7 +147,7 @@ def fake_quantize_backward(
     sums = torch.empty(-(-grad.numel() // BLOCK), 2, dtype=torch.float64)
     by_scale, by_zero_point = _lanes_like(scale), _lanes_like(scale)
     arguments = (code, grad, grad_x, sums, grad.numel(), scale, zero_point, qmin, qmax)
-    _call("fat_backward_code", *arguments, by_scale, by_zero_point, torch.get_num_threads())
+    call("fat_backward_code", *arguments, by_scale, by_zero_point, torch.get_num_threads())
     return grad_x, by_scale, by_zero_point
 
 
@@ -166,7 +167,7 @@ def fake_quantize_weight(
         return None
     out = torch.empty_like(weight)
     grid = (*_steps(weight, scale, per_channel), *_size(weight), qmax, adjust, low, high)
-    _call("fat_forward_rows", weight, factor, out, *grid)
+    call("fat_forward_rows", weight, factor, out, *grid)
     return out.to(dtype)
 
 
@@ -188,7 +189,7 @@ def fake_quantize_weight_backward(
     grad_factor = torch.empty_like(weight) if adjust else weight.new_empty(0)
     rows = weight.new_empty(len(weight))
     grid = (*_steps(weight, scale, per_channel), *_size(weight), qmax, adjust, low, high)
-    _call("fat_backward_rows", weight, factor, grad, grad_factor, rows, *grid)
+    call("fat_backward_rows", weight, factor, grad, grad_factor, rows, *grid)
     if per_channel:
         return grad_factor, rows
     grad_scale = _lanes_like(scale)
@@ -231,7 +232,8 @@ def _size(weight: Tensor) -> tuple[int, int]:
     return rows, weight.numel() // max(rows, 1)
 
 
-def _call(name: str, *arguments: Tensor | float) -> None:
+def call(name: str, *arguments: Tensor | float | None) -> None:
+    """Call a kernel by the name of its function in C; tensors are passed as pointers."""
     library = _library()
     assert library is not None
     getattr(library, name)(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments))
@@ -265,7 +267,7 @@ def _load() -> ctypes.CDLL:
         subprocess.SubprocessError: If compilation fails.
     """
     compiler = _compiler()
-    name = f"fake_quantize-{_key(compiler)}.so"
+    name = f"kernels-{_key(compiler)}.so"
     cache = _cache()
     if cache is not None:
         if _intact(cache / name):
@@ -297,7 +299,8 @@ def _cache() -> Path | None:
 def _key(compiler: list[str]) -> str:
     """Return a hash of everything that the library depends on."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=60)
-    parts = (SOURCE.read_bytes(), *(text.encode() for text in (*FLAGS, *compiler, _processor())))
+    sources = (source.read_bytes() for source in SOURCES)
+    parts = (*sources, *(text.encode() for text in (*FLAGS, *compiler, _processor())))
     return hashlib.sha256(b"\0".join((version.stdout, *parts))).hexdigest()[:16]
 
 
@@ -305,7 +308,7 @@ def _build(compiler: list[str], target: Path) -> Path:
     """Compile to ``target`` and append a checksum, which loaders ignore."""
 
     def write(temporary: Path) -> None:
-        command = [*compiler, *FLAGS, "-x", "c", str(SOURCE), "-o", str(temporary), "-lm"]
+        command = [*compiler, *FLAGS, "-x", "c", *map(str, SOURCES), "-o", str(temporary), "-lm"]
         done = subprocess.run(command, capture_output=True, timeout=120)
         if done.returncode:
             raise subprocess.SubprocessError(done.stderr.decode(errors="replace"))
