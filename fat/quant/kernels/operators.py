@@ -3,7 +3,7 @@
 * CPU: kernels in C (:mod:`fat.quant.kernels.compiled`), which are built on first use. Without a
   compiler, and for tensors that they do not support, torch operations.
 * CUDA: Triton kernels (:mod:`fat.quant.kernels.triton_kernels`), or torch operations where Triton
-  is missing.
+  does not work.
 * Other devices: torch operations (:mod:`fat.quant.kernels.reference`), which define each operator.
 
 As operators of the dispatcher they can be traced by torch.compile and captured in CUDA graphs. They
@@ -56,8 +56,9 @@ def define(
         fake: Returns empty results of the right shape, dtype and strides, for torch.compile.
         compiled: Implementation for the CPU. It returns ``None`` for tensors that it does not
             support; ``reference`` then computes them.
-        triton: Implementation for CUDA as ``"module:function"``. The module is imported on first
-            use, since importing Triton takes time and is not possible everywhere.
+        triton: Implementation for CUDA as ``"module:function"``, which may return ``None``, too.
+            The module is imported on first use, since importing Triton takes time and is not
+            possible everywhere.
     """
     name = schema.partition("(")[0]
     library.define(schema)
@@ -65,48 +66,54 @@ def define(
     if compiled is not None:
         library.impl(name, _first(compiled, reference), "CPU")
     if triton is not None:
-        library.impl(name, _on_cuda(triton, reference), "CUDA")
+        library.impl(name, _first(_lazy(triton), reference), "CUDA")
     torch.library.register_fake(f"fat::{name}", fake, lib=library)
     operator: Callable[..., Any] = getattr(ops, name).default
     return operator
 
 
-def _first(compiled: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+def _first(kernel: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """Return an implementation that uses ``kernel`` for the tensors that it supports."""
+
     def implementation(*arguments: Any) -> Any:
-        result = compiled(*arguments)
+        result = kernel(*arguments)
         return reference(*arguments) if result is None else result
 
     return implementation
 
 
-def _on_cuda(path: str, reference: Callable[..., Any]) -> Callable[..., Any]:
-    def implementation(*arguments: Any) -> Any:
-        return (_resolve(path) or reference)(*arguments)
+def _lazy(path: str) -> Callable[..., Any]:
+    """Return a function that imports the Triton kernel ``path`` when it is first called."""
 
-    return implementation
+    def kernel(*arguments: Any) -> Any:
+        function = _resolve(path)
+        return None if function is None else function(*arguments)
+
+    return kernel
 
 
 @functools.cache
 def _resolve(path: str) -> Callable[..., Any] | None:
-    """Import a Triton implementation; ``None`` if Triton is missing or switched off."""
-    module, _, name = path.partition(":")
-    if not _has_triton():
+    """Import a Triton kernel; ``None`` if Triton does not work here or is switched off."""
+    if not _triton_works():
         return None
+    module, _, name = path.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     return function
 
 
 @functools.cache
-def _has_triton() -> bool:
-    if compiled.switched_off():
+def _triton_works() -> bool:
+    if compiled.switched_off() or not torch.cuda.is_available():
         return False
     try:
-        importlib.import_module("triton")
-    except ImportError as error:
+        importlib.import_module(TRITON).check(torch.device("cuda"))
+    except Exception as error:  # Triton may lack a C compiler, a writable cache, a recent driver, …
+        lines = str(error).strip().splitlines()
         logger.warning(
-            "Triton cannot be imported (%s). Fake quantization on the GPU uses torch operations "
+            "Triton does not work here (%s). Fake quantization on the GPU uses torch operations "
             "instead: same results, but a training step takes several times as long.",
-            error,
+            lines[0][:200] if lines else type(error).__name__,
         )
         return False
     return True
@@ -115,12 +122,12 @@ def _has_triton() -> bool:
 def backend(device: torch.device | str = "cpu") -> str:
     """Return the implementation that a device uses: ``compiled``, ``triton`` or ``torch``.
 
-    The CPU uses ``torch`` without a compiler, and CUDA without Triton. The environment variable
-    ``FAT_KERNELS=off`` selects ``torch`` everywhere.
+    The CPU uses ``torch`` without a compiler, and CUDA without a working Triton. The environment
+    variable ``FAT_KERNELS=off`` selects ``torch`` everywhere.
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return "triton" if _has_triton() else "torch"
+        return "triton" if _triton_works() else "torch"
     return "compiled" if kind == "cpu" and compiled.available() else "torch"
 
 

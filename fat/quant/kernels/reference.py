@@ -138,9 +138,9 @@ def fake_quantize_weight_backward(
         grad_scale = _lane_0(by_scale.sum(dtype=torch.float64), scale.numel(), scale.dtype)
     if not adjust:
         return weight.new_empty(0), grad_scale
-    inside &= (factor >= low) & (factor <= high)
-    unit = weight if adjust == 1 else step
-    return torch.mul(grad, unit).masked_fill_(~inside, 0.0), grad_scale
+    passes = (factor >= low) & (factor <= high)
+    by_factor = grad.masked_fill(~inside, 0.0).mul_(weight if adjust == 1 else step)
+    return by_factor.masked_fill_(~passes, 0.0), grad_scale
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
