@@ -76,4 +76,4 @@ def calibrate(student: Student, images: Images) -> None:
             len(widened),
         )
         logger.debug("Widened: %s", widened)
-    student.is_calibrated.fill_(True)
+    student.mark_calibrated()

@@ -15,6 +15,7 @@ from fat.graph.passes.equalization import EqualizeReport
 from fat.graph.passes.quantizer_insertion import QUANTIZERS, InsertReport
 from fat.models.integer_inference import IntegerInterpreter, is_fully_quantized
 from fat.models.logits_cache import TeacherLogitsCache
+from fat.quant.batched import QuantizerBatch
 from fat.quant.config import QuantSpec
 from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -55,6 +56,8 @@ class Student(nn.Module):
     """
 
     is_calibrated: Tensor
+    _known_calibrated = False
+    _batch: tuple[nn.Module, QuantizerBatch] | None = None
 
     def __init__(
         self,
@@ -79,12 +82,17 @@ class Student(nn.Module):
                 tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
         self.eval()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state to pickle or copy; the copy makes its own batch of quantizers."""
+        return {name: value for name, value in self.__dict__.items() if name != "_batch"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle or copy; the state may be that of version 0.1, whose cache is left out."""
         earlier = "memo" in state
         super().__setstate__(  # type: ignore[no-untyped-call]
             {name: value for name, value in state.items() if name != "memo"}
         )
+        self._known_calibrated = False
         if earlier:
             self.teacher_cache = None
         self._keeps_integers, self._kept_integers = False, None
@@ -107,7 +115,8 @@ class Student(nn.Module):
             with full_precision(images.device):
                 integers: Tensor = self._integers().run(images)
                 return integers
-        logits: Tensor = self.network(images)
+        with self.quantizer_batch.computed():
+            logits: Tensor = self.network(images)
         return logits
 
     @contextmanager
@@ -138,10 +147,29 @@ class Student(nn.Module):
         """Device of the student's tensors."""
         return self.is_calibrated.device
 
+    @property
+    def quantizer_batch(self) -> QuantizerBatch:
+        """All quantizers, to compute their steps and to project their factors together."""
+        if self._batch is None or self._batch[0] is not self.network:
+            batch = QuantizerBatch(self.activation_quantizers(), self.layers())
+            self._batch = self.network, batch
+        return self._batch[1]
+
     def check_calibrated(self) -> None:
         """Raise a FatError if the student is not calibrated."""
-        if not self.is_calibrated:
+        # The buffer is read once, because reading it waits for a GPU.
+        self._known_calibrated = self._known_calibrated or bool(self.is_calibrated)
+        if not self._known_calibrated:
             raise FatError("The student is not calibrated. Call fat.calibrate(student, images).")
+
+    def mark_calibrated(self) -> None:
+        """State that all thresholds are set."""
+        self.is_calibrated.fill_(True)
+        self._known_calibrated = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._known_calibrated = False
 
     def float_logits(self, images: Tensor) -> Tensor:
         """Compute the teacher's logits [N, classes] of images [N, 3, H, W], without gradients."""
@@ -180,10 +208,7 @@ class Student(nn.Module):
 
     def project(self) -> None:
         """Clamp all trained factors to their ranges, after an optimizer step."""
-        for quantizer in self.activation_quantizers():
-            quantizer.project()
-        for layer in self.layers():
-            layer.project()
+        self.quantizer_batch.project()
 
     def trained_state(self) -> dict[str, Tensor]:
         """Return copies of all tensors that training or bias correction may change, by name."""

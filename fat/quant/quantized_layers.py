@@ -38,6 +38,8 @@ class QuantLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    _computed: Tensor | None = None
+    """Quantized bias that :class:`fat.quant.batched.QuantizerBatch` computed."""
 
     def __init__(
         self, layer: str, weight: Tensor, bias: Tensor | None, spec: QuantSpec, grid: Grid
@@ -63,6 +65,16 @@ class QuantLayer(nn.Module):
         self._input: list[ActivationQuantizer] = []
 
     @property
+    def factor_range(self) -> tuple[float, float]:
+        """Range of the trained factor of each weight."""
+        return self._bounds
+
+    @property
+    def linked(self) -> bool:
+        """True if the quantizer of the layer's input is set."""
+        return bool(self._input)
+
+    @property
     def input_quantizer(self) -> ActivationQuantizer:
         """Quantizer of the layer's input."""
         return self._input[0]
@@ -80,7 +92,8 @@ class QuantLayer(nn.Module):
         """
         self.weight_quantizer.calibrate(self.weight)
         if self.factor is not None:
-            self.factor.data.fill_(self._neutral)
+            with torch.no_grad():
+                self.factor.fill_(self._neutral)
         if self.bias is None:
             return 0
         input_scale = self.input_quantizer.thresholds()[0]
@@ -103,7 +116,7 @@ class QuantLayer(nn.Module):
         """Clip the trained factors of thresholds and weights to their ranges."""
         self.weight_quantizer.thresholds.project()
         if self.factor is not None:
-            self.factor.clamp_(*self._bounds)
+            self.factor.clamp_(*self.factor_range)
 
     def compute(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer's operation with the given weight and bias."""
@@ -128,6 +141,8 @@ class QuantLayer(nn.Module):
         )
         if self.bias is None or not self.input_quantizer.enabled:
             return weight, self.bias
+        if self._computed is not None:
+            return weight, self._computed
         with torch.no_grad():
             # In float64, because the product of two tiny steps underflows to 0 in float32.
             step = scale.double() * self.input_quantizer.thresholds()[0].double()
