@@ -178,7 +178,7 @@ class _Plan:
         kind = quantized.device.type
         if torch.is_autocast_enabled(kind):
             quantized = quantized.to(torch.get_autocast_dtype(kind))
-        return list(zip(self._layers, quantized.split(self._sizes), strict=True))
+        return list(zip(self._layers, quantized.split_with_sizes(self._sizes), strict=True))
 
 
 class _Group:
@@ -225,7 +225,7 @@ class _Group:
         return list(zip(self.members, zip(*parts, strict=True), strict=True))
 
     def _separate(self, values: Tensor, lanes: int) -> list[Tensor]:
-        single, *several = values.split([self._single, *self.rows[self._single :]])
+        single, *several = values.split_with_sizes([self._single, *self.rows[self._single :]])
         return [*single.unsqueeze(1).expand(-1, lanes).unbind(), *several]
 
     @torch.no_grad()
@@ -240,7 +240,7 @@ class _Group:
             self._assign("shift", shift)
 
     def _assign(self, name: str, values: Tensor) -> None:
-        single, *several = values.split([self._single, *self.rows[self._single :]])
+        single, *several = values.split_with_sizes([self._single, *self.rows[self._single :]])
         targets = [getattr(thresholds, name) for thresholds in self.members]
         torch._foreach_copy_(targets, [*single.unbind(), *several])
 

@@ -63,20 +63,19 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 class _ClipInclusive(Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = (low, high)  # type: ignore[attr-defined]
-        return x.clamp(low, high)
+    def forward(ctx: FunctionCtx, x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
+        clipped = x.clamp(low, high)  # type: ignore[arg-type]
+        ctx.save_for_backward(x, clipped)
+        return clipped
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        low, high = ctx.bounds  # type: ignore[attr-defined]
-        return grad * ((x >= low) & (x <= high)), None, None
+        x, clipped = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad * (x == clipped), None, None
 
 
-def clip_inclusive(x: Tensor, low: float, high: float) -> Tensor:
+def clip_inclusive(x: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """Clip to [low, high]; the gradient is 1 inside **and at both ends**, 0 outside.
 
     ``torch.clamp`` passes no gradient at its bounds, where α starts.

@@ -130,23 +130,36 @@ class QuantLayer(nn.Module):
         """Return the fake-quantized weight, and the bias on the int32 grid s_w·s_x."""
         if not self.weight_quantizer.enabled:
             return self.adjusted_weight(), self.bias
-        scale = self.weight_quantizer.scale()
-        weight = fake_quantize_weight(
-            self.weight,
-            scale,
-            self.weight_quantizer.grid.qmax,
-            self.factor,
-            self.adjust,
-            self._bounds,
-        )
+        lanes, per_channel = self._lanes()
+        weight = self._round_weight(lanes, per_channel)
         if self.bias is None or not self.input_quantizer.enabled:
             return weight, self.bias
         if self._computed is not None:
             return weight, self._computed
         with torch.no_grad():
+            scale = lanes if per_channel else lanes[0]
             # In float64, because the product of two tiny steps underflows to 0 in float32.
             step = scale.double() * self.input_quantizer.thresholds()[0].double()
         return weight, fake_quantize_bias(self.bias, step)
+
+    def _lanes(self) -> tuple[Tensor, bool]:
+        """Return the step of the weight as the kernels take it, and whether it is per filter."""
+        thresholds = self.weight_quantizer.thresholds
+        return thresholds.lanes()[0], thresholds.high.dim() > 0
+
+    def _round_weight(
+        self, lanes: Tensor, per_channel: bool, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return fake_quantize_weight(
+            self.weight,
+            lanes,
+            self.weight_quantizer.grid.qmax,
+            self.factor,
+            self.adjust,
+            self.factor_range,
+            per_channel=per_channel,
+            dtype=dtype,
+        )
 
     @torch.no_grad()
     def integers(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -167,7 +180,8 @@ class QuantLayer(nn.Module):
         """
         scale = self.weight_quantizer.scale()
         rows = scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
-        weight = torch.div(self.quantized()[0], rows).round_()
+        on_grid = self._round_weight(*self._lanes(), self.weight.dtype)
+        weight = torch.div(on_grid, rows).round_()
         if self.bias is None:
             return weight, scale, None
         return weight, scale, quantize_bias(self.bias, scale.double() * input_scale.double())

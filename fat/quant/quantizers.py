@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fat.quant.config import Grid, InitSpec, QuantSpec
-from fat.quant.functional import fake_quantize, quantize
+from fat.quant.functional import fake_quantize_lanes, quantize
 from fat.quant.layers import ChannelClip
 from fat.quant.observers import HistogramStatistics, RangeStatistics, SampleStatistics, Statistics
 from fat.quant.range_estimators import HISTOGRAM_STRATEGIES, initial_thresholds
@@ -111,9 +111,9 @@ class ActivationQuantizer(nn.Module):
             return self.activate(x)
         if not self._grid_clips:
             x = self.activate(x)
-        scale, zero_point = self.thresholds()
+        lanes = self.thresholds.lanes()
         inplace = self.may_overwrite and (self._grid_clips or self.activation is None)
-        return fake_quantize(x, scale, zero_point, self.grid.qmin, self.grid.qmax, inplace=inplace)
+        return fake_quantize_lanes(x, *lanes, self.grid.qmin, self.grid.qmax, inplace=inplace)
 
     @property
     def observing(self) -> bool:

@@ -95,7 +95,8 @@ class _Exp2(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
         (result,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad * result * math.log(2.0)
+        by_x: Tensor = grad * result * math.log(2.0)
+        return by_x
 
 
 class ThresholdValues(NamedTuple):
