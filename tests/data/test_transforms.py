@@ -198,3 +198,17 @@ def test_crop_box_of_a_strip_falls_back_to_the_middle() -> None:
 def test_generator_refuses_negative_keys() -> None:
     with pytest.raises(FatError, match=r"must not be negative"):
         generator(-1, 0)
+
+
+def test_normalization_after_the_first_batch_in_inference_mode() -> None:
+    normalize = Normalize(replace(PREPROCESSING, mean=(0.1, 0.2, 0.3)))  # of no other test
+    pixels = torch.full((1, 3, 2, 2), 51.0)
+    with torch.inference_mode():
+        wanted = normalize(pixels)
+    pixels.requires_grad_()
+    result = normalize(pixels)
+    result.sum().backward()
+    assert torch.equal(result.detach(), wanted)
+    std = torch.tensor(PREPROCESSING.std).view(1, 3, 1, 1)
+    torch.testing.assert_close(pixels.grad, (1 / (255 * std)).expand(1, 3, 2, 2))
+    assert torch.equal(pixels.detach(), torch.full((1, 3, 2, 2), 51.0))

@@ -35,6 +35,7 @@ from fat.data.distill.store import ImageStore
 from fat.data.transforms import crop_box
 from fat.utils.errors import FatError
 from fat.utils.io import cache_folder
+from fat.utils.precision import full_precision
 from fat.utils.random import generator
 from fat.utils.schedules import annealed
 
@@ -83,8 +84,8 @@ def distill(
 ) -> Iterator[DistilledBatch]:
     """Synthesize images batch by batch from the batch norms of a network.
 
-    A batch depends only on the network, the preprocessing, the spec, the seed and its own index.
-    The network does not change.
+    A batch depends only on the network, the preprocessing, the spec, the seed, its own index and
+    the device; on a GPU it may also vary from run to run by rounding. The network does not change.
 
     Args:
         network: Float network with batch norms that are not folded, [N, 3, H, W] → logits
@@ -254,17 +255,22 @@ class _Distiller:
             torch.tensor(values, device=self.device)
             for values in (preprocessing.mean, preprocessing.std, PHOTO_MEAN, PHOTO_STD)
         )
-        self._check(self.size, "")
+        self.classes = self._check(self.size, "")
         if spec.coarse_steps > 0:
             self._check(
                 _half(self.size), " Type data.distill.coarse_steps=0 data.distill.steps=40."
             )
 
     @torch.no_grad()
-    def _check(self, size: tuple[int, int], hint: str) -> None:
-        """Raise a FatError if the network does not accept images of this size."""
+    def _check(self, size: tuple[int, int], hint: str) -> int:
+        """Return the number of classes.
+
+        Raises:
+            FatError: If the network does not accept images of this size.
+        """
         try:
-            logits, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
+            with full_precision(self.device):
+                logits, _ = self._forward(torch.zeros(1, 3, *size, device=self.device))
         except (RuntimeError, AssertionError) as error:
             raise FatError(
                 f"The network does not accept images [1, 3, {size[0]}, {size[1]}]: {error}.{hint}"
@@ -273,12 +279,17 @@ class _Distiller:
             raise FatError(
                 f"The network returns {list(logits.shape)} for one image, not logits [1, classes]."
             )
+        return logits.shape[1]
 
     def batch(self, number: int, bar: Any) -> DistilledBatch:
-        """Synthesize batch ``number``."""
+        """Synthesize batch ``number``, in full float32."""
+        with full_precision(self.device):
+            return self._batch(number, bar)
+
+    def _batch(self, number: int, bar: Any) -> DistilledBatch:
         count = len(self.spec.batches[number])
         rng = generator(self.seed, number)
-        targets = torch.from_numpy(rng.random(count))  # class / number of classes
+        classes = (torch.from_numpy(rng.random(count)) * self.classes).long().to(self.device)
         canvas, size = self.canvas, self.size
         coarse = self.spec.coarse_steps > 0
         if coarse:
@@ -286,9 +297,9 @@ class _Distiller:
         pixels = self._colorize(pyramid_noise(count, *canvas, rng))
         before = self._error(_resized(pixels, self.canvas) if coarse else pixels)
         if coarse:
-            pixels = self._optimize(pixels, size, self.spec.coarse_steps, targets, rng, bar, 1)
+            pixels = self._optimize(pixels, size, self.spec.coarse_steps, classes, rng, bar, 1)
             pixels = _resized(pixels, self.canvas)
-        pixels = self._optimize(pixels, self.size, self.spec.steps, targets, rng, bar, FULL_COST)
+        pixels = self._optimize(pixels, self.size, self.spec.steps, classes, rng, bar, FULL_COST)
         images = (pixels * 255.0).round()
         after = self._error(images / 255.0)
         return DistilledBatch(images.to("cpu", torch.uint8).contiguous(), before, after)
@@ -298,7 +309,7 @@ class _Distiller:
         pixels: Tensor,
         size: tuple[int, int],
         steps: int,
-        targets: Tensor,
+        classes: Tensor,
         rng: np.random.Generator,
         bar: Any,
         cost: int,
@@ -310,7 +321,7 @@ class _Distiller:
             for step in range(steps):
                 adam.param_groups[0]["lr"] = self.spec.lr * annealed(step, steps)
                 adam.zero_grad()
-                self._loss(pixels, size, targets, rng).backward()  # type: ignore[no-untyped-call]
+                self._loss(pixels, size, classes, rng).backward()  # type: ignore[no-untyped-call]
                 adam.step()
                 with torch.no_grad():
                     pixels.clamp_(0.0, 1.0)
@@ -318,10 +329,9 @@ class _Distiller:
         return pixels.detach()
 
     def _loss(
-        self, pixels: Tensor, size: tuple[int, int], targets: Tensor, rng: np.random.Generator
+        self, pixels: Tensor, size: tuple[int, int], classes: Tensor, rng: np.random.Generator
     ) -> Tensor:
         logits, error = self._forward(random_view(pixels, size, rng))
-        classes = (targets * logits.shape[1]).long().to(logits.device)
         return (
             error
             + self.spec.smoothness * total_variation(pixels)
