@@ -6,7 +6,6 @@ take a quarter of the memory of float32. The second, ``finish``, processes a bat
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,34 +83,37 @@ class Normalize:
 
     def __init__(self, preprocessing: Preprocessing) -> None:
         self._mean, self._std = tuple(preprocessing.mean), tuple(preprocessing.std)
+        self._constants: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return float32 from uint8 or float pixels 0…255 [N, 3, H, W], on their device.
 
         The result is the same on every device, bit for bit.
         """
-        largest, mean, std = _constants(self._mean, self._std, pixels.device)
+        largest, mean, std = self._on(pixels.device)
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         if scaled is pixels:  # do not change the caller's tensor
             scaled = scaled.clone()
         return scaled.div_(largest).sub_(mean).div_(std)
 
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return 255, mean and std on a device, copied there once.
 
-@functools.lru_cache(maxsize=16)
-def _constants(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return 255, mean and std on a device, copied there once.
+        255 is a tensor because CUDA divides by a number as a product with its reciprocal, which
+        rounds differently.
+        """
+        if device not in self._constants:
+            with torch.inference_mode(False):  # tensors made in inference mode are bound to it
+                self._constants[device] = (
+                    torch.tensor(255.0, device=device),
+                    torch.tensor(self._mean, device=device).view(-1, 1, 1),
+                    torch.tensor(self._std, device=device).view(-1, 1, 1),
+                )
+        return self._constants[device]
 
-    255 is a tensor because CUDA divides by a number as a product with its reciprocal, which rounds
-    differently.
-    """
-    with torch.inference_mode(False):  # tensors made in inference mode cannot be used outside
-        return (
-            torch.tensor(255.0, device=device),
-            torch.tensor(mean, device=device).view(-1, 1, 1),
-            torch.tensor(std, device=device).view(-1, 1, 1),
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the tensors, so that a worker process does not start a GPU for them."""
+        return {**self.__dict__, "_constants": {}}
 
 
 Normalise = Normalize

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,14 @@ from torch import Tensor, fx
 from fat.graph.passes.scale_groups import Clip
 from fat.graph.patterns import is_compute, module_of
 
-__all__ = ["LOG_LIMIT", "LOG_SCALES", "ChannelStatistics", "clip_shift", "gather_statistics"]
+__all__ = [
+    "LOG_LIMIT",
+    "LOG_SCALES",
+    "ChannelStatistics",
+    "clip_bounds",
+    "clip_shift",
+    "gather_statistics",
+]
 
 LOG_LIMIT = math.log(1e3)
 """Bound of |log s| for every scale s."""
@@ -61,7 +67,16 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def clip_shift(x: Tensor, gradient: Tensor, cap: float) -> Tensor:
+def clip_bounds(cap: float) -> Tensor:
+    """Return the bounds c/s of s = exp(−LOG_SCALES), float64 [scales], rising.
+
+    Args:
+        cap: c.
+    """
+    return cap * LOG_SCALES.exp()
+
+
+def clip_shift(x: Tensor, gradient: Tensor, bounds: Tensor) -> Tensor:
     """Return (Σ_pixels g·(min(x, c/s) − min(x, c)))² for s = exp(LOG_SCALES).
 
     Multiplying a channel by s before a clip at c and dividing by s after it is a clip at c/s. The
@@ -70,27 +85,20 @@ def clip_shift(x: Tensor, gradient: Tensor, cap: float) -> Tensor:
     Args:
         x: Input of the clip, [1, C, ...]; negative values count as 0.
         gradient: g, the gradient of the clip's result, same shape.
-        cap: c.
+        bounds: :func:`clip_bounds` of c, on the device of ``x``.
 
     Returns:
         float64 [C, scales].
     """
-    thresholds = _clip_thresholds(cap, x.device)
     x, gradient = (tensor.transpose(0, 1).flatten(1) for tensor in (x.clamp(min=0.0), gradient))
-    bins = torch.bucketize(x, thresholds.to(x.dtype))  # the number of thresholds below x
-    sums = x.new_zeros((2, len(x), len(thresholds) + 1), dtype=torch.float64)
+    bins = torch.bucketize(x, bounds.to(x.dtype))  # the number of bounds below x
+    sums = x.new_zeros((2, len(x), len(bounds) + 1), dtype=torch.float64)
     sums[0].scatter_add_(1, bins, gradient.double())
     sums[1].scatter_add_(1, bins, (gradient * x).double())
     above = sums[0].sum(1, keepdim=True) - sums[0].cumsum(1)[:, :-1]
-    clipped = sums[1].cumsum(1)[:, :-1] + thresholds * above  # Σ g·min(x, threshold)
-    unscaled = clipped[:, len(thresholds) // 2, None]
+    clipped = sums[1].cumsum(1)[:, :-1] + bounds * above  # Σ g·min(x, bound)
+    unscaled = clipped[:, len(bounds) // 2, None]
     return (clipped - unscaled).square().flip(1)
-
-
-@functools.lru_cache(maxsize=16)
-def _clip_thresholds(cap: float, device: torch.device) -> Tensor:
-    """Return the bounds c/s of s = exp(−LOG_SCALES), rising; copied to the device once."""
-    return (cap * LOG_SCALES.exp()).to(device)
 
 
 def gather_statistics(
@@ -115,6 +123,7 @@ def gather_statistics(
     """
     names = set(tensors)
     clipping = {clip.node: clip for clip in clips}
+    bounds: dict[float, Tensor] = {}
     differentiated = (quantized | clipping.keys()) & names
     sources = [node.name for node in module.graph.nodes if node.name in differentiated]
     layers = {
@@ -145,9 +154,11 @@ def gather_statistics(
                     _add_gradients(found, sources, inputs, [*weights], gradients)
                     for name, gradient in zip(sources, gradients, strict=False):
                         if name in clipping:
-                            before = recorder.values[clipping[name].before].detach()
-                            moved = clip_shift(before, gradient, clipping[name].cap)
-                            _add(found.shift, name, moved)
+                            clip = clipping[name]
+                            before = recorder.values[clip.before].detach()
+                            if clip.cap not in bounds:  # copied to the device once
+                                bounds[clip.cap] = clip_bounds(clip.cap).to(before.device)
+                            _add(found.shift, name, clip_shift(before, gradient, bounds[clip.cap]))
                     count += 1
                 for name, value in recorder.values.items():
                     _widen(found, name, value.detach())

@@ -17,7 +17,12 @@ from fat import Student
 from fat.evaluation.layer_analysis import float_shift_db
 from fat.graph.passes.balance import NoiseModel, balanced_scales
 from fat.graph.passes.batch_norm_folding import fold_batch_norms
-from fat.graph.passes.channel_statistics import LOG_SCALES, clip_shift, gather_statistics
+from fat.graph.passes.channel_statistics import (
+    LOG_SCALES,
+    clip_bounds,
+    clip_shift,
+    gather_statistics,
+)
 from fat.graph.passes.equalization import (
     DEAD,
     MAX_SCALE,
@@ -662,7 +667,7 @@ def test_the_quantizer_clips_each_channel_at_its_bound(images: Tensor) -> None:
 
 def test_clip_shift_equals_its_definition() -> None:
     x, gradient = 4 * torch.randn(1, 3, 9, 9), torch.randn(1, 3, 9, 9)
-    got = clip_shift(x, gradient, 6.0)
+    got = clip_shift(x, gradient, clip_bounds(6.0))
     assert got.shape == (3, len(LOG_SCALES))
     for index in (0, 40, 60, 69, 72, 90, 138):
         scale = float(LOG_SCALES[index].exp())
