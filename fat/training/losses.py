@@ -158,9 +158,9 @@ def relative_error(
     Args:
         teacher: Tensors f_T of any shape.
         student: Tensors f_A of the same shapes.
-        total: Sum over processes, each of which has a part of the batch. The norms ‖f_T‖² are
-            summed; the errors are those of this process, so that the sum over processes is the
-            error of the batch.
+        total: Sum of a vector over processes, each of which has a part of the batch. The norms
+            ‖f_T‖² are summed; the errors are those of this process, so that the sum over processes
+            is the error of the batch.
 
     Returns:
         0-dim float32 tensor, dimensionless.
@@ -170,11 +170,12 @@ def relative_error(
         >>> relative_error(ones, [0.5 * f for f in ones]).item()
         0.25
     """
+    # Squares overflow in half precision. All norms are summed in one collective.
+    powers = total(torch.stack([exact.float().square().sum() for exact in teacher])).unbind()
     errors = []
-    for exact, given in zip(teacher, student, strict=True):
-        exact, given = exact.float(), given.float()  # squares overflow in half precision
-        power = total(exact.square().sum()) / exact.numel()
-        errors.append((exact - given).square().mean() / power.clamp_min(1e-12))
+    for exact, given, norm in zip(teacher, student, powers, strict=True):
+        error = (exact.float() - given.float()).square().mean()
+        errors.append(error / (norm / exact.numel()).clamp_min(1e-12))
     return torch.stack(errors).mean()
 
 
