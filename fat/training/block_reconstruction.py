@@ -273,7 +273,8 @@ def _train(
         bar.update(options.steps)
         return
     quantized, exact, wanted = data
-    optimizer = Adam(groups, lr=spec.lr)
+    fused = True if quantized.device.type == "cuda" else None  # one kernel for all parameters
+    optimizer = Adam(groups, lr=spec.lr, fused=fused)
     gradients = _SummedGradients(parameter for group in groups for parameter in group["params"])
     own = draws.images.count / len(draws.images.rows)  # fraction of the images of all processes
     power = distributed.all_sum(wanted.square().mean() * own)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tests.integration.running import ROOT, command, command_from_cold
 from tests.integration.test_commands import TINY
+from tests.integration.warm import environment
 
 # At larger rates a network of random weights makes roundings larger from step to step.
 RUN = [
@@ -147,6 +148,76 @@ def test_torchrun_starts_them_too(one: Path, tmp_path: Path) -> None:
     assert_same(one, tmp_path / "run")
     assert files(tmp_path / "run") == files(one)
     assert sorted(os.listdir(tmp_path)) == ["run"]
+
+
+SRUN = """#!/bin/bash
+# Runs a command once for each node, all on this machine.
+while [[ "$1" == --* ]]; do echo "srun $1" >> "$SRUN_LOG"; shift; done
+pids=()
+for ((node = 0; node < SLURM_NNODES; node++)); do "$@" & pids+=($!); done
+for pid in "${pids[@]}"; do wait "$pid" || exit 1; done
+"""
+
+
+def test_the_slurm_job_trains_on_all_nodes_and_resumes_when_requeued(
+    one: Path, tmp_path: Path
+) -> None:
+    tools, log = tmp_path / "bin", tmp_path / "srun.log"
+    tools.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": "#!/bin/bash\nyes localhost | head -2\n"}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    job = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",  # one process of the CPU for each node
+        "SLURM_CPUS_PER_TASK": "1",
+        "SRUN_LOG": str(log),
+        "PATH": os.pathsep.join([str(tools), str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }
+    folder = tmp_path / "run"
+    script = ["bash", str(ROOT / "examples" / "train.sbatch")]
+    options = [word for word in DDP if not word.startswith(("trainer.devices", "trainer=ddp"))]
+    outputs = []
+    for _ in range(2):
+        result = subprocess.run(
+            [*script, *options, f"hydra.run.dir={folder}"],
+            cwd=ROOT,
+            env=environment(job),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout + result.stderr)
+    assert_same(one, folder)
+    assert "is finished already" in outputs[1]
+    assert "is finished already" not in outputs[0]
+    assert log.read_text().splitlines()[:3] == [
+        "srun --ntasks-per-node=1",
+        "srun --cpus-per-task=1",
+        "srun --kill-on-bad-exit=1",
+    ]
+
+
+def test_the_slurm_job_outside_of_slurm_says_how_to_submit_it() -> None:
+    result = subprocess.run(
+        ["bash", str(ROOT / "examples" / "train.sbatch")],
+        env={k: v for k, v in os.environ.items() if not k.startswith("SLURM")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "submit this script with sbatch" in result.stderr
+
+
+def test_the_documented_slurm_job_is_the_script() -> None:
+    page = (ROOT / "docs" / "scaling.md").read_text()
+    script = (ROOT / "examples" / "train.sbatch").read_text()
+    assert f"```bash\n{script}```" in page
 
 
 def test_a_run_of_two_processes_that_was_killed_goes_on(two: Path, tmp_path: Path) -> None:
