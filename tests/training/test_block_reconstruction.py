@@ -13,6 +13,7 @@ from fat import FatError, QuantSpec, ReconstructSpec, Student, TrainSpec
 from fat.graph.partition import block_outputs, counterpart, segment
 from fat.training.block_reconstruction import reconstruct
 from tests.conftest import TinyNet
+from tests.gpu.pretended import PretendedGpu
 
 
 def student_of(network: nn.Module, images: Tensor, **options: Any) -> Student:
@@ -122,3 +123,57 @@ def test_an_uncalibrated_student_and_no_images_are_refused(
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(FatError, match=f"optim.reconstruction.{next(iter(options))} is"):
         ReconstructSpec(**options)
+
+
+# --- on a device --------------------------------------------------------------
+
+
+def on_device(student: Student, batches: list[Tensor], device: str, **options: Any) -> Any:
+    """Reconstruct on a device; return results, trained state on the CPU, and saved states."""
+    saved: list[dict[str, Any]] = []
+    done = options.pop("done", None)
+    student.to(device)
+    spec = recipe(**{"steps": 4, "batch_size": 4, "images": 9, **options})
+
+    def keep(content: dict[str, Any]) -> None:  # as in a file
+        there = {name: value.cpu() for name, value in content["student"].items()}
+        saved.append({**content, "student": there})
+
+    results = reconstruct(student, batches, batches, spec, progress=False, done=done, keep=keep)
+    assert student.device.type == device
+    state = {name: value.cpu() for name, value in student.trained_state().items()}
+    return results, state, saved
+
+
+def test_a_device_draws_the_images_of_the_cpu(tiny: TinyNet, batches: list[Tensor]) -> None:
+    wanted = on_device(student_of(tiny, batches[0]), batches, "cpu", float_fraction=0.0)
+    student = student_of(tiny, batches[0])
+    with PretendedGpu():
+        results, state, _ = on_device(student, batches, "cuda", float_fraction=0.0)
+    assert results == wanted[0]
+    assert all(torch.equal(state[name], value) for name, value in wanted[1].items())
+
+
+def test_steps_on_a_device_do_not_wait_for_it(tiny: TinyNet, batches: list[Tensor]) -> None:
+    counts = []
+    with PretendedGpu() as gpu:
+        for steps in (2, 6):
+            student = student_of(tiny, batches[0]).to("cuda")
+            on_the_device = [batch.to("cuda") for batch in batches]
+            with gpu.counting() as counted:
+                on_device(student, on_the_device, "cuda", steps=steps)
+            counts.append((counted.reads, counted.waiting_copies))
+    assert counts[0] == counts[1]
+
+
+def test_a_reconstruction_resumes_on_another_device(tiny: TinyNet, batches: list[Tensor]) -> None:
+    cpu = on_device(student_of(tiny, batches[0]), batches, "cpu")
+    with PretendedGpu():
+        gpu = on_device(student_of(tiny, batches[0]), batches, "cuda")
+        again = on_device(student_of(tiny, batches[0]), batches, "cuda", done=gpu[2][0])
+        moved = on_device(student_of(tiny, batches[0]), batches, "cuda", done=cpu[2][0])
+    assert again[0] == gpu[0]
+    assert all(torch.equal(again[1][name], value) for name, value in gpu[1].items())
+    assert moved[0][0] == cpu[0][0]
+    back = on_device(student_of(tiny, batches[0]), batches, "cpu", done=gpu[2][0])
+    assert back[0][0] == gpu[0][0]
