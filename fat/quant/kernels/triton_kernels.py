@@ -215,8 +215,9 @@ def check(device: torch.device) -> None:
         Exception: Whatever Triton raises if it does not work on ``device``.
     """
     x = torch.tensor([0.0, -0.0, 0.5, 1.5, -9.0, 0.3, torch.inf, 1e-45], device=device)
-    grid = (*(torch.tensor([value], device=device) for value in (0.7, 2.0)), 0, 15)
-    found, wanted = fake_quantize_code(x, *grid), reference.fake_quantize_code(x, *grid)
+    step, zero = (torch.tensor([value], device=device) for value in (0.7, 2.0))
+    found = fake_quantize_code(x, step, zero, 0, 15)
+    wanted = reference.fake_quantize_code(x, step, zero, 0, 15)
     if found is None or not all(map(torch.equal, found, wanted)):
         raise RuntimeError("its results differ from those of torch operations")
 
