@@ -12,10 +12,13 @@ from torch import Tensor
 from fat.quant.config import Grid
 from fat.quant.functional import (
     INT32_MAX,
+    Adjust,
     clip_inclusive,
     dequantize,
     fake_quantize,
     fake_quantize_bias,
+    fake_quantize_lanes,
+    fake_quantize_weight,
     quantize,
     round_ste,
 )
@@ -164,6 +167,166 @@ def test_value_and_gradients_equal_torchs(
         torch.testing.assert_close(
             mine.grad.reshape(theirs.grad.shape), theirs.grad, rtol=1e-4, atol=room
         )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32_and_rounded_once(
+    dtype: torch.dtype, per_channel: bool, layout: str
+) -> None:
+    grid = Grid(8, "affine")
+    x, step, zero_point, grad = draw(5, (4, 3, 5, 2), grid, 0.1, per_channel)
+    x, grad = LAYOUTS[layout](x.to(dtype)), grad.to(dtype)
+    inputs = [t.requires_grad_() for t in (x, step, zero_point)]
+    out = fake_quantize(x, step, zero_point, grid.qmin, grid.qmax)
+    assert out.dtype == dtype
+    wide = fake_quantize(x.detach().float(), step, zero_point, grid.qmin, grid.qmax)
+    assert torch.equal(out, wide.to(dtype))
+    out.backward(grad)
+    wanted = closed_form(x.float(), step, zero_point, grad.float(), grid)
+    np.testing.assert_allclose(wide.detach().numpy(), wanted[0], rtol=1e-6, atol=1e-7)
+    found = [t.grad for t in inputs]
+    assert [t.dtype for t in found if t is not None] == [dtype, torch.float32, torch.float32]
+    assert found[0] is not None
+    np.testing.assert_array_equal(found[0].float().numpy(), wanted[1])
+    size = float(grad.abs().float().sum())
+    byte = 0.0 if per_channel else size / 504
+    for own, reference, room in zip(found[1:], wanted[2:], (byte, 0.0), strict=True):
+        assert own is not None
+        reach = room + 1e-5 * size * grid.qmax * (1.0 if room else 0.1)
+        np.testing.assert_allclose(own.numpy(), reference, rtol=1e-4, atol=reach)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 1024])
+def test_lanes_give_the_gradients_of_a_scalar(lanes: int) -> None:
+    grid = Grid(4, "affine")
+    x, step, zero_point, grad = draw(6, (3, 4, 20, 21), grid, 0.1, False)
+
+    def run(expand: bool) -> list[Tensor]:
+        inputs = [t.clone().requires_grad_() for t in (x, step, zero_point)]
+        bounds = (grid.qmin, grid.qmax)
+        if expand:
+            scale, zero = (t.expand(lanes) for t in inputs[1:])
+            out = fake_quantize_lanes(inputs[0] * 1.0, scale, zero, *bounds, inplace=True)
+        else:
+            out = fake_quantize(*inputs, *bounds)
+        out.backward(grad)
+        return [out.detach(), *(t.grad for t in inputs if t.grad is not None)]
+
+    found, wanted = run(expand=True), run(expand=False)
+    assert len(found) == len(wanted) == 4
+    for own, other in zip(found, wanted, strict=True):
+        assert torch.equal(own, other)
+    with torch.no_grad():
+        out = fake_quantize_lanes(
+            x, step.expand(lanes), zero_point.expand(lanes), grid.qmin, grid.qmax
+        )
+    assert torch.equal(out, wanted[0])
+
+
+@pytest.mark.parametrize("wanting", [(True, False), (False, True)])
+def test_a_gradient_of_the_step_or_zero_point_alone(wanting: tuple[bool, bool]) -> None:
+    """Neither depends on the input requiring a gradient."""
+    grid = Grid(5, "affine")
+    x, step, zero_point, grad = draw(7, (4, 2, 3, 3), grid, 1.0, False)
+    inputs = [t.requires_grad_(on) for t, on in zip((step, zero_point), wanting, strict=True)]
+    fake_quantize(x, *inputs, grid.qmin, grid.qmax, inplace=True).backward(grad)
+    wanted = closed_form(x, step, zero_point, grad, grid)[2:]
+    for tensor, on, reference in zip(inputs, wanting, wanted, strict=True):
+        assert (tensor.grad is not None) is on
+        if tensor.grad is not None:
+            room = rounding_of_a_byte(x, step, grad) + 1e-4
+            np.testing.assert_allclose(tensor.grad.numpy(), reference, rtol=1e-4, atol=room)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_torch_compile_traces_forward_and_backward(inplace: bool, per_channel: bool) -> None:
+    """In one graph: no operation reads a value on the host."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, factor = (
+        torch.randn(shape, generator=generator)
+        for shape in ((2, 3, 5, 7), (4, 3, 3, 3), (4, 3, 3, 3))
+    )
+    steps = torch.rand(4, generator=generator) + 0.1 if per_channel else torch.tensor(0.2)
+    grad = torch.randn(2, 4, 3, 5, generator=generator)
+
+    def step(x: Tensor, scale: Tensor, zero: Tensor, steps: Tensor, factor: Tensor) -> Tensor:
+        y = fake_quantize(x * 1.0, scale, zero, 0, 15, inplace=inplace)
+        w = fake_quantize_weight(weight, steps, 7, factor, Adjust.MOVE, (-1.0, 1.0))
+        return torch.nn.functional.conv2d(y, w)
+
+    def run(function: Callable[..., Tensor]) -> list[Tensor]:
+        given = (x, torch.tensor(0.1), torch.tensor(7.0), steps, factor)
+        leaves = [t.clone().requires_grad_() for t in given]
+        out = function(*leaves)
+        out.backward(grad)
+        return [out.detach(), *(t.grad for t in leaves if t.grad is not None)]
+
+    torch._dynamo.reset()
+    wanted = run(step)
+    found = run(torch.compile(step, fullgraph=True, backend="aot_eager"))
+    torch._dynamo.reset()
+    assert len(found) == len(wanted) == 6
+    for own, other in zip(found, wanted, strict=True):
+        assert torch.equal(own, other)
+
+
+# --- weights; test_kernels.py has their values and gradients --------------------------------------
+
+
+def test_weights_come_in_the_dtype_of_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, factor, grad = (torch.randn(4, 3, generator=generator) for _ in range(3))
+    options = (7, factor.requires_grad_(), Adjust.MOVE, (-1.0, 1.0))
+    steps = torch.full((4,), 0.17, requires_grad=True)
+    wide = fake_quantize_weight(weight, steps, *options)
+    assert wide.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = fake_quantize_weight(weight, steps, *options)
+        assert (
+            fake_quantize_weight(weight, steps, *options, dtype=torch.float32).dtype == wide.dtype
+        )
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, wide.bfloat16())
+    assert fake_quantize_weight(weight, steps, *options, dtype=torch.float16).dtype == torch.float16
+
+    # The gradient arrives in half precision; that of the parameters is float32.
+    half.backward(grad.bfloat16())
+    found = (steps.grad, factor.grad)
+    steps.grad = factor.grad = None
+    wide.backward(grad.bfloat16().float())
+    for own, other in zip(found, (steps.grad, factor.grad), strict=True):
+        assert own is not None
+        assert other is not None
+        assert own.dtype == torch.float32
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 1024])
+def test_lanes_of_a_weight(lanes: int) -> None:
+    """As many lanes as filters are no steps per filter."""
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    results = []
+    for expand in (True, False):
+        step = torch.tensor(0.2, requires_grad=True)
+        scale = step.expand(lanes) if expand else step
+        out = fake_quantize_weight(weight, scale, 7, per_channel=False)
+        out.backward(torch.ones(3, 5))
+        results.append((out.detach(), step.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] is not None
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (3, 1)])
+def test_each_filter_needs_a_step(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="one element for each of the 3 output filters"):
+        fake_quantize_weight(torch.ones(3, 2), torch.ones(shape), 7)
+
+
+# --- gradients -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

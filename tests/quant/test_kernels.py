@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from torch import Tensor
 from fat.quant import kernels
 from fat.quant.config import Grid
 from fat.quant.functional import Adjust, fake_quantize, fake_quantize_weight
-from fat.quant.kernels import compiled
+from fat.quant.kernels import compiled, operators
 
 needs_kernels = pytest.mark.skipif(
     kernels.backend() == "torch",
@@ -406,6 +407,177 @@ def test_an_unused_factor_has_no_effect(compiled: bool) -> None:
         with torch_alone():
             out = fake_quantize_weight(weight, torch.tensor(0.1), 7, 5 * weight)
     torch.testing.assert_close(out, weight)
+
+
+# --- operators -----------------------------------------------------------------------------------
+
+
+def arguments(layout: str, dtype: torch.dtype, lanes: int) -> dict[str, tuple[Any, ...]]:
+    """Return arguments of each operator."""
+    x, step, zero_point, grad = draw(3, (2, 3, 5, 7), Grid(4, "affine"), 0.1)
+    x, grad = LAYOUTS[layout](x.to(dtype)), LAYOUTS[layout](grad.to(dtype))
+    scale, zero = (t.expand(lanes) for t in (step, zero_point))
+    code = kernels.fake_quantize_code(x, scale, zero, 0, 15)[1]
+    weight = LAYOUTS[layout](torch.linspace(-1, 1, 36).reshape(4, 1, 3, 3))
+    factor, by_weight = weight * 0.9, (weight + 0.1).to(dtype)
+    steps = torch.linspace(0.1, 0.2, 4)
+    options = (7, int(Adjust.MOVE), -0.8, 0.8)
+    return {
+        "fake_quantize": (x, scale, zero, 0, 15),
+        "fake_quantize_code": (x, scale, zero, 0, 15),
+        "fake_quantize_code_": (x, scale, zero, 0, 15),
+        "fake_quantize_backward": (code, grad, scale, zero, 0, 15),
+        "fake_quantize_weight": (weight, factor, scale, *options, False, dtype),
+        "fake_quantize_weight_backward": (weight, factor, by_weight, steps, *options, True),
+    }
+
+
+OPERATORS = list(arguments("contiguous", torch.float32, 1))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["kernels", "torch"])
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_are_what_their_schemas_and_fakes_declare(
+    name: str, layout: str, dtype: torch.dtype, lanes: int, alone: bool
+) -> None:
+    """Which arguments change, and shapes, dtypes and strides of the results."""
+    operator = getattr(torch.ops.fat, name).default
+    assert operator is getattr(kernels, name)
+    with torch_alone() if alone else nullcontext():
+        torch.library.opcheck(
+            operator,
+            arguments(layout, dtype, lanes)[name],
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@needs_kernels
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_equal_torch_operations(name: str, layout: str, lanes: int) -> None:
+    """Outputs and codes bit for bit, sums but for rounding: all of it in lane 0."""
+    operator = getattr(kernels, name)
+    results = []
+    for alone in (False, True):
+        given = tuple(
+            a.clone(memory_format=torch.preserve_format)
+            if isinstance(a, Tensor) and a.dim() > 1
+            else a
+            for a in arguments(layout, torch.float32, lanes)[name]
+        )
+        with torch_alone() if alone else nullcontext():
+            result = operator(*given)
+        results.append((*(result if isinstance(result, tuple) else (result,)), given[0]))
+    for found, wanted in zip(*results, strict=True):
+        if found.dtype == torch.int8:
+            assert torch.equal(found, wanted)
+        elif found.dim() > 1:
+            same_bits(found, wanted)
+        else:
+            assert found.shape == wanted.shape
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5, equal_nan=True)
+            if "weight" not in name:
+                assert not found[1:].any()
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["kernels", "torch"])
+def test_steps_are_counted_before_they_are_read(alone: bool) -> None:
+    weight = torch.ones(3, 2)
+    with torch_alone() if alone else nullcontext(), pytest.raises((ValueError, RuntimeError)):
+        kernels.fake_quantize_weight(
+            weight, weight, torch.ones(2), 7, 0, 0.0, 0.0, True, torch.float32
+        )
+
+
+def test_an_implementation_may_leave_tensors_to_the_reference() -> None:
+    calls = []
+
+    def compiled_only_for_vectors(x: Tensor) -> Tensor | None:
+        calls.append(x.dim())
+        return x + 1 if x.dim() == 1 else None
+
+    name = "test_an_implementation_may_leave_tensors_to_the_reference"
+    operator = kernels.define(
+        f"{name}(Tensor x) -> Tensor",
+        reference=lambda x: x - 1,
+        compiled=compiled_only_for_vectors,
+        fake=torch.empty_like,
+    )
+    assert operator is getattr(torch.ops.fat, name).default
+    assert operator(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert operator(torch.ones(())).item() == 0.0
+    assert calls == [1, 0]
+    assert operator(torch.ones(3, device="meta")).shape == (3,)
+    assert calls == [1, 0]
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A computer whose GPU Triton cannot use."""
+    monkeypatch.delenv(compiled.SWITCH, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for function in (operators._triton_works, operators._resolve):
+        function.cache_clear()
+    yield
+    for function in (operators._triton_works, operators._resolve):
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ImportError("No module named 'triton'"), "No module named 'triton'"),
+        (RuntimeError("Failed to find C compiler.\nPlease"), "Failed to find C compiler."),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_where_triton_does_not_work_torch_is_used_with_one_message(
+    no_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    reason: str,
+) -> None:
+    def fail(_: str) -> None:
+        raise error
+
+    monkeypatch.setattr(operators.importlib, "import_module", fail)
+    kernel = operators._lazy(f"{operators.TRITON}:fake_quantize")
+    with caplog.at_level(logging.WARNING, logger="fat.quant.kernels"):
+        for _ in range(2):
+            assert kernels.backend("cuda") == "torch"
+            assert kernel(torch.ones(1), STEP, ZERO, 0, 3) is None
+    (record,) = caplog.records
+    assert f"Triton does not work here ({reason})" in record.getMessage()
+
+
+def test_a_working_triton_is_used(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = []
+
+    class Kernels:
+        check = staticmethod(devices.append)
+        double = staticmethod(lambda x: 2 * x)
+
+    monkeypatch.setattr(operators.importlib, "import_module", lambda _: Kernels)
+    kernel = operators._lazy(f"{operators.TRITON}:double")
+    assert kernel(3) == kernel(1) * 3 == 6
+    assert kernels.backend(torch.device("cuda", 1)) == "triton"
+    assert devices == [torch.device("cuda")]
+
+
+def test_the_switch_is_for_triton_too(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(compiled.SWITCH, "off")
+    assert kernels.backend("cuda") == kernels.backend("mps") == "torch"
+    assert operators._lazy(f"{operators.TRITON}:fake_quantize")(torch.ones(1)) is None
+
+
+def test_lanes_depend_on_the_device() -> None:
+    assert kernels.lanes(torch.device("cpu")) == kernels.lanes(torch.device("mps")) == 1
+    assert kernels.lanes(torch.device("cuda", 3)) == 1024
 
 
 # --- building and finding the library ------------------------------------------------------------

@@ -77,7 +77,7 @@ def fake_quantize_backward(
     step, low, high = _grid(scale, zero_point, qmin, qmax)
     grad = laid_out(grad, code)
     below, above = code <= -OUTSIDE, code >= OUTSIDE
-    grad_x = grad.masked_fill(below | above, 0.0)
+    grad_x = torch.where(below | above, 0.0, grad)
     # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number.
     slope = torch.div(code.to(torch.float32), torch.full_like(step, FINE))
     slope = torch.where(below, low, torch.where(above, high, slope))
@@ -139,7 +139,7 @@ def fake_quantize_weight_backward(
     if not adjust:
         return weight.new_empty(0), grad_scale
     passes = (factor >= low) & (factor <= high)
-    by_factor = grad.masked_fill(~inside, 0.0).mul_(weight if adjust == 1 else step)
+    by_factor = torch.where(inside, grad, 0.0).mul_(weight if adjust == 1 else step)
     return by_factor.masked_fill_(~passes, 0.0), grad_scale
 
 
