@@ -67,15 +67,18 @@ class DistillSpec(Options, prefix="data.distill"):
 class DataOptions(Options, prefix="data"):
     """Options of :class:`fat.data.datamodule.FatDataModule`: splits, crops and batches."""
 
-    batch_size: int = option(
-        16,
-        "images per step, of all processes together; training drops a short last batch",
+    batch_size: int | None = option(
+        None,
+        "images per step, of all processes together; training drops a short last batch; null: 64 "
+        "on a GPU, otherwise 16",
         at_least=1,
         at_most=MOST_IMAGES,
+        example=16,
     )
     workers: int | None = option(
         None,
-        "processes that decode images; null: one less than the usable cores, at most 8",
+        "processes that decode images, for each training process; null: one less than its part of "
+        "the usable cores, at most 8",
         at_least=0,
         at_most=MOST_PROCESSES,
         example=4,

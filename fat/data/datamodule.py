@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,9 +41,19 @@ from fat.utils.random import generator
 if TYPE_CHECKING:
     from fat.models.float_model import Preprocessing
 
-__all__ = ["TEST_PHOTOS", "TRAIN_PHOTOS", "VALIDATION_PHOTOS", "FatDataModule"]
+__all__ = [
+    "BATCH_SIZE",
+    "TEST_PHOTOS",
+    "TRAIN_PHOTOS",
+    "VALIDATION_PHOTOS",
+    "FatDataModule",
+    "usable_workers",
+]
 
 logger = logging.getLogger(__name__)
+
+BATCH_SIZE = 16
+"""Images per batch where no number is given."""
 
 # Photographs of scikit-image, assigned by hand. Training covers the widest range of content: a
 # person in saturated colors, a cluttered room, a gray outdoor scene, stained tissue (strong colors,
@@ -83,9 +94,9 @@ class FatDataModule(pl.LightningDataModule):
         train: Training images.
         validation: Images for choosing the best epoch, disjoint from the training images.
         test: Test images, disjoint from the others.
-        batch_size: Images per batch over all processes. Training drops a short last batch if there
-            is a full one.
-        workers: Number of decoding processes; by default one less than the usable cores, at most 8.
+        batch_size: Images per batch over all processes, 16 by default. Training drops a short last
+            batch if there is a full one.
+        workers: Number of decoding processes, see :func:`usable_workers` for the default.
         seed: Seed of the training order.
 
     Attributes:
@@ -102,7 +113,7 @@ class FatDataModule(pl.LightningDataModule):
         validation: ImageDataset,
         test: ImageDataset,
         *,
-        batch_size: int = DataOptions.batch_size,
+        batch_size: int | None = None,
         workers: int | None = None,
         seed: int = 0,
     ) -> None:
@@ -113,8 +124,8 @@ class FatDataModule(pl.LightningDataModule):
         self.train = train
         self.validation = validation
         self.test = test
-        self.batch_size = batch_size
-        self.workers = _usable_workers() if workers is None else workers
+        self.batch_size = BATCH_SIZE if batch_size is None else batch_size
+        self.workers = usable_workers() if workers is None else workers
         self.seed = seed
         self.index: ImageIndex | None = None
 
@@ -529,13 +540,15 @@ class FatDataModule(pl.LightningDataModule):
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            # On a GPU, decoding one large JPEG may take longer than a step.
-            prefetch_factor=(4 if torch.cuda.is_available() else 2) if self.workers else None,
-            pin_memory=torch.cuda.is_available(),
+            # Those of evaluation would idle most of the time; forking them again is cheap.
+            persistent_workers=self.workers > 0 and (sampler is not None or not _forks()),
             # Without a generator each pass would advance the global random state.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _forks() -> bool:
+    return multiprocessing.get_start_method() == "fork"
 
 
 def _factory(preprocessing: Preprocessing, spec: DataOptions, seed: int) -> DatasetFactory:
@@ -553,9 +566,15 @@ def _photo_tests(factory: DatasetFactory, count: int) -> ImageDataset:
     return ImageDataset(source, factory.random_crops(), split="test", seed=_EVAL_SEED)
 
 
-def _usable_workers() -> int:
+def usable_workers() -> int:
+    """Return the default number of decoding processes: one less than the cores, at most 8.
+
+    The cores are those that this process may use; several training processes on a machine divide
+    them.
+    """
     if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))  # the cores that this process may use
+        cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(max(cores - 1, 0), 8)

@@ -308,6 +308,10 @@ class ImageLoader(DataLoader[Any]):
     def to(self, device: torch.device | str) -> ImageLoader:
         """Move batches to a device, where the transform is finished. Returns the loader itself."""
         self.device = torch.device(device)
+        if self.device.type == "cuda":
+            self.pin_memory = True
+            if self.num_workers:  # decoding one large JPEG may take longer than a step
+                self.prefetch_factor = 4
         return self
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

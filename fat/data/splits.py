@@ -108,7 +108,7 @@ _EARLIER: dict[str, Any] = {
     "check_counts": lambda **counts: _earlier_check(counts) and None,
     "check_sampling": _earlier_check,
     "loading": lambda options: {
-        "batch_size": options.get("batch_size", DataOptions.batch_size),
+        "batch_size": options.get("batch_size", 16),
         "workers": options.get("workers"),
         "seed": options.get("seed", 0),
     },

@@ -87,7 +87,7 @@ class TrainerConfig(Options, prefix="trainer"):
     """Options of conf/trainer: where training runs, and how often its state is saved."""
 
     accelerator: Literal["cpu", "gpu", "auto"] = option(
-        "cpu", "device: cpu, gpu, or auto (a GPU if torch finds one)"
+        "auto", "device: cpu, gpu, or auto (a GPU if torch finds one)"
     )
     devices: int = option(
         1,
@@ -95,10 +95,10 @@ class TrainerConfig(Options, prefix="trainer"):
         at_least=1,
         at_most=MOST_PROCESSES,
     )
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = option(
-        "32-true",
-        "precision of convolutions in training; thresholds, grids, the float network and all "
-        "evaluation stay float32",
+    precision: Literal["32-true", "bf16-mixed", "16-mixed", "auto"] = option(
+        "auto",
+        "precision of convolutions in training, auto: bf16-mixed on GPUs that support it, "
+        "otherwise 32-true; thresholds, grids, the float network and all evaluation stay float32",
     )
     threads: int | None = option(
         None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import os
@@ -26,6 +27,8 @@ from fat.utils.commands import command_line
 from fat.utils.errors import FatError
 
 __all__ = ["SweepReport", "job", "running_sweep", "share_of_cores"]
+
+logger = logging.getLogger(__name__)
 
 CHANGEABLE = ("trainer", "logger", "name", "hydra")
 """Groups that may be given beside ``resume=DIR``: they do not change the result."""
@@ -197,8 +200,20 @@ def _config_of_run(
     for word in given:
         key = word.lstrip("+~").partition("=")[0]
         OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
+    typed = [word.lstrip("+~").partition("=")[0] for word in given]
+    if "trainer" not in typed and "trainer.accelerator" not in typed:
+        _use_what_is_there(merged)
     metrics = read_metrics(directory)
     return parse(RunConfig, merged), None if metrics is None else metrics["command"]
+
+
+def _use_what_is_there(merged: DictConfig) -> None:
+    """Replace a GPU that this machine lacks by the CPU, which gives the same network."""
+    import torch
+
+    if OmegaConf.select(merged, "trainer.accelerator") == "gpu" and not torch.cuda.is_available():
+        logger.info("The run was started on a GPU, and torch finds none here: using the CPU.")
+        OmegaConf.update(merged, "trainer.accelerator", "cpu")
 
 
 class SweepReport(Callback):

@@ -24,6 +24,7 @@ from fat.experiment.config import (
     parse_run,
     to_config,
 )
+from fat.experiment.machine import describe, device_of, resolve
 from fat.models.float_model import Preprocessing
 from fat.models.serialization import check_finite, load
 from fat.models.student import Student
@@ -34,6 +35,7 @@ from fat.utils.commands import command_line
 from fat.utils.errors import FatError, first_line, no_run
 from fat.utils.io import check_writable, torn_part, write_text
 from fat.utils.memory import keep_freed_memory
+from fat.utils.precision import use_full_precision
 
 __all__ = [
     "CHECKPOINTS",
@@ -46,14 +48,13 @@ __all__ = [
     "STUDENT",
     "THRESHOLDS",
     "FinishedRun",
-    "accelerator_of",
     "begin",
     "check_unchanged",
-    "device_of",
     "load_checkpoint",
     "objective",
     "open_run",
     "read_metrics",
+    "resumable_config",
     "set_up",
     "stored_config",
 ]
@@ -98,6 +99,11 @@ def begin(directory: Path, config: RunConfig, *, resume: bool) -> dict[str, Any]
         check_writable(directory)
         write_text(directory / CONFIG, yaml.safe_dump(stored_config(config), sort_keys=False))
     return None
+
+
+def resumable_config(directory: Path, *, resume: bool) -> RunConfig | None:
+    """Return the options of the run that :func:`begin` would resume, ``None`` for a new run."""
+    return read_config(directory) if resume and (directory / METRICS).is_file() else None
 
 
 def stored_config(config: RunConfig) -> dict[str, Any]:
@@ -246,7 +252,7 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
     directory = Path(config.run).expanduser()
     if not (directory / STUDENT).is_file():
         raise no_run(directory, STUDENT)
-    stored = read_config(directory)
+    stored, config = read_config(directory), resolve(config)
     seed = stored.seed if config.seed is None else config.seed
     set_up(config.trainer, seed)
     student = load(directory / STUDENT)
@@ -268,6 +274,8 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         )
     data = make_data(data_config, _target_of_run(student.origin), seed)
     device = device_of(config.trainer)
+    if device.type != "cpu":
+        logger.info("Running on %s.", describe(config))
     return FinishedRun(directory, stored, student.to(device), data, data_config, device)
 
 
@@ -316,35 +324,15 @@ def load_checkpoint(student: Student, path: Path) -> None:
 
 
 def set_up(trainer: TrainerConfig, seed: int) -> None:
-    """Set the threads, seeds and log levels of the process."""
+    """Set the threads, seeds, log levels and precision of the process."""
     if device_of(trainer).type == "cpu":
         keep_freed_memory()
+    else:
+        use_full_precision()
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     pl.seed_everything(seed, verbose=False)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-
-
-def device_of(trainer: TrainerConfig) -> torch.device:
-    """Return the device of ``trainer.accelerator``.
-
-    Raises:
-        FatError: If there is no GPU.
-    """
-    found = torch.cuda.is_available()
-    if trainer.accelerator == "cpu" or (trainer.accelerator == "auto" and not found):
-        return torch.device("cpu")
-    if not found:
-        raise FatError(
-            f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here. "
-            "Type trainer=cpu."
-        )
-    return torch.device("cuda")
-
-
-def accelerator_of(trainer: TrainerConfig) -> str:
-    """Return Lightning's name of :func:`device_of`, ``"cpu"`` or ``"gpu"``."""
-    return "cpu" if device_of(trainer).type == "cpu" else "gpu"
 
 
 def _target_of_run(origin: Mapping[str, Any]) -> InputSpec:

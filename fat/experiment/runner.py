@@ -33,6 +33,7 @@ from fat.experiment.build import (
     own_classes,
 )
 from fat.experiment.config import RunConfig, TrainerConfig
+from fat.experiment.machine import accelerator_of, check_devices, describe, device_of, resolve
 from fat.experiment.mixed_bits import check_layers, check_network, mixed_spec
 from fat.experiment.run_directory import (
     CHECKPOINTS,
@@ -42,10 +43,9 @@ from fat.experiment.run_directory import (
     METRICS,
     STUDENT,
     THRESHOLDS,
-    accelerator_of,
     begin,
-    device_of,
     objective,
+    resumable_config,
     set_up,
     stored_config,
 )
@@ -119,6 +119,8 @@ def run(
     """
     trainer = config.trainer
     accelerator = accelerator_of(trainer)
+    if not distributed.started_outside():
+        check_devices(trainer)
     if distributed.started_outside():
         distributed.check_devices(trainer.devices)
         distributed.join(accelerator)
@@ -153,6 +155,9 @@ def _run(
     resume: bool,
 ) -> float:
     writes = distributed.is_main_process()
+    # The main process decides, as another may not find what it reads.
+    resumed = resumable_config(directory, resume=resume)
+    config = distributed.broadcast_object(resolve(config, resumed))
     with distributed.main_process_first():
         earlier = begin(directory, config, resume=resume or not writes)
     target = export_backend(config.export)
@@ -163,6 +168,7 @@ def _run(
     if earlier is not None and earlier["status"] == "finished":
         logger.info("%s is finished already.", directory)
         return objective(earlier)
+    logger.info("Running on %s.", describe(config))
 
     seconds = {} if earlier is None else earlier["seconds"]
     progress = config.trainer.progress and writes
@@ -420,7 +426,6 @@ class _Job:
                 checkpoint_every=trainer.checkpoint_every,
                 resume=self.resume,
             )
-            student.to(self.device)
             if self.writes:
                 save(student, directory / STUDENT)
                 write_thresholds(directory / THRESHOLDS, student)
@@ -499,13 +504,11 @@ class _Job:
 
 def _devices(trainer: TrainerConfig) -> dict[str, Any]:
     """Arguments of Lightning's trainer."""
-    options: dict[str, Any] = {
-        "accelerator": accelerator_of(trainer),
-        "devices": trainer.devices,
-        "precision": trainer.precision,
-    }
+    options: dict[str, Any] = {"precision": trainer.precision}
     if distributed.size() > 1:
         options |= {
+            "accelerator": accelerator_of(trainer),
+            "devices": trainer.devices,
             "num_nodes": distributed.size() // trainer.devices,
             # Only trained tensors change: the teacher's need not be sent each step. And processes
             # may have different numbers of validation batches.

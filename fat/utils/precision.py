@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["full_precision"]
+__all__ = ["full_precision", "use_full_precision"]
 
 
 @contextmanager
@@ -25,13 +25,22 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        cudnn: Any = torch.backends.cudnn
-        backends: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv)
+        backends = _backends()
         before = [backend.fp32_precision for backend in backends]
         try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
+            use_full_precision()
             yield
         finally:
             for backend, precision in zip(backends, before, strict=True):
                 backend.fp32_precision = precision
+
+
+def use_full_precision() -> None:
+    """Turn TF32 off on CUDA in this process."""
+    for backend in _backends():
+        backend.fp32_precision = "ieee"
+
+
+def _backends() -> tuple[Any, ...]:
+    cudnn: Any = torch.backends.cudnn
+    return torch.backends.cuda.matmul, cudnn.conv
