@@ -204,6 +204,7 @@ def fit(
     except (KeyboardInterrupt, SystemExit):
         interrupted = True
     finally:
+        module.end_validation()
         module.to(device)  # Lightning leaves it on the CPU
         best.restore(module)
         student.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class DistillModule(RestoresRandomStates):
         self.spec = spec
         self.loss = make_loss(spec.loss, spec.temperature)
         self.comparison = Comparison()
+        self._validation = ExitStack()
         self._validation_loss: list[tuple[int, Tensor]] = []
         self._blocks = BlockOutputs(student) if spec.feature_weight else None
         # Of the labels in this training; tensors on the device, which would have to wait for them.
@@ -104,8 +106,10 @@ class DistillModule(RestoresRandomStates):
             check_labels(self._largest, self._classes)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the metrics."""
+        """Reset the metrics, and compute the student's integers once for all batches."""
         self._check_labels()
+        self.end_validation()  # one that ended with an error
+        self._validation.enter_context(self.student.cached_integers())
         self._validation_loss.clear()
         self.comparison.reset()
 
@@ -119,8 +123,13 @@ class DistillModule(RestoresRandomStates):
         self._validation_loss.append((len(images), self.loss(teacher, student)))
         self.comparison.update(student, teacher, labels)
 
+    def end_validation(self) -> None:
+        """Forget the integers of a validation; also to be called after one that was interrupted."""
+        self._validation.close()
+
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss`` and the metrics of the comparison."""
+        self.end_validation()
         sum_of_losses = torch.zeros((), dtype=torch.float64, device=self.device)
         for count, loss in self._validation_loss:
             sum_of_losses += count * loss.double()

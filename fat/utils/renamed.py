@@ -97,7 +97,7 @@ MODULES = {
     "report.run_details": "report.run_sections",
     "report.sensitivity": "evaluation.sensitivity_file",
     "report.table": "report.tables",
-    "runs": "experiment.run_directory experiment.evaluate",
+    "runs": "experiment.run_directory experiment.machine experiment.evaluate",
     "schedule": "training.schedule utils.schedules",
     "search": "experiment.recipe_search",
     "sensitivity": "evaluation.sensitivity_analysis",

@@ -37,6 +37,7 @@ from fat.experiment.config import (
     to_config,
 )
 from fat.experiment.evaluate import evaluate_artifact, evaluate_run
+from fat.experiment.machine import resolve
 from fat.experiment.run_directory import begin, read_config
 from fat.experiment.runner import run
 from fat.models.calibration import calibrate
@@ -120,14 +121,21 @@ def test_every_public_name_is_imported(module: str) -> None:
 def test_composed_options_are_the_same(name: str) -> None:
     earlier = yaml.safe_load((LEGACY / "config_keys.yaml").read_text())[name]
     schema: Any = RunConfig if name == "train" else EvaluateConfig
-    ours = leaves(to_config(composed(name=name)))
+    # Then, a run was on the CPU unless told otherwise; these were the values for it.
+    then = {"trainer.accelerator": "cpu", "trainer.precision": "32-true", "data.batch_size": 16}
+    assert then.items() <= today(earlier).items()
+    as_then = composed(*(f"{key}={value}" for key, value in then.items()), name=name)
+    ours = leaves(to_config(as_then))
     assert today(earlier).items() <= ours.items()
     # Options that the composed config did not hold had the same defaults.
     defaults = {entry.key: entry.default for entry in option_table(schema)}
     for key in ours.keys() - today(earlier).keys():
         default = defaults[key]
         assert ours[key] == (list(default) if isinstance(default, tuple) else default)
-    assert to_config(parse(schema, OmegaConf.create(earlier))) == to_config(composed(name=name))
+    assert to_config(parse(schema, OmegaConf.create(earlier))) == to_config(as_then)
+    now = leaves(to_config(composed(name=name)))
+    assert {key for key in ours if now[key] != ours[key]} == then.keys()
+    assert to_config(resolve(as_then)) == to_config(as_then)
 
 
 @pytest.mark.parametrize("name", ["run", *INTERRUPTED])

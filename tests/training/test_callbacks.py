@@ -25,6 +25,7 @@ from fat.training.callbacks import (
     student_of,
 )
 from fat.training.module import DistillModule
+from fat.utils.deferred import Deferred
 
 
 @pytest.fixture
@@ -129,6 +130,89 @@ def test_nan_guard_restores_the_optimizer_too(student: Student, images: Tensor) 
     assert {int(state["step"]) for state in optimizer.state.values()} == {1}
 
 
+@pytest.fixture
+def elsewhere(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A student that says it is not on the CPU, where each read of a tensor waits."""
+    monkeypatch.setattr(Student, "device", torch.device("meta"))
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_nan_guard_reads_its_check_at_the_next_one(
+    student: Student, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard, module = NanGuard(patience=2, every=5), DistillModule(student, TrainSpec())
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.0)
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=0)
+    reads: list[int] = []
+    read = Deferred.tensor
+
+    def counted(deferred: Deferred) -> Tensor:
+        reads.append(trainer.global_step)
+        return read(deferred)
+
+    monkeypatch.setattr(Deferred, "tensor", counted)
+
+    def steps(count: int, value: float) -> None:
+        for _ in range(count):
+            trainer.global_step += 1
+            fill(student, value)
+            guard.on_train_batch_end(trainer, module, None, None, 0)
+
+    fill(student, 0.9)
+    guard.on_train_batch_start(trainer, module, None, 0)
+    steps(5, 0.8)
+    steps(5, 0.7)
+    assert reads == [10]  # of the check after step 5
+    steps(4, float("nan"))
+    steps(1, float("nan"))  # the check after step 10 was good, that after step 15 is unread
+    assert (guard.restored, reads) == (0, [10, 15])
+    steps(5, float("nan"))
+    assert (guard.restored, alphas(student)) == (1, {0.7})
+    assert "became NaN or infinite before step 20; restored the last finite state" in caplog.text
+    steps(5, float("inf"))
+    with pytest.raises(FatError, match="2 checks, one every 5 steps, in a row gave NaN"):
+        steps(5, float("nan"))
+    assert alphas(student) == {0.7}
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_nan_guard_checks_before_validations_and_checkpoints(
+    student: Student, tmp_path: Path
+) -> None:
+    guard, module = NanGuard(every=5), DistillModule(student, TrainSpec())
+    trainer: Any = SimpleNamespace(
+        optimizers=[torch.optim.Adam(student.parameters())],
+        global_step=3,
+        lightning_module=module,
+        is_global_zero=False,
+        save_checkpoint=lambda path: saved.append(alphas(student)),
+    )
+    saved: list[set[float]] = []
+    guard.on_validation_start(trainer, module)  # before training: there is nothing to restore
+    fill(student, 0.9)
+    guard.on_train_batch_start(trainer, module, None, 0)
+    fill(student, float("nan"))
+    guard.on_validation_start(trainer, module)
+    assert (guard.restored, alphas(student)) == (1, {0.9})
+    fill(student, 0.8)
+    guard.on_train_end(trainer, module)  # finite, and from now on what is restored
+    fill(student, float("nan"))
+    PeriodicCheckpoint(tmp_path / "last.ckpt", 0.0, guard.check)._save(trainer)
+    assert (guard.restored, saved) == (2, [{0.8}])
+
+
+def test_nan_guard_restores_an_optimizer_without_state(student: Student, images: Tensor) -> None:
+    guard, module = NanGuard(), DistillModule(student, TrainSpec())
+    optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], global_step=1)
+    before = alphas(student)
+    guard.on_train_batch_start(trainer, module, None, 0)
+    (student(images) * float("nan")).sum().backward()
+    optimizer.step()
+    guard.on_train_batch_end(trainer, module, None, None, 0)
+    assert (guard.restored, alphas(student), dict(optimizer.state)) == (1, before, {})
+
+
 def test_alpha_history_logs_mean_smallest_and_largest(student: Student) -> None:
     logged: list[tuple[dict[str, float], int]] = []
 
@@ -177,6 +261,27 @@ def test_the_progress_bar_shows_the_remaining_time(
     assert progress.get_metrics(trainer, module)["left"] == "0:00"
 
 
+def test_the_progress_bar_reads_the_loss_of_other_devices_once_a_second(
+    student: Student, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, refreshed = [100.0], []
+    monkeypatch.setattr("fat.training.callbacks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(
+        "fat.training.callbacks.TQDMProgressBar.on_train_batch_end",
+        lambda bar, trainer, module, outputs, batch, index: refreshed.append(index),
+    )
+    trainer: Any = SimpleNamespace(num_training_batches=20)
+    module: Any = SimpleNamespace(device=torch.device("meta"))
+    bar = ProgressBar()
+    for index in range(20):
+        bar.on_train_batch_end(trainer, module, None, None, index)
+        now[0] += 0.25
+    assert refreshed == [0, 4, 8, 12, 16, 19]
+    module.device = torch.device("cpu")
+    bar.on_train_batch_end(trainer, module, None, None, 3)
+    assert refreshed[-1] == 3
+
+
 def test_other_modules_have_no_student() -> None:
     with pytest.raises(AssertionError):
         student_of(pl.LightningModule())
@@ -221,6 +326,63 @@ def test_history_has_one_row_per_value_with_its_step(tmp_path: Path) -> None:
         "2,val/loss,0.0625",
         "2,val/agreement,75",
     ]
+
+
+class Elsewhere:
+    """A value that is not on the CPU; ``reads`` counts its reads."""
+
+    device = torch.device("meta")
+    reads = 0
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __float__(self) -> float:
+        raise AssertionError("read one by one")
+
+
+def test_history_reads_values_of_other_devices_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stacked: list[int] = []
+
+    def stack(values: list[Elsewhere]) -> Tensor:
+        stacked.append(len(values))
+        return torch.tensor([value.value for value in values])
+
+    monkeypatch.setattr("fat.training.callbacks.torch.stack", stack)
+    history, module = CSVHistory(tmp_path / "history.csv"), DistillModule.__new__(DistillModule)
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=0)
+    history.setup(trainer, module, "fit")
+
+    def step() -> None:
+        trainer.global_step += 1
+        loss = Elsewhere(trainer.global_step / 4)
+        trainer.callback_metrics = {"train/loss": loss, "train/lr": torch.tensor(0.5)}
+        history.on_train_batch_end(trainer, module, None, None, 0)
+
+    def lines() -> list[str]:
+        return (tmp_path / "history.csv").read_text().splitlines()
+
+    for _ in range(49):
+        step()
+    assert lines() == ["step,name,value"]
+    step()
+    assert (stacked, len(lines())) == ([50], 101)
+    assert lines()[-2:] == ["50,train/loss,12.5", "50,train/lr,0.5"]
+    # Nothing is missing in a file beside a checkpoint, nor after the end or an error.
+    for ended in (
+        lambda: history.on_save_checkpoint(trainer, module, {}),
+        lambda: history.on_train_end(trainer, module),
+        lambda: history.on_exception(trainer, module, KeyboardInterrupt()),
+    ):
+        step()
+        before = len(lines())
+        ended()
+        assert len(lines()) == before + 2
+    trainer.callback_metrics = {"val/loss": torch.tensor(2.0)}
+    history.on_validation_end(trainer, module)
+    assert lines()[-1] == "53,val/loss,2"
 
 
 def test_history_drops_rows_after_the_checkpoint(tmp_path: Path) -> None:
