@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fat.quant.kernels.reference import laid_out
+from fat.quant.kernels.reference import first_lane, laid_out
 from fat.utils.errors import FatError
 from fat.utils.io import cache_folder, write_atomic
 
@@ -190,11 +190,9 @@ def fake_quantize_weight_backward(
     rows = weight.new_empty(len(weight))
     grid = (*_steps(weight, scale, per_channel), *_size(weight), qmax, adjust, low, high)
     call("fat_backward_rows", weight, factor, grad, grad_factor, rows, *grid)
-    if per_channel:
-        return grad_factor, rows
-    grad_scale = _lanes_like(scale)
-    grad_scale[0] = rows.sum()
-    return grad_factor, grad_scale
+    if not per_channel:
+        rows = first_lane(rows.sum(), scale.numel())
+    return grad_factor, rows
 
 
 def _same_layout(*tensors: Tensor) -> bool:

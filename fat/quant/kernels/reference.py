@@ -20,6 +20,7 @@ __all__ = [
     "fake_quantize_code_",
     "fake_quantize_weight",
     "fake_quantize_weight_backward",
+    "first_lane",
     "laid_out",
 ]
 
@@ -85,7 +86,7 @@ def fake_quantize_backward(
     by_scale = torch.mul(slope, grad).sum(dtype=torch.float64)
     outside = torch.sub(grad, grad_x).sum(dtype=torch.float64)
     lanes = scale.numel()
-    return grad_x, _lane_0(by_scale, lanes), _lane_0(outside.mul_(-step.double()), lanes)
+    return grad_x, first_lane(by_scale, lanes), first_lane(outside.mul_(-step.double()), lanes)
 
 
 def fake_quantize_weight(
@@ -135,7 +136,7 @@ def fake_quantize_weight_backward(
     if per_channel:
         grad_scale = by_scale.flatten(1).sum(1, dtype=torch.float64).to(scale.dtype)
     else:
-        grad_scale = _lane_0(by_scale.sum(dtype=torch.float64), scale.numel(), scale.dtype)
+        grad_scale = first_lane(by_scale.sum(dtype=torch.float64), scale.numel(), scale.dtype)
     if not adjust:
         return weight.new_empty(0), grad_scale
     passes = (factor >= low) & (factor <= high)
@@ -146,6 +147,12 @@ def fake_quantize_weight_backward(
 def laid_out(x: Tensor, like: Tensor) -> Tensor:
     """Return ``x`` with the strides of ``like``."""
     return x if x.stride() == like.stride() else torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def first_lane(total: Tensor, lanes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the gradient of ``lanes`` lanes of which the first has it all: [total, 0, 0, …]."""
+    total = total.to(dtype).reshape(1)
+    return total if lanes == 1 else F.pad(total, (0, lanes - 1))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -176,9 +183,3 @@ def _adjusted(
         return weight
     clipped = factor.clamp(low, high)
     return clipped.mul_(weight) if adjust == 1 else clipped.mul_(step).add_(weight)
-
-
-def _lane_0(total: Tensor, lanes: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return [total, 0, 0, ...] with ``lanes`` elements."""
-    total = total.to(dtype).reshape(1)
-    return total if lanes == 1 else F.pad(total, (0, lanes - 1))

@@ -8,6 +8,8 @@ per program; the programs' sums are added outside, in a fixed order.
 Steps and zero points are read by the kernels, so that the host never waits for the device. Tensors
 are processed in the order of memory: any dense layout is fast.
 
+Steps have any alignment, being elements of a vector of all quantizers: one kernel serves all.
+
 Import this module on use only: importing Triton takes time, and is not possible everywhere.
 ``TRITON_INTERPRET=1`` runs the kernels on CPU tensors.
 """
@@ -70,7 +72,7 @@ def clip(v, low, high):
     return tl.where(v > high, high, tl.where(v < low, low, v))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale", "zero_point"])
 def _forward(
     x, out, code, scale, zero_point, n, qmin, qmax, CODE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -91,7 +93,7 @@ def _forward(
         tl.store(code + places, byte, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["scale", "zero_point"])
 def _backward(
     code,
     grad,
@@ -137,7 +139,7 @@ def adjusted(w, f, step, low, high, ADJUST: tl.constexpr):
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["scale"])
 def _forward_rows(
     weight,
     factor,
@@ -163,7 +165,7 @@ def _forward_rows(
     tl.store(out + places, clip(round_half_even(v), -q, q) * step, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["scale"])
 def _backward_rows(
     weight,
     factor,
@@ -226,8 +228,8 @@ def launch(kernel: Any, programs: int, x: Tensor, *arguments: Any, **options: An
     """Run ``programs`` programs of a kernel on the device of ``x``, without fused multiply-add."""
     if not programs:
         return
-    device = torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-    with device:
+    other = x.is_cuda and x.device.index != torch.cuda.current_device()
+    with torch.cuda.device(x.device) if other else contextlib.nullcontext():
         kernel[(programs,)](x, *arguments, enable_fp_fusion=False, **options)
 
 
@@ -382,8 +384,8 @@ def _rows(weight: Tensor, per_channel: bool) -> tuple[int, int, int]:
 
 def _supported(x: Tensor, scale: Tensor, zero_point: Tensor, *others: Tensor) -> bool:
     _same_device(x, scale, zero_point, *others)
-    lanes = scale.dtype == zero_point.dtype == torch.float32
-    return x.dtype in FLOATS and lanes and scale.numel() > 0 and zero_point.numel() > 0
+    floats = x.dtype in FLOATS and scale.dtype == zero_point.dtype == torch.float32
+    return floats and scale.numel() > 0 and zero_point.numel() > 0
 
 
 def _supported_weight(
@@ -400,9 +402,8 @@ def _supported_weight(
 
 def _same_device(*tensors: Tensor) -> None:
     """Raise an error instead of reading a pointer of another device."""
-    devices = {tensor.device for tensor in tensors}
-    if len(devices) > 1:
+    if any(tensor.device != tensors[0].device for tensor in tensors):
+        devices = sorted({str(tensor.device) for tensor in tensors})
         raise RuntimeError(
-            "Expected all tensors to be on the same device, but found "
-            f"{' and '.join(sorted(map(str, devices)))}"
+            f"Expected all tensors to be on the same device, but found {' and '.join(devices)}"
         )
