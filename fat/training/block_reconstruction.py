@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 from fat.graph.partition import block_outputs, counterpart, logits_node, segment
 from fat.graph.patterns import module_of
 from fat.models.student import Student
+from fat.quant.batched import QuantizerBatch
 from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer
 from fat.training.config import TrainSpec
@@ -151,18 +153,27 @@ def _reconstruct(
         block = segment(student.network, start, end)
         twin = segment(floating, _same(floating, start), _same(floating, end))
         wanted = [_forward(twin, x) for x in exact]
+        modules = _parts(block)
+        quantizers = QuantizerBatch(
+            [module for module in modules if isinstance(module, ActivationQuantizer)],
+            [module for module in modules if isinstance(module, QuantLayer)],
+        )
         if index < finished:
             bar.update(options.steps)
-            given, exact = [_forward(block, x) for x in given], wanted
+            given, exact = [_forward(block, x, quantizers) for x in given], wanted
             start = end
             continue
-        modules = _parts(block)
-        output = _forward(block, given[1])
+        output = _forward(block, given[1], quantizers)
         before = _error(output[: held.count], wanted[1][: held.count])
         saved = [copy.deepcopy(module.state_dict()) for module in modules]
         draws = _Draws(generator, train, options.batch_size, (seed, index))
-        _train(block, modules, (given[0], exact[0], wanted[0]), spec, draws, bar)
-        trained = _forward(block, given[1])
+        groups = parameter_groups(modules, spec)
+        if groups:
+            data = (given[0], exact[0], wanted[0])
+            _train(block, quantizers, groups, data, spec, draws, bar)
+        else:
+            bar.update(options.steps)
+        trained = _forward(block, given[1], quantizers)
         after = _error(trained[: held.count], wanted[1][: held.count])
         kept = after < before
         if kept:
@@ -173,7 +184,7 @@ def _reconstruct(
         name = getattr(module_of(student.network, end), "layer", end.name)
         results.append(BlockResult(str(name), before, after, kept))
         logger.debug("Block to %s: error %.4f -> %.4f, kept: %s", name, before, after, kept)
-        given, exact = [_forward(block, given[0]), output], wanted
+        given, exact = [_forward(block, given[0], quantizers), output], wanted
         start = end
         keep(
             {
@@ -238,7 +249,7 @@ class _Draws:
         rows = self.images.rows[chosen]
         places = torch.nonzero(rows >= 0).flatten()  # on the CPU, where it waits for nothing
         mine = torch.stack([rows[places], places])
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             mine = mine.pin_memory()  # else the copy would wait for the device
         mine = mine.to(self.device, non_blocking=True)
         return mine[0], mine[1]
@@ -261,17 +272,14 @@ class _Draws:
 
 def _train(
     block: fx.GraphModule,
-    modules: list[Part],
+    quantizers: QuantizerBatch,
+    groups: list[dict[str, Any]],
     data: tuple[Tensor, Tensor, Tensor],
     spec: TrainSpec,
     draws: _Draws,
     bar: Any,
 ) -> None:
     options = spec.reconstruction
-    groups = parameter_groups(modules, spec)
-    if not groups:
-        bar.update(options.steps)
-        return
     quantized, exact, wanted = data
     fused = True if quantized.device.type == "cuda" else None  # one kernel for all parameters
     optimizer = Adam(groups, lr=spec.lr, fused=fused)
@@ -291,12 +299,13 @@ def _train(
         if len(rows):
             # This process's part of the mean over the batch.
             weight = options.batch_size / len(rows)
-            loss = (block(_dense(x)) - wanted[rows]).square().mean() / (power * weight)
+            with quantizers.computed():
+                output = block(_dense(x))
+            loss = (output - wanted[rows]).square().mean() / (power * weight)
             loss.backward()
         gradients.all_sum()
         optimizer.step()
-        for module in modules:
-            module.project()
+        quantizers.project()
         bar.update()
 
 
@@ -387,9 +396,10 @@ def _dense(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _forward(block: fx.GraphModule, x: Tensor) -> Tensor:
+def _forward(block: fx.GraphModule, x: Tensor, quantizers: QuantizerBatch | None = None) -> Tensor:
     size = FORWARD_BATCH if x.device.type == "cpu" else DEVICE_FORWARD_BATCH
-    return torch.cat([block(_dense(part)) for part in torch.split(x, size)])
+    with nullcontext() if quantizers is None else quantizers.computed():
+        return torch.cat([block(_dense(part)) for part in torch.split(x, size)])
 
 
 def _error(output: Tensor, wanted: Tensor) -> float:
