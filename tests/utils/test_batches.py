@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from fat.utils.batches import as_batches, passes, split
+from fat.training.resumable_loader import whole
+from fat.utils import distributed
+from fat.utils.batches import as_batches, counted, passes, split
 from fat.utils.errors import FatError
 
 IMAGES = torch.arange(2.0 * 3 * 4 * 4).reshape(2, 3, 4, 4)
@@ -96,3 +98,14 @@ def test_images_that_would_come_again_come_once(images: Any) -> None:
 
 def test_a_loader_without_a_batch_ends_the_passes() -> None:
     assert list(passes(Loader(0))) == []
+
+
+def test_a_process_may_have_no_batches_if_another_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FatError, match="There are no validation images"):
+        counted("validation", [], elsewhere=True)
+    monkeypatch.setattr(distributed, "all_max", lambda count: count + 2)  # those of the others
+    assert counted("validation", [], elsewhere=True) == ([], 0)
+    with pytest.raises(FatError, match="There are no training images"):
+        counted("training", [])
+    (empty,) = list(whole("validation", [], elsewhere=True))
+    assert split(empty)[0].shape == (0, 3, 1, 1)
