@@ -413,6 +413,7 @@ class PretendedGpu:
         self.generator = torch.Generator()
         self._seed(0)
         self._in_function = 0
+        self._in_backward = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PretendedGpu:
@@ -550,12 +551,17 @@ class PretendedGpu:
 
     def _backward(self, *args: Any, **kwargs: Any) -> Any:
         # The function mode is off inside the call of Tensor.backward, which it has seen.
-        before, self._in_function = self._in_function, 0
+        before = self._in_function, self._in_backward
+        # Passes of CPU tensors alone stay on the CPU.
+        self._in_function, self._in_backward = (
+            0,
+            any(isinstance(x, PretendedTensor) for x in args[0]),
+        )
         try:
             with self._mode:
                 return self._engine(*args, **kwargs)
         finally:
-            self._in_function = before
+            self._in_function, self._in_backward = before
 
     # Host and device
 
@@ -707,7 +713,7 @@ class PretendedGpu:
             kwargs["device"] = CPU
             # C++ code of a backward pass asks for memory beside a tensor whose device it takes for
             # a CPU; Python code has come through call().
-            inside = torch._C._current_graph_task_id() != -1 and not self._in_function
+            inside = self._in_backward and not self._in_function
             on_device = on_device or (inside and not leaves)
         if kwargs.pop("pin_memory", False):
             return self._mark_pinned(func(*args, **kwargs))
