@@ -95,12 +95,9 @@ def test_equalization(
     assert found == []
 
 
-@pytest.mark.parametrize(
-    ("thresholds", "scheme", "granularity"),
-    itertools.product(
-        ("fat", "lsq", "tqt", "frozen"), ("symmetric", "asymmetric"), ("per_channel", "per_tensor")
-    ),
-)
+@pytest.mark.parametrize("thresholds", ["fat", "lsq", "tqt", "frozen"])
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 def test_thresholds_quantizers_and_inference(
     gpu: PretendedGpu,
     tiny: nn.Module,
