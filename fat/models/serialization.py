@@ -109,7 +109,7 @@ def save(student: Student, path: str | os.PathLike[str]) -> None:
     """Write the student, its thresholds and its float teacher to one safetensors file, atomically.
 
     Args:
-        student: The student, calibrated or not.
+        student: The student, calibrated or not, on any device.
         path: The file, usually ``student.safetensors``.
 
     Raises:
@@ -139,6 +139,8 @@ def check_saveable(student: Student) -> None:
 
 def load(path: str | os.PathLike[str]) -> Student:
     """Read a student that can be run, evaluated and trained further.
+
+    It is on the CPU; ``fat.load(path).to("cuda")`` moves it.
 
     Args:
         path: A file that :func:`save` wrote.
@@ -200,9 +202,11 @@ def _check_runs(student: Student) -> None:
 
 def _tensors(student: Student) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors by name, and the names that refer to a tensor stored under another."""
-    tensors = {f"student.{k}": v.detach().contiguous() for k, v in student.state_dict().items()}
+    state = student.state_dict()
+    tensors = {f"student.{k}": v.detach().cpu().contiguous() for k, v in state.items()}
     aliases: dict[str, str] = {}
-    for name, value in student.teacher.named_buffers():
+    for name, on_device in student.teacher.named_buffers():
+        value = on_device.cpu()
         twin = f"student.network.{name}"
         if twin in tensors and torch.equal(tensors[twin], value):
             aliases[f"teacher.{name}"] = twin

@@ -29,6 +29,7 @@ from fat.training.config import FinetuneSpec
 from fat.training.resumable_loader import whole
 from fat.training.trainer import (
     RestoresRandomStates,
+    fused,
     ignore_warnings,
     keep_interrupt_handler,
     trainer_options_with_defaults,
@@ -87,6 +88,7 @@ class FinetuneModule(RestoresRandomStates):
         self.spec = spec
         self.classes = classes
         self._head = head_parameters(network)
+        self._extremes: Tensor | None = None  # smallest and largest label that is not checked
         self._count = 0  # validation images
         self._sums: Tensor | None = None  # correct ones, and the sum of their losses
 
@@ -107,12 +109,14 @@ class FinetuneModule(RestoresRandomStates):
         loss = cross_entropy(
             self.network(images), labels, label_smoothing=self.spec.label_smoothing
         )
-        self._check_finite(loss)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        if loss.device.type == "cpu":  # elsewhere at the end of the epoch: a read waits
+            self._check_finite(loss)
+        self.log("train/loss", loss.detach(), batch_size=len(images))
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the metrics."""
+        """Check the labels so far, and reset the metrics."""
+        self._check_labels()
         self._count, self._sums = 0, None
         self.network.eval()
 
@@ -128,6 +132,7 @@ class FinetuneModule(RestoresRandomStates):
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy in percent, and the mean loss."""
+        self._check_labels()
         count = self._count
         assert self._sums is not None
         correct, loss = self._sums.tolist()
@@ -150,7 +155,8 @@ class FinetuneModule(RestoresRandomStates):
                     "rate": self.spec.head_lr if head else self.spec.lr,
                 }
                 for (head, decays), parameters in groups.items()
-            ]
+            ],
+            fused=fused(self, module_device(self.network)),
         )
 
     def optimizer_step(
@@ -172,6 +178,7 @@ class FinetuneModule(RestoresRandomStates):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load the content of :meth:`on_save_checkpoint`."""
         self._random = checkpoint["random"]
+        self.use_fused(checkpoint, module_device(self.network))
 
     def _check_finite(self, loss: Tensor) -> None:
         if not bool(loss.isfinite()):
@@ -188,6 +195,23 @@ class FinetuneModule(RestoresRandomStates):
                 f"The labels of a batch are {labels.dtype} {list(labels.shape)}; required: one "
                 f"class index per image, int64 [{len(images)}]."
             )
+        labels = labels.long()
+        if labels.device.type == "cpu":
+            self._check_labels(labels)
+        else:  # reading them waits for the device
+            extremes = torch.stack(labels.aminmax())
+            if self._extremes is not None:
+                extremes = torch.stack(torch.cat([extremes, self._extremes]).aminmax())
+            self._extremes = extremes
+            labels = labels.clamp(0, self.classes - 1)
+        return images, labels
+
+    def _check_labels(self, labels: Tensor | None = None) -> None:
+        """Raise a FatError if a label is no class; by default, of those not checked so far."""
+        if labels is None:
+            labels, self._extremes = self._extremes, None
+        if labels is None:
+            return
         bad = labels[(labels < 0) | (labels >= self.classes)]
         if len(bad):
             raise FatError(
@@ -195,7 +219,6 @@ class FinetuneModule(RestoresRandomStates):
                 f"{self.classes - 1} for {self.classes} classes (-1 means no label). Every image "
                 "needs a class: type data=folder data.root=DIR with one subfolder per class."
             )
-        return images, labels.long()
 
 
 class _Best(pl.Callback):

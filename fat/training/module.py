@@ -16,7 +16,7 @@ from fat.training.config import TrainSpec
 from fat.training.losses import check_labels, label_loss, make_loss, relative_error
 from fat.training.parameter_groups import parameter_groups
 from fat.training.schedule import learning_rate, starts_cycle
-from fat.training.trainer import RestoresRandomStates
+from fat.training.trainer import RestoresRandomStates, fused
 from fat.utils import distributed
 from fat.utils.batches import AnyBatch, to_device
 from fat.utils.distributed import all_sum, gather_batches
@@ -150,13 +150,7 @@ class DistillModule(RestoresRandomStates):
                 "Nothing to train: thresholds, weights and biases are all frozen. "
                 "Type optim.epochs=0, or quant.thresholds=fat."
             )
-        return Adam(groups, lr=self.spec.lr, fused=self._fused())
-
-    def _fused(self) -> bool | None:
-        """Return Adam's ``fused``: one kernel on CUDA."""
-        # Lightning rejects clipping with it, which expects the gradients unscaled before the step.
-        on_cuda = self.student.device.type == "cuda"
-        return True if on_cuda and not self.trainer.gradient_clip_val else None
+        return Adam(groups, lr=self.spec.lr, fused=fused(self, self.student.device))
 
     def optimizer_step(
         self, epoch: int, batch_index: int, optimizer: Any, optimizer_closure: Any = None
@@ -196,7 +190,4 @@ class DistillModule(RestoresRandomStates):
         saved = checkpoint["fat"]
         self._labeled = saved.get("labelled", 0)
         self._random = saved.get("random")
-        # The option of this device; that of the device of the checkpoint would replace it.
-        for state in checkpoint["optimizer_states"]:
-            for group in state["param_groups"]:
-                group["fused"] = self._fused()
+        self.use_fused(checkpoint, self.student.device)

@@ -16,6 +16,7 @@ from fat.utils.random import set_random_states
 
 __all__ = [
     "RestoresRandomStates",
+    "fused",
     "ignore_warnings",
     "keep_interrupt_handler",
     "trainer_options_with_defaults",
@@ -66,6 +67,14 @@ def ignore_warnings(*patterns: str) -> Iterator[None]:
         yield
 
 
+def fused(module: pl.LightningModule, device: torch.device) -> bool | None:
+    """Return the option ``fused`` of Adam: ``True``, a single kernel, on CUDA."""
+    # Lightning does not clip gradients with it.
+    trainer = module._trainer
+    clips = trainer is not None and bool(trainer.gradient_clip_val)
+    return True if device.type == "cuda" and not clips else None
+
+
 class RestoresRandomStates(pl.LightningModule):
     """Module that restores the random states of a checkpoint, given as ``_random``, last.
 
@@ -73,6 +82,12 @@ class RestoresRandomStates(pl.LightningModule):
     """
 
     _random: dict[str, Any] | None = None
+
+    def use_fused(self, checkpoint: dict[str, Any], device: torch.device) -> None:
+        """Set the option :func:`fused` of this device, since a checkpoint may be of another."""
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = fused(self, device)
 
     def on_train_start(self) -> None:
         """Restore the random states of a checkpoint."""
