@@ -211,7 +211,8 @@ class _Group:
 
     def _constants(self, like: Tensor, numbers: Sequence[float]) -> Tensor:
         rows = zip(numbers, self.rows, strict=True)
-        return like.new_tensor([number for number, count in rows for _ in range(count)])
+        values = [number for number, count in rows for _ in range(count)]
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return the concatenated scales and zero points."""
