@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from fat.graph.patterns import is_value_preserving, module_of
 from fat.graph.tracing.capture import layer_name
 from fat.quant import kernels
-from fat.quant.kernels.requantize_reference import accumulate, along
+from fat.quant.kernels.requantization_reference import accumulate, along
 from fat.quant.layers import ChannelClip
 from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
 from fat.quant.quantizers import ActivationQuantizer

@@ -12,7 +12,7 @@ from fat.quant.kernels.operators import (
     fake_quantize_weight_backward,
     lanes,
 )
-from fat.quant.kernels.requantize import (
+from fat.quant.kernels.requantization import (
     integer_bias,
     integer_weight,
     requantize,

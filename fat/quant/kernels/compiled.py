@@ -48,7 +48,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-SOURCES = tuple(Path(__file__).with_name(f"{name}.c") for name in ("fake_quantize", "requantize"))
+SOURCES = tuple(
+    Path(__file__).with_name(f"{name}.c") for name in ("fake_quantize", "requantization")
+)
 BLOCK = 4096
 """Number of elements whose sum the kernels compute at a time."""
 FLAGS = (

@@ -1,7 +1,7 @@
 """Operators of integer inference, ``torch.ops.fat.*``: from accumulators to integers of a grid.
 
 One kernel for each on CPU and CUDA, as in :mod:`fat.quant.kernels.operators`. Their arguments are
-those of :mod:`fat.quant.kernels.requantize_reference`, whose results they equal bit for bit.
+those of :mod:`fat.quant.kernels.requantization_reference`, whose results they equal bit for bit.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fat.quant.kernels import compiled
-from fat.quant.kernels import requantize_reference as reference
+from fat.quant.kernels import requantization_reference as reference
 from fat.quant.kernels.compiled import FLOAT, INT, LONG, POINTER
 from fat.quant.kernels.operators import define
 from fat.quant.kernels.reference import laid_out
@@ -27,7 +27,7 @@ __all__ = [
     "requantize_sum",
 ]
 
-TRITON = "fat.quant.kernels.requantize_triton"
+TRITON = "fat.quant.kernels.triton_requantization"
 GRID = (
     "Tensor scale, Tensor zero_point, float floor, float ceiling, Tensor? ceilings, int qmin,"
     " int qmax"

@@ -1,8 +1,8 @@
 /* Requantization on CPUs in one pass over memory: from accumulators, sums, products and real values
  * to integers minus their zero point.
  *
- * Same arithmetic as fat/quant/kernels/requantize.py, bit for bit: true division, rounding half to
- * even, no fused multiply-add (compile with -ffp-contract=off).
+ * Same arithmetic as fat/quant/kernels/requantization_reference.py, bit for bit: true division,
+ * rounding half to even, no fused multiply-add (compile with -ffp-contract=off).
  */
 #include <math.h>
 #include <stdint.h>
