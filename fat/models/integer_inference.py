@@ -40,10 +40,12 @@ from torch.nn import functional as F
 from fat.graph.patterns import is_value_preserving, module_of
 from fat.graph.tracing.capture import layer_name
 from fat.quant import kernels
+from fat.quant.batched import QuantizerBatch
 from fat.quant.kernels.requantization_reference import accumulate, along
 from fat.quant.layers import ChannelClip
 from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
 from fat.quant.quantizers import ActivationQuantizer
+from fat.quant.thresholds import Thresholds
 
 __all__ = [
     "IntegerGrid",
@@ -90,7 +92,7 @@ class IntegerGrid:
 
     @classmethod
     def of(cls, quantizer: ActivationQuantizer, scale: Tensor, zero_point: Tensor) -> IntegerGrid:
-        """Return the constants of a quantizer with the given thresholds."""
+        """Return the constants of a quantizer with the results of its ``thresholds.lanes()``."""
         grid, activation = quantizer.grid, quantizer.activation
         floor, ceiling, ceilings = -torch.inf, torch.inf, None
         if isinstance(activation, ChannelClip):
@@ -98,7 +100,7 @@ class IntegerGrid:
         elif activation is not None:
             floor, ceiling = activation(torch.tensor([floor, ceiling], device="cpu")).tolist()
         offset = 128 if grid.kind == "symmetric" else 0
-        return cls(scale, zero_point, offset, floor, ceiling, ceilings, grid.qmin, grid.qmax)
+        return cls(scale[0], zero_point[0], offset, floor, ceiling, ceilings, grid.qmin, grid.qmax)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -246,12 +248,19 @@ def _largest_sum(weight: Tensor) -> Tensor:
 
 
 def _integer_layers(
-    layers: Sequence[QuantLayer], grids: Mapping[ActivationQuantizer, IntegerGrid], *, exact: bool
+    layers: Sequence[QuantLayer],
+    thresholds: Mapping[Thresholds, tuple[Tensor, Tensor]],
+    grids: Mapping[ActivationQuantizer, IntegerGrid],
+    *,
+    exact: bool,
 ) -> dict[QuantLayer, IntegerLayer]:
     """Return the integers of layers, each in the type that represents its accumulators."""
     inputs = [grids[layer.input_quantizer] for layer in layers]
     found = [
-        IntegerLayer(layer, *layer.integer_parameters(grid.scale))
+        IntegerLayer(
+            layer,
+            *layer.integer_parameters(thresholds[layer.weight_quantizer.thresholds][0], grid.scale),
+        )
         for layer, grid in zip(layers, inputs, strict=True)
     ]
     bounds = accumulator_bounds(found, inputs, exact=exact)
@@ -316,6 +325,7 @@ class IntegerInterpreter(fx.Interpreter):
 
     Args:
         network: A student's graph, calibrated and with all quantizers enabled.
+        quantizers: All quantizers of the network; ``None`` collects them.
         exact_bounds: Bound the accumulators by the weights as they are, which waits once for the
             network's device, and computes more layers in float32. By default on the CPU, where
             waiting costs nothing; the results are the same.
@@ -326,18 +336,23 @@ class IntegerInterpreter(fx.Interpreter):
     """
 
     @torch.no_grad()
-    def __init__(self, network: fx.GraphModule, *, exact_bounds: bool | None = None) -> None:
+    def __init__(
+        self,
+        network: fx.GraphModule,
+        quantizers: QuantizerBatch | None = None,
+        *,
+        exact_bounds: bool | None = None,
+    ) -> None:
         super().__init__(network)
         modules = [module_of(network, node) for node in network.graph.nodes]
-        quantizers = [module for module in modules if isinstance(module, ActivationQuantizer)]
+        activations = [module for module in modules if isinstance(module, ActivationQuantizer)]
         layers = [module for module in modules if isinstance(module, QuantLayer)]
-        self.grids = {
-            quantizer: IntegerGrid.of(quantizer, *quantizer.thresholds())
-            for quantizer in quantizers
-        }
+        quantizers = quantizers or QuantizerBatch(activations, layers)
+        thresholds = quantizers.values()
+        self.grids = {x: IntegerGrid.of(x, *thresholds[x.thresholds]) for x in activations}
         if exact_bounds is None:
             exact_bounds = all(layer.weight.device.type == "cpu" for layer in layers)
-        self.layers = _integer_layers(layers, self.grids, exact=exact_bounds)
+        self.layers = _integer_layers(layers, thresholds, self.grids, exact=exact_bounds)
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute the value of one node."""

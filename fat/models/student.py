@@ -137,9 +137,11 @@ class Student(nn.Module):
 
     def _integers(self) -> IntegerInterpreter:
         if not self._keeps_integers:
-            return IntegerInterpreter(self.network)
+            return IntegerInterpreter(self.network, self.quantizer_batch)
         if self._kept_integers is None:
-            self._kept_integers = IntegerInterpreter(self.network, exact_bounds=True)
+            self._kept_integers = IntegerInterpreter(
+                self.network, self.quantizer_batch, exact_bounds=True
+            )
         return self._kept_integers
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fat.quant import kernels
 from fat.quant.config import Grid, QuantSpec
 from fat.quant.functional import (
     INT32_MAX,
@@ -15,7 +16,6 @@ from fat.quant.functional import (
     adjust_weight,
     fake_quantize_bias,
     fake_quantize_weight,
-    quantize_bias,
 )
 from fat.quant.layers import pad_same
 from fat.quant.quantizers import ActivationQuantizer, WeightQuantizer
@@ -168,23 +168,36 @@ class QuantLayer(nn.Module):
         Returns:
             int8 weight, its step ([C] or 0-dim), int32 bias [C] on the grid s_w·s_x or ``None``.
         """
-        weight, scale, bias = self.integer_parameters(self.input_quantizer.thresholds()[0])
+        input_scale = self.input_quantizer.thresholds()[0]
+        weight, scale, bias = self.integer_parameters(self._lanes()[0], input_scale)
         return weight.to(torch.int8), scale, bias
 
     @torch.no_grad()
-    def integer_parameters(self, input_scale: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def integer_parameters(
+        self, lanes: Tensor, input_scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the layer in integers as :meth:`integers` does, with the weight in float32.
 
         Args:
+            lanes: Step of the weight, the first result of
+                :meth:`fat.quant.thresholds.Thresholds.lanes`.
             input_scale: Step s_x of the input, 0-dim.
         """
-        scale = self.weight_quantizer.scale()
-        rows = scale.reshape(-1, *[1] * (self.weight.dim() - 1)) if scale.dim() else scale
-        on_grid = self._round_weight(*self._lanes(), self.weight.dtype)
-        weight = torch.div(on_grid, rows).round_()
+        per_channel = self.weight_quantizer.thresholds.high.dim() > 0
+        weight = kernels.integer_weight(
+            self.weight,
+            self.weight if self.factor is None else self.factor,
+            lanes,
+            self.weight_quantizer.grid.qmax,
+            self.adjust,
+            *self.factor_range,
+            per_channel,
+            torch.float32,
+        )
+        scale = lanes if per_channel else lanes[0]
         if self.bias is None:
             return weight, scale, None
-        return weight, scale, quantize_bias(self.bias, scale.double() * input_scale.double())
+        return weight, scale, kernels.integer_bias(self.bias, scale, input_scale)
 
     def extra_repr(self) -> str:
         """Return layer and shape."""

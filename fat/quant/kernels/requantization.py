@@ -107,7 +107,11 @@ def _usable(*tensors: Tensor | None) -> bool:
     """Return True if the kernels in C can read the tensors."""
     return compiled.available() and all(
         tensor is None
-        or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.int32))
+        or (
+            tensor.device.type == "cpu"
+            and tensor.dtype in (torch.float32, torch.int32)
+            and (tensor.dim() != 1 or tensor.is_contiguous())  # constants of each channel
+        )
         for tensor in tensors
     )
 
