@@ -22,15 +22,18 @@ max over filters Σ|q_w| · max|q_x − z_x|, and float32 represents all integer
 that bound convolutions on the CPU, and matrix products (linear layers and 1×1 convolutions) on
 other devices, are computed in float32 without TF32. Everything else is computed in float64 and
 rounded to the nearest integer, since GPU libraries may use algorithms with intermediate results
-that are not integers (Winograd, FFT), whose errors float64 keeps far below 1/2. The int32 bias is
-added exactly, and the sum is rounded to float32 once, as in runtimes with int32 accumulators.
+that are not integers (Winograd, FFT), whose errors float64 keeps far below 1/2. On the CPU, where
+convolutions in float64 are slow, dense ones add those of a few groups of input channels that are
+below the bound. The int32 bias is added exactly, and the sum is rounded to float32 once, as in
+runtimes with int32 accumulators.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -168,14 +171,15 @@ class IntegerLayer:
 
     Attributes:
         layer: The quantized layer.
-        weight: Integers of the shape of the layer's weight, in the floating-point type that
-            represents all accumulators.
+        weights: Integers of the layer's weight, in the floating-point type that represents all
+            accumulators. Several tensors are parts along the input channels, of which float32
+            represents the accumulators.
         scale: Steps of the weight, float32 [C] or 0-dim.
         bias: int32 [C] or ``None``.
     """
 
     layer: QuantLayer
-    weight: Tensor
+    weights: tuple[Tensor, ...]
     scale: Tensor
     bias: Tensor | None
 
@@ -188,16 +192,23 @@ class IntegerLayer:
         Returns:
             Exact float32, or float64 that is exact after rounding to the nearest integer.
         """
-        x = x.to(self.weight.dtype)
+        if len(self.weights) > 1:
+            total = torch.zeros((), dtype=torch.float64)
+            sizes = [weight.shape[1] for weight in self.weights]
+            for part, weight in zip(torch.split(x, sizes, 1), self.weights, strict=True):
+                total = total + self.layer.compute(part, weight, None)
+            return total
+        (weight,) = self.weights
+        x = x.to(weight.dtype)
         if x.device.type == "cpu" or not is_matrix_product(self.layer):
-            return self.layer.compute(x, self.weight, None)
+            return self.layer.compute(x, weight, None)
         if isinstance(self.layer, QuantLinear):
-            return F.linear(x, self.weight)
+            return F.linear(x, weight)
         # A convolution might use an algorithm that is not exact on integers.
         assert isinstance(self.layer, QuantConv2d)
         down, across = self.layer.stride
         pixels = x[:, :, ::down, ::across].permute(0, 2, 3, 1)
-        return F.linear(pixels, self.weight.flatten(1)).permute(0, 3, 1, 2)
+        return F.linear(pixels, weight.flatten(1)).permute(0, 3, 1, 2)
 
 
 def is_matrix_product(layer: QuantLayer) -> bool:
@@ -209,42 +220,57 @@ def is_matrix_product(layer: QuantLayer) -> bool:
 
 
 def accumulator_bounds(
-    layers: Sequence[IntegerLayer], grids: Sequence[IntegerGrid], *, exact: bool
+    weights: Sequence[Tensor], qmax: Sequence[int], grids: Sequence[IntegerGrid], *, exact: bool
 ) -> list[float]:
     """Return bounds of the accumulators of layers without bias, and of all partial sums.
 
     Args:
-        layers: Layers.
+        weights: Integers of the layers' weights, float32, output filters first.
+        qmax: Largest integer of each weight's grid.
         grids: Grid of each layer's input.
-        exact: Compute max over filters Σ|q_w| · max|q_x − z_x|, which waits for the layers' device
-            once; otherwise return the bound for any weight and zero point.
+        exact: Compute max over filters Σ|q_w| · max|q_x − z_x| for the weights as they are where
+            the bound for any weights is too large for float32. This waits for their device once.
     """
     bounds = [
-        float(
-            layer.weight[0].numel()
-            * layer.layer.weight_quantizer.grid.qmax
-            * max(grid.qmax, -grid.qmin)
-        )
-        for layer, grid in zip(layers, grids, strict=True)
+        float(weight[0].numel() * largest * max(grid.qmax, -grid.qmin))
+        for weight, largest, grid in zip(weights, qmax, grids, strict=True)
     ]
     large = [index for index, bound in enumerate(bounds) if bound >= EXACT]
     if exact and large:
-        found = [
-            _largest_sum(layers[index].weight).double() * grids[index].reach() for index in large
-        ]
+        found = [_largest_sum(weights[index]) * grids[index].reach() for index in large]
         for index, bound in zip(large, torch.stack(found).tolist(), strict=True):
             bounds[index] = bound
     return bounds
 
 
 def _largest_sum(weight: Tensor) -> Tensor:
-    """Return the largest Σ|q_w| of all filters; sums below 2^24 are exact."""
-    exact = 127 * weight[0].numel() < EXACT
-    dims = tuple(range(1, weight.dim()))
-    sums = torch.linalg.vector_norm(
-        weight, 1, dims, dtype=torch.float32 if exact else torch.float64
-    )
-    return cast(Tensor, sums).amax()
+    """Return the largest Σ|q_w| of all filters, 0-dim; sums below 2^24 are exact."""
+    rows = weight.movedim(1, -1).flatten(1)  # in the order of memory of channels-last tensors
+    exact = 127 * rows.shape[1] < EXACT
+    sums = torch.linalg.vector_norm(rows, 1, 1, dtype=torch.float32 if exact else torch.float64)
+    return cast(Tensor, sums).amax().double()
+
+
+def _parts(weight: Tensor, reach: Tensor, bound: float) -> tuple[Tensor, ...]:
+    """Split a convolution on the CPU along its input channels until float32 is exact.
+
+    Args:
+        weight: Integers [C, in, H, W], float32.
+        reach: Largest magnitude of the input.
+        bound: Bound of the whole layer's accumulators, at least 2^24.
+
+    Returns:
+        The parts; float64 in one part if a single channel is too large, or if the bound is NaN.
+    """
+    channels = weight.shape[1]
+    count = math.floor(bound / EXACT) + 1 if math.isfinite(bound) else channels + 1
+    while count <= channels:
+        split = torch.split(weight, -(-channels // count), 1)
+        parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in split)
+        if all(bool(_largest_sum(part) * reach < EXACT) for part in parts):
+            return parts
+        count += 1
+    return (weight.double(),)
 
 
 def _integer_layers(
@@ -257,19 +283,23 @@ def _integer_layers(
     """Return the integers of layers, each in the type that represents its accumulators."""
     inputs = [grids[layer.input_quantizer] for layer in layers]
     found = [
-        IntegerLayer(
-            layer,
-            *layer.integer_parameters(thresholds[layer.weight_quantizer.thresholds][0], grid.scale),
-        )
+        layer.integer_parameters(thresholds[layer.weight_quantizer.thresholds][0], grid.scale)
         for layer, grid in zip(layers, inputs, strict=True)
     ]
-    bounds = accumulator_bounds(found, inputs, exact=exact)
-    for index, (layer, bound) in enumerate(zip(layers, bounds, strict=True)):
-        weight = found[index].weight
-        any_order = weight.device.type == "cpu" or is_matrix_product(layer)
-        if not (any_order and bound < EXACT):  # also if the bound is NaN
-            found[index] = replace(found[index], weight=weight.double())
-    return dict(zip(layers, found, strict=True))
+    qmax = [layer.weight_quantizer.grid.qmax for layer in layers]
+    bounds = accumulator_bounds([weight for weight, _, _ in found], qmax, inputs, exact=exact)
+    result = {}
+    for layer, grid, bound, (weight, scale, bias) in zip(
+        layers, inputs, bounds, found, strict=True
+    ):
+        on_cpu = weight.device.type == "cpu"
+        weights: tuple[Tensor, ...] = (weight,)
+        if on_cpu and bound >= EXACT and isinstance(layer, QuantConv2d) and layer.groups == 1:
+            weights = _parts(weight, grid.reach(), bound)
+        elif not (bound < EXACT and (on_cpu or is_matrix_product(layer))):  # also for NaN
+            weights = (weight.double(),)
+        result[layer] = IntegerLayer(layer, weights, scale, bias)
+    return result
 
 
 def float_operations(network: fx.GraphModule) -> list[str]:

@@ -42,6 +42,7 @@ __all__ = [
     "fake_quantize_code_",
     "fake_quantize_weight",
     "fake_quantize_weight_backward",
+    "integer_weight",
     "switched_off",
     "usable",
 ]
@@ -76,7 +77,7 @@ SIGNATURES = {
     "fat_forward": (POINTER, POINTER, LONG, *GRID, INT),
     "fat_forward_code": (POINTER, POINTER, POINTER, LONG, *GRID, INT),
     "fat_backward_code": (*[POINTER] * 4, LONG, *GRID, POINTER, POINTER, INT),
-    "fat_forward_rows": (POINTER, POINTER, POINTER, *ROWS),
+    "fat_forward_rows": (POINTER, POINTER, POINTER, INT, *ROWS),
     "fat_backward_rows": (*[POINTER] * 5, *ROWS),
 }
 
@@ -165,11 +166,44 @@ def fake_quantize_weight(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Compute :func:`fat.quant.kernels.reference.fake_quantize_weight` in one pass."""
+    grid = (qmax, adjust, low, high, per_channel, dtype)
+    return _forward_rows(weight, factor, scale, *grid, integers=False)
+
+
+def integer_weight(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    qmax: int,
+    adjust: int,
+    low: float,
+    high: float,
+    per_channel: bool,
+    dtype: torch.dtype,
+) -> Tensor | None:
+    """Compute :func:`fat.quant.kernels.requantization_reference.integer_weight` in one pass."""
+    grid = (qmax, adjust, low, high, per_channel, dtype)
+    return _forward_rows(weight, factor, scale, *grid, integers=True)
+
+
+def _forward_rows(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    qmax: int,
+    adjust: int,
+    low: float,
+    high: float,
+    per_channel: bool,
+    dtype: torch.dtype,
+    *,
+    integers: bool,
+) -> Tensor | None:
     if not (usable(weight, factor) and _scalars(scale)):
         return None
     out = torch.empty_like(weight)
     grid = (*_steps(weight, scale, per_channel), *_size(weight), qmax, adjust, low, high)
-    call("fat_forward_rows", weight, factor, out, *grid)
+    call("fat_forward_rows", weight, factor, out, integers, *grid)
     return out.to(dtype)
 
 

@@ -112,16 +112,18 @@ static inline float adjusted(float w, float f, float d, int adjust, float low, f
 
 #define FORWARD_ROWS(ADJUST)                                                                       \
     for (int64_t r = 0; r < rows; r++) {                                                           \
-        float d = scale[r * stride];                                                               \
+        float d = scale[r * stride], unit = integers ? 1.0f : d;                                   \
         const float *wr = w + r * k, *fr = f + (ADJUST ? r * k : 0);                               \
         float *yr = y + r * k;                                                                     \
         _Pragma("omp simd") for (int64_t i = 0; i < k; i++)                                        \
             yr[i] = clip(rintf(adjusted(wr[i], fr[ADJUST ? i : 0], d, ADJUST, low, high) / d),     \
-                         -q, q) * d;                                                               \
+                         -q, q) * unit;                                                            \
     }
 
-void fat_forward_rows(const float *w, const float *f, float *y, const float *scale, int64_t stride,
-                      int64_t rows, int64_t k, float q, int adjust, float low, float high)
+/* Returns real values, or with `integers` those in units of the step. */
+void fat_forward_rows(const float *w, const float *f, float *y, int integers, const float *scale,
+                      int64_t stride, int64_t rows, int64_t k, float q, int adjust, float low,
+                      float high)
 {
     if (adjust == 1)
         FORWARD_ROWS(1)

@@ -212,6 +212,7 @@ integer_weight = define(
     "integer_weight(Tensor weight, Tensor factor, Tensor scale, int qmax, int adjust, float low,"
     " float high, bool per_channel, ScalarType dtype) -> Tensor",
     reference=reference.integer_weight,
+    compiled=compiled.integer_weight,
     triton=f"{TRITON}:integer_weight",
     fake=lambda weight, *arguments: torch.empty_like(weight, dtype=arguments[-1]),
 )

@@ -259,7 +259,7 @@ def requantize_sum(
 def requantize_product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, offset: int, *grid: Any
 ) -> Tensor | None:
-    """Compute :func:`fat.quant.kernels.requantization_reference.requantize_product` in one kernel."""
+    """Compute the product of :mod:`fat.quant.kernels.requantization_reference` in one kernel."""
     # The zero points of the operands do not matter.
     return _launch(PRODUCT, (a, a_scale, grid[1], 0), (b, b_scale, grid[1], 0), offset, grid)
 
