@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +19,7 @@ from fat.quant import kernels
 from fat.quant.kernels import requantization as operators
 from fat.quant.kernels import requantization_reference as reference
 
+ROOT = Path(__file__).parents[2]
 SHAPES = [(2, 5, 4, 3), (3, 16, 7, 7), (1, 1, 1, 1), (4, 6), (2, 3, 5), (0, 4, 2, 2), (2, 40, 1, 1)]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
@@ -163,7 +168,7 @@ def integers(shape: tuple[int, ...], layout: str, seed: int) -> Tensor:
 @pytest.mark.parametrize("second", ["same", "per image", "row"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3], SHAPES[5]])
 def test_sums_and_products(shape: tuple[int, ...], kind: str, layout: str, second: str) -> None:
     other = shape
     if second == "per image":
@@ -266,3 +271,82 @@ def test_operators_can_be_traced() -> None:
     for operator, arguments in calls:
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(operator, arguments, test_utils=checks)
+
+
+# --- Triton without a GPU ------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs the tests above")
+def test_triton_in_the_interpreter() -> None:
+    """Some tests above, in a process in which Triton's kernels run on CPU tensors."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    chosen = "(shape0 or shape3) and not strided or weights or biases or number"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-qx", "-pno:cacheprovider", "-k", chosen, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    found = re.search(r"(\d+) passed", done.stdout)
+    assert found is not None
+    assert int(found[1]) > 100
+
+
+COMPILE = """
+import re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fat.quant.kernels import triton_requantization as kernels
+
+names = "sums a b input_scale weight_scale out scale zero_point ceilings a_scale a_zero b_scale"
+types = dict.fromkeys((names + " b_zero weight factor").split(), "*fp32") | {"bias": "*i32"}
+types |= dict.fromkeys("n channels inner image k stride".split(), "i32")
+names = "count floor ceiling qmin qmax a_offset b_offset offset q low high"
+types |= dict.fromkeys(names.split(), "fp32")
+cases = []
+for wide in (False, True):
+    for steps in (0, 1, 2):
+        options = {"WIDE": wide, "BIAS": steps > 0, "STEPS": steps, "CEILINGS": steps == 2}
+        cases.append((kernels._accumulators, options, {"sums": "*fp64" if wide else "*fp32"}))
+for kind in (0, 1, 2):
+    options = {"KIND": kind, "PER_IMAGE": kind == 2, "CEILINGS": kind == 1}
+    cases.append((kernels._operands, options, {}))
+for adjust in (0, 1, 2):
+    cases.append((kernels._weight, {"ADJUST": adjust}, {"out": "*fp64"}))
+cases.append((kernels._bias, {}, {"bias": "*fp32", "out": "*i32"}))
+for capability in (80, 90):
+    for kernel, constants, own in cases:
+        constants = constants | {"BLOCK": 1024}
+        names, known = kernel.arg_names, types | own
+        source = ASTSource(
+            fn=kernel,
+            signature={name: known.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        options = {"enable_fp_fusion": False, "num_warps": 4}
+        target = GPUTarget("cuda", capability, 32)
+        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
+        words = set(re.findall(r"\\b[a-z]+[.][a-z0-9.]*f(?:32|64)\\b", ptx))
+        inexact = {word for word in words if re.search("fma|approx|full|ftz", word)}
+        assert not inexact, (kernel, constants, inexact)
+        assert {"div.rn.f32", "div.rn.f64"} & words, (kernel, constants, words)
+        print("compiled")
+"""
+
+
+def test_triton_compiles_to_exact_arithmetic(tmp_path: Path) -> None:
+    """For two generations of GPUs: true division, nothing fused, denormal numbers kept."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("compiled") == 2 * 13
