@@ -71,7 +71,7 @@ MODULES = {
     "hub": "report.hub.upload",
     "inputs": "experiment.build",
     "kept": "training.resume utils.random",
-    "kernels": "quant.kernels",
+    "kernels": "quant.kernels quant.kernels.legacy",
     "layers": "quant.layers",
     "loggers": "training.loggers",
     "losses": "training.losses",

@@ -24,7 +24,7 @@ from torch import Tensor
 from fat.quant import kernels
 from fat.quant.config import Grid
 from fat.quant.functional import Adjust, fake_quantize, fake_quantize_weight
-from fat.quant.kernels import compiled, operators
+from fat.quant.kernels import compiled, legacy, operators
 
 needs_kernels = pytest.mark.skipif(
     kernels.backend() == "torch",
@@ -578,6 +578,34 @@ def test_the_switch_is_for_triton_too(no_gpu: None, monkeypatch: pytest.MonkeyPa
 def test_lanes_depend_on_the_device() -> None:
     assert kernels.lanes(torch.device("cpu")) == kernels.lanes(torch.device("mps")) == 1
     assert kernels.lanes(torch.device("cuda", 3)) == 1024
+
+
+def test_functions_of_the_first_version() -> None:
+    x, step, _, grad = draw(4, (3, 40), Grid(4, "symmetric"), 0.5)
+    (wanted, *gradients) = run(x, step, ZERO, grad, Grid(4, "symmetric"))
+    out = x.clone()
+    legacy.forward(x, out, 0.5, -7.0, 7.0)
+    same_bits(out, wanted)
+    code = legacy.forward_code(out.copy_(x), out, 0.5, -7.0, 7.0)
+    same_bits(out, wanted)
+    by_x, by_step, outside = legacy.backward_code(code, grad, -7.0, 7.0)
+    same_bits(by_x, gradients[0])
+    assert by_step == float(gradients[1])
+    assert -0.5 * outside == pytest.approx(float(gradients[2]), rel=1e-6)
+
+    factor, steps = (
+        torch.linspace(-1.2, 1.2, 120).reshape(3, 40),
+        torch.full((3,), 0.5, requires_grad=True),
+    )
+    factor.requires_grad_()
+    wanted = fake_quantize_weight(grad, steps, 7, factor, Adjust.MOVE, (-1.0, 1.0))
+    wanted.backward(x.nan_to_num(0.0, 0.0, 0.0))
+    options = (7, int(Adjust.MOVE), -1.0, 1.0)
+    same_bits(legacy.forward_rows(grad, factor, steps, *options), wanted)
+    found = legacy.backward_rows(grad, factor, x.nan_to_num(0.0, 0.0, 0.0), steps, *options)
+    for own, leaf in zip(found, (factor, steps), strict=True):
+        assert leaf.grad is not None
+        same_bits(own, leaf.grad)
 
 
 # --- building and finding the library ------------------------------------------------------------
