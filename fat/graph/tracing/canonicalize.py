@@ -94,11 +94,13 @@ def plain_norm(norm: nn.Module) -> _BatchNorm:
     frozen: Any = norm
     affine = frozen.weight is not None
     tracked = frozen.running_mean is not None
-    features = len(frozen.weight if affine else frozen.running_mean)
-    plain = kind(features, eps=frozen.eps, affine=affine, track_running_stats=tracked)
+    like: Tensor = frozen.weight if affine else frozen.running_mean
+    plain = kind(
+        len(like), eps=frozen.eps, affine=affine, track_running_stats=tracked, device=like.device
+    )
     state = {key: value for key, value in norm.state_dict().items() if key in plain.state_dict()}
     plain.load_state_dict(state, strict=not isinstance(norm, FROZEN_NORMS))
-    return plain.to(frozen.weight if affine else frozen.running_mean).eval()
+    return plain.to(like).eval()
 
 
 def plain_activation(activation: nn.Module) -> nn.Module:
