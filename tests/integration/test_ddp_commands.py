@@ -24,6 +24,7 @@ RUN = [
     *TINY,
     "data.train_images=32",
     "data.test_images=20",
+    "data.workers=1",  # else the cores are divided among the processes
     "optim.epochs=2",
     "optim.lr=1e-5",
     "optim.bias_lr=1e-5",
