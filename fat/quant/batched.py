@@ -226,6 +226,8 @@ class _Group:
         return list(zip(self.members, zip(*parts, strict=True), strict=True))
 
     def _separate(self, values: Tensor, lanes: int) -> list[Tensor]:
+        if not self._single:  # an empty part would need a gradient of zeros
+            return list(values.split_with_sizes(self.rows))
         single, *several = values.split_with_sizes([self._single, *self.rows[self._single :]])
         return [*single.unsqueeze(1).expand(-1, lanes).unbind(), *several]
 
