@@ -49,6 +49,7 @@ from fat.quant.layers import ChannelClip
 from fat.quant.quantized_layers import QuantConv2d, QuantLayer, QuantLinear
 from fat.quant.quantizers import ActivationQuantizer
 from fat.quant.thresholds import Thresholds
+from fat.utils.precision import full_precision
 
 __all__ = [
     "IntegerGrid",
@@ -56,11 +57,13 @@ __all__ = [
     "IntegerLayer",
     "IntegerTensor",
     "accumulator_bounds",
+    "exact_weights",
     "float_operations",
     "is_fully_quantized",
     "is_global_average_pool",
     "is_matrix_product",
     "requantize",
+    "requantize_layer",
     "run_integers",
 ]
 
@@ -251,25 +254,30 @@ def _largest_sum(weight: Tensor) -> Tensor:
     return cast(Tensor, sums).amax().double()
 
 
-def _parts(weight: Tensor, reach: Tensor, bound: float) -> tuple[Tensor, ...]:
-    """Split a convolution on the CPU along its input channels until float32 is exact.
+def exact_weights(
+    layer: QuantLayer, weight: Tensor, grid: IntegerGrid, bound: float
+) -> tuple[Tensor, ...]:
+    """Return integers of a weight in the form in which a layer's accumulators are exact.
 
     Args:
-        weight: Integers [C, in, H, W], float32.
-        reach: Largest magnitude of the input.
-        bound: Bound of the whole layer's accumulators, at least 2^24.
+        layer: The layer.
+        weight: Integers of its weight, float32.
+        grid: Grid of the layer's input.
+        bound: Bound of the accumulators, see :func:`accumulator_bounds`.
 
     Returns:
-        The parts; float64 in one part if a single channel is too large, or if the bound is NaN.
+        See :attr:`IntegerLayer.weights`.
     """
-    channels = weight.shape[1]
-    count = math.floor(bound / EXACT) + 1 if math.isfinite(bound) else channels + 1
-    while count <= channels:
-        split = torch.split(weight, -(-channels // count), 1)
-        parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in split)
-        if all(bool(_largest_sum(part) * reach < EXACT) for part in parts):
-            return parts
-        count += 1
+    on_cpu = weight.device.type == "cpu"
+    if bound < EXACT and (on_cpu or is_matrix_product(layer)):  # not for NaN
+        return (weight,)
+    if on_cpu and isinstance(layer, QuantConv2d) and layer.groups == 1 and math.isfinite(bound):
+        channels, reach = weight.shape[1], grid.reach()
+        for count in range(math.floor(bound / EXACT) + 1, channels + 1):
+            split = torch.split(weight, -(-channels // count), 1)
+            parts = tuple(part.contiguous(memory_format=torch.channels_last) for part in split)
+            if all(bool(_largest_sum(part) * reach < EXACT) for part in parts):
+                return parts
     return (weight.double(),)
 
 
@@ -288,18 +296,12 @@ def _integer_layers(
     ]
     qmax = [layer.weight_quantizer.grid.qmax for layer in layers]
     bounds = accumulator_bounds([weight for weight, _, _ in found], qmax, inputs, exact=exact)
-    result = {}
-    for layer, grid, bound, (weight, scale, bias) in zip(
-        layers, inputs, bounds, found, strict=True
-    ):
-        on_cpu = weight.device.type == "cpu"
-        weights: tuple[Tensor, ...] = (weight,)
-        if on_cpu and bound >= EXACT and isinstance(layer, QuantConv2d) and layer.groups == 1:
-            weights = _parts(weight, grid.reach(), bound)
-        elif not (bound < EXACT and (on_cpu or is_matrix_product(layer))):  # also for NaN
-            weights = (weight.double(),)
-        result[layer] = IntegerLayer(layer, weights, scale, bias)
-    return result
+    return {
+        layer: IntegerLayer(layer, exact_weights(layer, weight, grid, bound), scale, bias)
+        for layer, grid, bound, (weight, scale, bias) in zip(
+            layers, inputs, bounds, found, strict=True
+        )
+    }
 
 
 def float_operations(network: fx.GraphModule) -> list[str]:
@@ -344,8 +346,7 @@ def run_integers(network: fx.GraphModule, images: Tensor) -> Tensor:
         network: A student's graph, calibrated and with all quantizers enabled.
         images: Normalized images [N, 3, H, W].
     """
-    logits: Tensor = IntegerInterpreter(network).run(images)
-    return logits
+    return IntegerInterpreter(network).run(images)
 
 
 class IntegerInterpreter(fx.Interpreter):
@@ -383,6 +384,12 @@ class IntegerInterpreter(fx.Interpreter):
         if exact_bounds is None:
             exact_bounds = all(layer.weight.device.type == "cpu" for layer in layers)
         self.layers = _integer_layers(layers, thresholds, self.grids, exact=exact_bounds)
+
+    def run(self, images: Tensor) -> Tensor:  # type: ignore[override]
+        """Compute logits [N, classes] of normalized images [N, 3, H, W]."""
+        with torch.no_grad(), full_precision(images.device):
+            logits: Tensor = super().run(images)
+        return logits
 
     def run_node(self, n: fx.Node) -> Any:
         """Compute the value of one node."""
@@ -448,9 +455,27 @@ def requantize(x: Any, grid: IntegerGrid) -> IntegerTensor:
     return IntegerTensor(values, grid)
 
 
+def requantize_layer(
+    layer: IntegerLayer, sums: Tensor, inputs: IntegerGrid, outputs: IntegerGrid
+) -> Tensor:
+    """Return the integers of a layer's output, minus their zero point.
+
+    Args:
+        layer: The layer.
+        sums: Result of :meth:`IntegerLayer.accumulate`.
+        inputs: Grid of the layer's input.
+        outputs: Grid of its output.
+    """
+    return requantize(_accumulated(layer, sums, inputs), outputs).values
+
+
 def _layer(layer: IntegerLayer, x: IntegerTensor) -> _Accumulated:
+    return _accumulated(layer, layer.accumulate(x.values), x.grid)
+
+
+def _accumulated(layer: IntegerLayer, sums: Tensor, inputs: IntegerGrid) -> _Accumulated:
     dim = 1 if isinstance(layer.layer, QuantConv2d) else -1
-    return _Accumulated(layer.accumulate(x.values), layer.bias, x.scale, layer.scale, dim=dim)
+    return _Accumulated(sums, layer.bias, inputs.scale, layer.scale, dim=dim)
 
 
 def is_global_average_pool(node: fx.Node, module: nn.Module | None, shape: Sequence[int]) -> bool:

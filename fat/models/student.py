@@ -112,9 +112,7 @@ class Student(nn.Module):
         if not torch.is_grad_enabled() and is_fully_quantized(
             self.activation_quantizers(), self.layers()
         ):
-            with full_precision(images.device):
-                integers: Tensor = self._integers().run(images)
-                return integers
+            return self._integers().run(images)
         with self.quantizer_batch.computed():
             logits: Tensor = self.network(images)
         return logits
