@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import tempfile
@@ -55,7 +56,7 @@ def export_onnx(
     """Export a student to ONNX and verify the file in ONNX Runtime.
 
     Args:
-        student: Calibrated student on the CPU.
+        student: Calibrated student, on any device.
         path: The file to write.
         images: Held-out batches to compare on; see :func:`export`.
         opset: ONNX opset, 18 to 23; from 21 on 4-bit weights are stored as int4.
@@ -89,7 +90,7 @@ def export(
     deleted, and an earlier file of the same name is kept.
 
     Args:
-        student: Calibrated student on the CPU.
+        student: Calibrated student, on any device.
         path: The file to write.
         target: Export target, such as :class:`fat.export.onnx.Onnx`.
         images: Held-out batches, with or without labels. If ``None``, random images are used, and
@@ -107,17 +108,16 @@ def export(
         files, and ``seconds``.
 
     Raises:
-        FatError: If the student is not calibrated or not on the CPU, the format lacks an operator,
-            the file cannot be written, or it does not compute the same as the student; the layer
-            is named.
+        FatError: If the student is not calibrated, the format lacks an operator, the file cannot be
+            written, or it does not compute the same as the student; the layer is named.
     """
     started = time.perf_counter()
     target.check()
     path = Path(path)
     if path.is_dir():
         raise FatError(f"{path} is a folder; give the name of a file, such as student.onnx.")
-    if student.device.type != "cpu":
-        raise FatError("The student is on a GPU; call student.to('cpu') before exporting it.")
+    if student.device.type != "cpu":  # the runtimes run on the CPU; the caller's student stays
+        student = copy.deepcopy(student).to("cpu")
     check_writable(path.parent)
     held_out = None if images is None else as_batches(images)
     example = _example(student, held_out)

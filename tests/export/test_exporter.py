@@ -215,9 +215,3 @@ def test_a_student_without_an_input_size_needs_images(tiny: Student, tmp_path: P
         student, tmp_path / "student.onnx", structured(4, 16), beside_float=False
     )
     assert report["images"] == 4
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_student_on_a_gpu_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(FatError, match=r"call student\.to\('cpu'\)"):
-        fat.export_onnx(tiny_student().to("cuda"), tmp_path / "student.onnx")

@@ -207,6 +207,10 @@ class PretendedTensor(Tensor):
         # Not an address that the host may read, but the same for views of one memory.
         return self.inner.data_ptr()
 
+    def untyped_storage(self) -> Any:
+        # Libraries compare storages to find tensors that share memory.
+        return self.inner.untyped_storage()
+
     def is_pinned(self, device: Any = None) -> bool:
         return False
 
@@ -354,6 +358,8 @@ class _FunctionMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func.__name__ == "__get__":  # x.shape
+            return func(*args)
         return self.gpu.call(func, args, dict(kwargs or {}))
 
 
@@ -413,7 +419,8 @@ class PretendedGpu:
         self.generator = torch.Generator()
         self._seed(0)
         self._in_function = 0
-        self._in_backward = False
+        # Whether the function that Python called, or the backward pass, was given our tensors.
+        self._beside = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> PretendedGpu:
@@ -551,17 +558,14 @@ class PretendedGpu:
 
     def _backward(self, *args: Any, **kwargs: Any) -> Any:
         # The function mode is off inside the call of Tensor.backward, which it has seen.
-        before = self._in_function, self._in_backward
-        # Passes of CPU tensors alone stay on the CPU.
-        self._in_function, self._in_backward = (
-            0,
-            any(isinstance(x, PretendedTensor) for x in args[0]),
-        )
+        before = self._in_function, self._beside
+        self._in_function = 0
+        self._beside = any(isinstance(x, PretendedTensor) for x in args[0])
         try:
             with self._mode:
                 return self._engine(*args, **kwargs)
         finally:
-            self._in_function, self._in_backward = before
+            self._in_function, self._beside = before
 
     # Host and device
 
@@ -621,11 +625,14 @@ class PretendedGpu:
         """Carry out a function of torch that Python code calls."""
         if isinstance(func, torch._ops.OpOverload):  # a dispatch mode above passes it on
             return func(*args, **kwargs)
+        before = self._in_function, self._beside
         self._in_function += 1
+        given = [y for x in args for y in (x if isinstance(x, list | tuple) else (x,))]
+        self._beside = any(isinstance(x, PretendedTensor) for x in given)
         try:
             return self._call(func, args, kwargs)
         finally:
-            self._in_function -= 1
+            self._in_function, self._beside = before
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         first = args[0] if args else None
@@ -713,10 +720,8 @@ class PretendedGpu:
         on_device = bool(ours) or _is_cuda(wanted)
         if wanted is not None:
             kwargs["device"] = CPU
-            # C++ code of a backward pass asks for memory beside a tensor whose device it takes for
-            # a CPU; Python code has come through call().
-            inside = self._in_backward and not self._in_function
-            on_device = on_device or (inside and not leaves)
+            # C++ code takes tensors of the device for those of a CPU, and asks for memory there.
+            on_device = on_device or (self._beside and not leaves)
         if kwargs.pop("pin_memory", False):
             return self._mark_pinned(func(*args, **kwargs))
         if not on_device:
@@ -749,6 +754,9 @@ class PretendedGpu:
         for x in ours:
             if x.shape != x.inner.shape:
                 raise NotImplementedError(f"{name} changes the shape of a tensor in place.")
+        if func.is_view and not any(x.is_inference() for x in ours):
+            with torch.inference_mode(False):  # a view of a usual tensor is one
+                return tree_map(wrap, result)
         return tree_map(wrap, result)
 
     def _check_devices(self, func: Any, name: str, leaves: list[Any], ours: list[Any]) -> None:

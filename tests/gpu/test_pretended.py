@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,12 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from tests.gpu.counting import memory
 from tests.gpu.pretended import CUDA, PretendedGpu, PretendedTensor
-
-
-@pytest.fixture
-def gpu() -> Iterator[PretendedGpu]:
-    with PretendedGpu() as pretended:
-        yield pretended
 
 
 class TestDevice:
@@ -82,6 +75,15 @@ class TestDevice:
         x[0].add_(1)
         x.data = x.data.t().contiguous()
         assert x.tolist() == [[1, 0], [1, 0], [1, 0]]
+
+    def test_inference_mode(self, gpu: PretendedGpu) -> None:
+        x = torch.zeros(2, 3, device="cuda")
+        with torch.inference_mode():
+            assert x.detach().clone().to("cuda").is_inference()
+            assert not x[0].is_inference()
+            x[0].add_(1)
+            (x + 1).relu_()
+        assert x.tolist() == [[1, 1, 1], [0, 0, 0]]
 
     def test_saving_brings_tensors_to_the_host(self, gpu: PretendedGpu) -> None:
         file = io.BytesIO()
