@@ -272,6 +272,8 @@ class PeriodicCheckpoint(pl.Callback):
     before a validation at the same step: resuming there would skip the validation, as it does with
     Lightning's ModelCheckpoint.
 
+    Several processes save together, and end together after a SIGTERM to one of them.
+
     Args:
         path: The file.
         every: Seconds between checkpoints; infinity saves after validations only, for loaders that
@@ -290,6 +292,19 @@ class PeriodicCheckpoint(pl.Callback):
         self.before = before
         self._saved = time.monotonic()
         self._step = -1
+        self._stops: list[int] = []  # SIGTERM to this process that the others do not know of
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the handling of SIGTERM in several processes from Lightning.
+
+        Lightning broadcasts a tensor on the device in every step and reads it, which waits for the
+        device, and once more in the signal handler, which none of the others waits for.
+        """
+        if trainer.world_size > 1 and not math.isinf(self.every):
+            loop: Any = trainer.fit_loop.epoch_loop
+            loop._broadcast_sigterm_tensor = lambda: None
+            connector: Any = trainer._signal_connector
+            connector._sigterm_notifier_fn = lambda signum, frame: self._stops.append(signum)
 
     def on_train_batch_end(
         self,
@@ -302,8 +317,12 @@ class PeriodicCheckpoint(pl.Callback):
         """Save if it is due."""
         if math.isinf(self.every):
             return
-        mine = time.monotonic() - self._saved >= self.every or trainer.received_sigterm
-        due = bool(all_max(torch.tensor(int(mine))))  # processes save together
+        stops = trainer.received_sigterm or bool(self._stops)
+        mine = stops or time.monotonic() - self._saved >= self.every
+        # On the CPU, between which processes exchange tensors without waiting for a GPU.
+        due, ends = all_max(torch.tensor([int(mine), int(stops)])).tolist()
+        if ends and trainer.world_size > 1:
+            trainer._signal_connector.received_sigterm = True
         last = batch_idx + 1 == trainer.num_training_batches
         # fit() sets a number of batches, not a time.
         assert isinstance(trainer.val_check_batch, int)

@@ -76,8 +76,10 @@ def assert_same(one: Path, other: Path) -> None:
     for name, value in wanted.items():
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-5, msg=name)
     first, second = metrics(one), metrics(other)
-    for key in ("float", "data", "bits", "size_mb", "status"):
+    for key in ("float", "bits", "size_mb", "status"):
         assert first[key] == second[key], key
+    data = [{**figures["data"], "workers": None} for figures in (first, second)]  # type: ignore[dict-item]
+    assert data[0] == data[1]  # the processes divide the cores, and so the workers
     for key in ("agreement", "sqnr_db", "rmse"):
         figures = first["calibrated"][key], second["calibrated"][key]  # type: ignore[index]
         assert figures[0] == pytest.approx(figures[1], rel=1e-6), key
@@ -246,3 +248,38 @@ def test_a_run_of_two_processes_that_was_killed_goes_on(two: Path, tmp_path: Pat
     for name, value in wanted.items():
         assert torch.equal(value, got[name]), name
     assert (folder / "history.csv").read_text() == (two / "history.csv").read_text()
+
+
+def test_a_sigterm_to_one_process_ends_both_with_a_checkpoint_of_that_step(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = ["optim.epochs=200", "trainer.checkpoint_every=1e9", f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *DDP, *words],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("WANDB")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    history = folder / "history.csv"
+
+    def steps() -> int:
+        rows = history.read_text().splitlines()[1:] if history.is_file() else []
+        return int(rows[-1].partition(",")[0]) if rows else 0
+
+    deadline = time.monotonic() + 200
+    while steps() < 10:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    trainings = [
+        int(pid) for pid in children if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text()
+    ]
+    assert len(trainings) == 2
+    os.kill(max(trainings), signal.SIGTERM)  # not the one that writes
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "Interrupted after" in output
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == steps() < 800

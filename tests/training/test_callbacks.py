@@ -420,6 +420,7 @@ class Saver:
     def __init__(self, batches: int, validates_every: int) -> None:
         self.num_training_batches, self.val_check_batch = batches, validates_every
         self.global_step, self.received_sigterm, self.is_global_zero = 0, False, True
+        self.world_size = 1
         self.state = SimpleNamespace(fn=TrainerFn.FITTING)
         self.saved: list[int] = []
 
@@ -478,6 +479,46 @@ def test_sigterm_saves_a_checkpoint_at_once(tmp_path: Path, clock: list[float]) 
     trainer.global_step, trainer.received_sigterm = 2, True
     checkpoints.on_train_batch_end(trainer, None, None, None, 1)  # type: ignore[arg-type]
     assert trainer.saved == [2]
+
+
+def test_several_processes_end_together_after_a_sigterm_to_one(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exchanged: list[list[int]] = []
+    of_others = [0, 0]
+
+    def all_max(flags: Tensor) -> Tensor:
+        exchanged.append(flags.tolist())
+        return flags.maximum(torch.tensor(of_others))
+
+    monkeypatch.setattr("fat.training.callbacks.all_max", all_max)
+    trainer: Any = Saver(batches=9, validates_every=9)
+    trainer.world_size = 2
+    trainer.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_broadcast_sigterm_tensor=None))
+    trainer._signal_connector = SimpleNamespace(received_sigterm=False, _sigterm_notifier_fn=None)
+    module: Any = None
+    checkpoints = PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9)
+    checkpoints.setup(trainer, module, "fit")
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor()  # no collective on the device
+
+    def step() -> bool:
+        trainer.global_step += 1
+        checkpoints.on_train_batch_end(trainer, module, None, None, trainer.global_step - 1)
+        ended: bool = trainer._signal_connector.received_sigterm
+        return ended
+
+    assert not step()
+    trainer._signal_connector._sigterm_notifier_fn(15, None)  # Lightning must not act on it alone
+    assert not trainer._signal_connector.received_sigterm
+    assert step()
+    assert exchanged == [[0, 0], [1, 1]]
+    assert trainer.saved == [2]
+    # In the process that got none.
+    trainer._signal_connector.received_sigterm = False
+    checkpoints, of_others = PeriodicCheckpoint(tmp_path / "last.ckpt", every=1e9), [1, 1]
+    assert step()
+    assert exchanged[-1] == [0, 0]
+    assert trainer.saved == [2, 3]
 
 
 def test_a_validation_outside_training_saves_no_checkpoint(
