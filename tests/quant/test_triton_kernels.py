@@ -6,9 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from tests.quant.triton_driver import inexact_instructions, pretended_driver
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,59 +39,67 @@ def test_kernels_in_the_interpreter() -> None:
     assert int(found[1]) > 100
 
 
-COMPILE = """
-import re, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fat.quant.kernels import triton_kernels as kernels
+Call = Callable[[], Any]
+BOUNDS = (-1.0, 1.0)
 
-FLOAT32 = ["scale", "zero_point", "weight", "factor", "grad_factor", "grad_scale"]
-FLOAT32 += ["grad_zero_point"]
-for pointer, capability in (("*fp32", 80), ("*bf16", 90)):
-    types = {"code": "*i8", **dict.fromkeys(FLOAT32, "*fp32")}
-    types |= dict.fromkeys(["x", "out", "grad", "grad_x"], pointer)
-    types |= dict.fromkeys(["n", "blocks", "k", "stride"], "i32")
-    types |= dict.fromkeys(["qmin", "qmax", "q", "low", "high"], "fp32")
-    cases = [(kernels._forward, {"CODE": True, "BLOCK": 1024})]
-    cases += [(kernels._forward, {"CODE": False, "BLOCK": 1024})]
-    cases += [(kernels._backward, {"BLOCK": 2048})]
+
+def calls(size: int, dtype: torch.dtype, offset: int = 0) -> list[Call]:
+    """Return one call of each kernel, with steps ``offset`` elements behind an aligned address."""
+    from fat.quant.kernels import triton_kernels as kernels
+
+    x, grad, code = torch.zeros(size, 4, dtype=dtype), torch.zeros(size, 4), torch.zeros(size, 4)
+    grad, code = grad.to(dtype), code.to(torch.int8)
+    scale, zero_point = (torch.ones(8)[offset].expand(1024) for _ in range(2))
+    grid = (scale, zero_point, 0, 255)
+    weight = torch.zeros(size, 64)
+    steps = torch.ones(size + 8)[offset : offset + size]
+    found: list[Call] = [
+        partial(kernels.fake_quantize, x, *grid),
+        partial(kernels.fake_quantize_code, x, *grid),
+        partial(kernels.fake_quantize_backward, code, grad, *grid),
+    ]
     for adjust in (0, 1, 2):
-        cases += [(kernels._forward_rows, {"ADJUST": adjust, "BLOCK": 64})]
-        for rows in (True, False):
-            options = {"ADJUST": adjust, "PER_CHANNEL": rows, "BLOCK": 64}
-            cases += [(kernels._backward_rows, options)]
-    for kernel, constants in cases:
-        names = kernel.arg_names
-        source = ASTSource(
-            fn=kernel,
-            signature={name: types.get(name, "constexpr") for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-        )
-        options = {"enable_fp_fusion": False, "num_warps": 4}
-        target = GPUTarget("cuda", capability, 32)
-        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
-        words = set(re.findall(r"\\b[a-z]+[.][a-z0-9.]*f32\\b", ptx))
-        inexact = {word for word in words if re.search("fma|approx|full|ftz", word)}
-        assert not inexact, (kernel, constants, inexact)
-        assert "div.rn.f32" in words, (kernel, constants, words)
-        print("compiled")
-"""
+        for steps_of, rows in ((steps, True), (scale, False)):
+            options = (weight, weight, steps_of, 7, adjust, *BOUNDS, rows, dtype)
+            found.append(partial(kernels.fake_quantize_weight, *options))
+            backward = (weight, weight, weight.to(dtype), *options[2:-1])
+            found.append(partial(kernels.fake_quantize_weight_backward, *backward))
+    return found
 
 
-def test_kernels_compile_to_exact_arithmetic(tmp_path: Path) -> None:
-    """For two generations of GPUs: true division, nothing fused, denormal numbers kept."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2 * 12
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, torch.float32), (90, torch.bfloat16)], ids=["sm_80", "sm_90"]
+)
+def test_kernels_compile_to_exact_arithmetic(
+    capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """True division, nothing fused, denormal numbers kept, and wide accesses to memory."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with pretended_driver(capability) as driver:
+        from fat.quant.kernels import triton_kernels as kernels
+
+        for call in calls(64, dtype):
+            assert call() is not None
+        functions = (kernels._forward, kernels._backward)
+        rows = (kernels._forward_rows, kernels._backward_rows)
+        # One launch for each call; programs: blocks, lanes, or filters.
+        names = ["_forward", "_forward", "_backward", *["_forward_rows", "_backward_rows"] * 6]
+        assert [name for name, _ in driver.launches] == names
+        assert [count for _, count in driver.launches][:7] == [1, 1, 1024, 64, 64, 4, 1024]
+        assembly = driver.assembly(*functions, *rows)
+        assert len(assembly) == 3 + 12
+        for ptx in assembly:
+            assert inexact_instructions(ptx) == set()
+            assert "div.rn.f32" in ptx
+        for ptx in driver.assembly(*functions):
+            assert re.search(r"ld[.]global[.]v4[.]b32", ptx)
+
+        # Steps of all alignments, other sizes and later calls use the same kernels.
+        for offset in (1, 2, 4):
+            for call in calls(128, dtype, offset):
+                assert call() is not None
+        assert driver.assembly(*functions, *rows) == assembly
+        assert len(driver.launches) == 4 * 15
 
 
 def test_importing_the_kernels_does_not_import_triton() -> None:
