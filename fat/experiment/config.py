@@ -107,6 +107,11 @@ class TrainerConfig(Options, prefix="trainer"):
         at_most=MOST_PROCESSES,
         example=4,
     )
+    compile: bool = option(
+        False,
+        "compile the student's training step with torch.compile, on GPUs only; the first step then "
+        "takes minutes",
+    )
     progress: bool = option(True, "show progress bars")
     checkpoint_every: float = option(
         60.0,

@@ -422,6 +422,7 @@ class _Job:
                 progress=self.progress,
                 seed=self.config.seed,
                 trainer_options={**_devices(trainer), "logger": run_logger or False},
+                compile=trainer.compile,
                 checkpoints=directory / CHECKPOINTS,
                 checkpoint_every=trainer.checkpoint_every,
                 resume=self.resume,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -141,6 +141,15 @@ class Student(nn.Module):
                 self.network, self.quantizer_batch, exact_bounds=True
             )
         return self._kept_integers
+
+    def compiled(self) -> Callable[[Tensor], Tensor]:
+        """Return :meth:`forward` compiled by :func:`torch.compile`, for training on a GPU.
+
+        It has to be called again after the student has moved to another device.
+        """
+        self.quantizer_batch.values()  # builds constants, which cannot be part of the graph
+        forward: Callable[[Tensor], Tensor] = torch.compile(self.forward)
+        return forward
 
     @property
     def device(self) -> torch.device:

@@ -61,6 +61,7 @@ class QuantLayer(nn.Module):
         self.factor: nn.Parameter | None = None
         if self.adjust is not Adjust.NOTHING:
             self.factor = nn.Parameter(torch.full_like(self.weight, self._neutral))
+        self._computed = None
         # In a list, so that it is no submodule: the quantizer belongs to the preceding operation.
         self._input: list[ActivationQuantizer] = []
 

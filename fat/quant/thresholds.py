@@ -274,6 +274,7 @@ class Thresholds(nn.Module):
         if self.kind == "tqt":
             self.alpha_range = (math.log2(SMALLEST_FACTOR), math.log2(LARGEST_FACTOR))
         self.limit = math.inf
+        self._computed = None
         shape = () if rows is None else (rows,)
         self.register_buffer("low", torch.zeros(shape))
         self.register_buffer("high", torch.ones(shape))

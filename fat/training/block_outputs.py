@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
@@ -47,6 +48,7 @@ class BlockOutputs:
                 "concatenation, no projection. Type optim.feature_weight=0."
             )
         self._selected = False
+        self._forward: Callable[..., tuple[Tensor, list[Tensor]]] = self._run
         self._networks: dict[torch.device, tuple[fx.GraphModule, fx.GraphModule]] = {}
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
@@ -63,9 +65,18 @@ class BlockOutputs:
         images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad(), full_precision(images.device):
             exact, wanted = teacher(images)
-        with self._student.quantizer_batch.computed():
-            logits, given = student(images)
+        logits, given = self._forward(student, images)
         return exact, logits, wanted, given
+
+    def compile(self) -> None:
+        """Compile the student's forward pass, see :meth:`fat.models.student.Student.compiled`."""
+        self._student.quantizer_batch.values()
+        self._forward = torch.compile(self._run)
+
+    def _run(self, student: fx.GraphModule, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        with self._student.quantizer_batch.computed():
+            logits, outputs = student(images)
+        return logits, outputs
 
     @torch.no_grad()
     def select(self, images: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:

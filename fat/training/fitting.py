@@ -96,6 +96,7 @@ def fit(
     checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     resume: bool = False,
+    compile: bool = False,
     **overrides: Any,
 ) -> FitResult:
     """Train a student to reproduce the logits of its float teacher, in place.
@@ -122,6 +123,8 @@ def fit(
         checkpoint_every: Seconds between checkpoints; each validation saves one, too.
         resume: Resume from the last checkpoint in ``checkpoints``. With the same student, images
             and options, the result is that of an uninterrupted training.
+        compile: Compile the student's training step with :func:`torch.compile`, on GPUs only. The
+            first step then takes minutes.
         **overrides: Fields of :class:`fat.TrainSpec` to replace, such as ``epochs=3``.
 
     Returns:
@@ -171,9 +174,9 @@ def fit(
         watchers.append(_best_checkpoint(state.folder))
         watchers.append(PeriodicCheckpoint(state.folder / LAST, checkpoint_every, guard.check))
     pl.seed_everything(seed, verbose=False)
-    module = DistillModule(student, spec)
     trainer = pl.Trainer(callbacks=watchers, **options)
     root = trainer.strategy.root_device
+    module = DistillModule(student, spec, compile=compile and root.type != "cpu")
     if root != device:
         logger.info("Training on %s (trainer_options); the student returns to %s.", root, device)
     attempts = _Attempts(student, validation, module, trainer, best, device)

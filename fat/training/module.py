@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -43,13 +44,14 @@ class DistillModule(RestoresRandomStates):
     Args:
         student: Calibrated student, trained in place.
         spec: Loss, optimizer and schedule.
+        compile: Compile the student's forward pass with :func:`torch.compile`.
 
     Raises:
         FatError: If ``feature_weight`` is above 0 and the network has no blocks. During training,
             if ``label_weight`` is above 0 and an epoch had no labels.
     """
 
-    def __init__(self, student: Student, spec: TrainSpec) -> None:
+    def __init__(self, student: Student, spec: TrainSpec, *, compile: bool = False) -> None:
         super().__init__()
         self.student = student
         self.spec = spec
@@ -60,17 +62,27 @@ class DistillModule(RestoresRandomStates):
         self._blocks = BlockOutputs(student) if spec.feature_weight else None
         # Of the labels in this training; tensors on the device, which would have to wait for them.
         self._labeled: Tensor | int = 0
+        self._compile = compile
+        self._compiled: Callable[[Tensor], Tensor] | None = None
         self._largest: Tensor | None = None
 
     # A process may have no batch of the validation images.
     allow_zero_length_dataloader_with_multiple_devices = True
+
+    def on_train_start(self) -> None:
+        """Compile the student, which is now on the device of the training."""
+        if self._compile:
+            self._compiled = self.student.compiled()
+            if self._blocks is not None:
+                self._blocks.compile()
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
         """Compute the loss of one batch."""
         images, labels = to_device(batch, self.device)
         terms: dict[str, Tensor] = {}
         if self._blocks is None:
-            teacher, student = self.student.float_logits(images), self.student(images)
+            teacher = self.student.float_logits(images)
+            student = (self._compiled or self.student)(images)
         else:
             teacher, student, wanted, given = self._blocks(images)
             part = relative_error(wanted, given, all_sum)

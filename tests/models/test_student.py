@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import fat
@@ -118,3 +121,58 @@ def test_memory_format_of_the_images_does_not_matter(student: Student, images: T
     last = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(student(images), student(last))
     assert torch.equal(student.float_logits(images), student.float_logits(last))
+
+
+def test_the_buffer_is_read_once(student: Student, images: Tensor) -> None:
+    """Reading it would make every training step wait for a GPU."""
+    student.is_calibrated.fill_(False)
+    student.check_calibrated()  # calibrate() set the flag beside it
+    twin = copy.deepcopy(student)
+    with pytest.raises(FatError, match="not calibrated"):
+        twin.check_calibrated()
+    twin.is_calibrated.fill_(True)  # by hand
+    twin.check_calibrated()
+    assert twin(images).shape == (16, 10)
+
+
+def test_calibration_is_known_after_loading(
+    student: Student, tiny: nn.Module, images: Tensor
+) -> None:
+    other = fat.prepare(tiny, images)
+    empty = {name: value.clone() for name, value in other.state_dict().items()}
+    other.load_state_dict(student.state_dict())
+    assert torch.equal(other(images), student(images))
+    other.load_state_dict(empty)
+    with pytest.raises(FatError, match="not calibrated"):
+        other(images)
+    other.mark_calibrated()
+    assert bool(other.is_calibrated)
+    other.check_calibrated()
+
+
+def test_a_compiled_step_equals_an_eager_one(
+    tiny: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile traces the whole forward pass, in one graph that serves all steps."""
+    student = fat.prepare(tiny, images, QuantSpec(thresholds="lsq", granularity="per_tensor"))
+    fat.calibrate(student, images)
+    traced = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    forward = student.compiled()
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    for _ in range(3):
+        results = []
+        for run in (forward, student):
+            optimizer.zero_grad()
+            logits = run(images)
+            logits.square().mean().backward()
+            gradients = [p.grad for p in student.parameters() if p.grad is not None]
+            results.append([logits.detach(), *gradients])
+        assert len(results[0]) == len(results[1]) > 1
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        optimizer.step()
+        student.project()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()

@@ -711,3 +711,35 @@ def test_relu6_limits_a_range() -> None:
 def test_frozen_thresholds_have_no_range_ends() -> None:
     frozen = calibrated(Grid(8, "symmetric"), -torch.ones(2), torch.ones(2), thresholds="frozen")
     assert frozen.at_edge() is None
+
+
+def test_tqts_factor_does_not_depend_on_the_shape() -> None:
+    """float32 exp2 of a CPU differs between 0-dim tensors and vectors, and from that of a GPU."""
+    logarithms = numbers(0, -9.0, 9.0, 2000)
+    top = torch.ones(len(logarithms))
+    vector = symmetric(Grid(8, "symmetric"), top, logarithms, thresholds="tqt")
+    exact = np.exp2(double(logarithms)).astype(np.float32)
+    np.testing.assert_array_equal(vector.factors()["alpha"].numpy(), exact)
+    for row in range(0, len(logarithms), 100):
+        one = symmetric(Grid(8, "symmetric"), top[row], logarithms[row], thresholds="tqt")
+        assert torch.equal(one()[0], vector()[0][row])
+
+
+@pytest.mark.parametrize("rows", [None, 3])
+def test_lanes_hold_the_thresholds(rows: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fat.quant.kernels.lanes", lambda device: 16)
+    top = torch.tensor(2.0) if rows is None else torch.arange(1.0, 1.0 + rows)
+    thresholds = calibrated(Grid(8, "affine"), -top, top)
+    single, lanes = thresholds(), thresholds.lanes()
+    for value, expanded in zip(single, lanes, strict=True):
+        assert value.shape == top.shape
+        assert list(expanded.shape) == ([16] if rows is None else [rows])
+        assert torch.equal(expanded, value.expand(expanded.shape))
+    alpha = thresholds.get_parameter("alpha")
+    gradients = []
+    for scale in (single[0], lanes[0]):
+        alpha.grad = None
+        scale.sum().backward(retain_graph=True)
+        assert alpha.grad is not None
+        gradients.append(alpha.grad / scale.numel())
+    torch.testing.assert_close(*gradients)

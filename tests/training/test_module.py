@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch._dynamo
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import fat
 from fat import FatError, QuantSpec, Student, TrainSpec
@@ -413,3 +415,43 @@ def test_the_checkpoint_holds_the_student_once(tiny: nn.Module, images: Tensor) 
     widened._blocks.select(images)
     assert widened.state_dict().keys() == plain.state_dict().keys()
     assert [n for n, _ in widened.named_parameters()] == [n for n, _ in plain.named_parameters()]
+
+
+def test_compiled_training_equals_eager_training(
+    tiny: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling: list[Any] = []
+
+    def compile_and_note(function: Any) -> Any:
+        compiling.append(function)
+        return torch._dynamo.optimize("aot_eager", nopython=True)(function)
+
+    monkeypatch.setattr(torch, "compile", compile_and_note)
+    torch._dynamo.reset()
+    results = []
+    for compile in (True, False):
+        student = prepared(tiny, images)
+        module = DistillModule(student, TrainSpec(feature_weight=0.5), compile=compile)
+        trainer = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(images[:8], 4), DataLoader(images[8:], 4))
+        results.append({name: p.detach().clone() for name, p in student.named_parameters()})
+    assert len(compiling) == 2  # without and with the outputs of blocks
+    assert results[0].keys() == results[1].keys()
+    for name, wanted in results[1].items():
+        assert torch.equal(results[0][name], wanted), name
+    torch._dynamo.reset()
+
+
+def test_a_cpu_does_not_compile(
+    tiny: nn.Module, batches: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch, "compile")
+    student = prepared(tiny, batches[0])
+    assert fat.fit(student, batches, epochs=1, compile=True, **QUIET).steps > 0
