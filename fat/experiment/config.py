@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fat.data.config import MOST_IMAGES, MOST_PROCESSES, DataConfig
 from fat.quant.config import QuantSpec
-from fat.training.config import FinetuneSpec, TrainSpec
+from fat.training.config import CompileMode, FinetuneSpec, TrainSpec
 from fat.utils.errors import FatError
 from fat.utils.options import (
     Entry,
@@ -107,10 +107,10 @@ class TrainerConfig(Options, prefix="trainer"):
         at_most=MOST_PROCESSES,
         example=4,
     )
-    compile: bool = option(
-        False,
-        "compile the student's training step with torch.compile, on GPUs only; the first step then "
-        "takes minutes",
+    compile: CompileMode = option(
+        "none",
+        "on GPUs, mode of torch.compile for the student's training step: default, reduce-overhead "
+        "(with CUDA graphs) or none; the first step then takes minutes",
     )
     progress: bool = option(True, "show progress bars")
     checkpoint_every: float = option(

@@ -142,13 +142,16 @@ class Student(nn.Module):
             )
         return self._kept_integers
 
-    def compiled(self) -> Callable[[Tensor], Tensor]:
+    def compiled(self, mode: str = "default") -> Callable[[Tensor], Tensor]:
         """Return :meth:`forward` compiled by :func:`torch.compile`, for training on a GPU.
 
         It has to be called again after the student has moved to another device.
+
+        Args:
+            mode: Argument of :func:`torch.compile`, such as ``reduce-overhead`` for CUDA graphs.
         """
         self.quantizer_batch.values()  # builds constants, which cannot be part of the graph
-        forward: Callable[[Tensor], Tensor] = torch.compile(self.forward)
+        forward: Callable[[Tensor], Tensor] = torch.compile(self.forward, mode=mode)
         return forward
 
     @property

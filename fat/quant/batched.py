@@ -103,13 +103,16 @@ class QuantizerBatch:
             active = [x for x, on in zip(quantizers, enabled, strict=True) if on]
             layers = [x for x, on in zip(self._layers, enabled_weights, strict=True) if on]
             frozen = {quantizer.thresholds for quantizer in self._inputs}
-            self._plan = key, _Plan(active, layers, frozen)
+            # Constants made in inference mode could not be used in training.
+            with torch.inference_mode(False):
+                self._plan = key, _Plan(active, layers, frozen)
         return self._plan[1]
 
     def _groups(self) -> list[_Group]:
         key = self._place()
         if self._all is None or self._all[0] != key:
-            self._all = key, _grouped(self._own)
+            with torch.inference_mode(False):
+                self._all = key, _grouped(self._own)
         return self._all[1]
 
     def _place(self) -> tuple[torch.device, torch.dtype] | None:

@@ -68,10 +68,10 @@ class BlockOutputs:
         logits, given = self._forward(student, images)
         return exact, logits, wanted, given
 
-    def compile(self) -> None:
+    def compile(self, mode: str) -> None:
         """Compile the student's forward pass, see :meth:`fat.models.student.Student.compiled`."""
         self._student.quantizer_batch.values()
-        self._forward = torch.compile(self._run)
+        self._forward = torch.compile(self._run, mode=mode)
 
     def _run(self, student: fx.GraphModule, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         with self._student.quantizer_batch.computed():

@@ -11,6 +11,8 @@ __all__ = ["FinetuneSpec", "LossName", "ReconstructSpec", "ScheduleName", "Train
 
 LossName = Literal["rmse", "authors_code", "mse", "kl", "cosine"]
 ScheduleName = Literal["cosine", "authors_code", "constant"]
+CompileMode = Literal["none", "default", "reduce-overhead"]
+"""Modes of :func:`torch.compile`; ``none`` does not compile."""
 
 
 @dataclass(frozen=True)

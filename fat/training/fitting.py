@@ -19,7 +19,7 @@ from fat.models.student import Student
 from fat.training.bias_correction import correct_biases
 from fat.training.block_reconstruction import reconstruct
 from fat.training.callbacks import BestStudent, NanGuard, PeriodicCheckpoint, ProgressBar
-from fat.training.config import TrainSpec
+from fat.training.config import CompileMode, TrainSpec
 from fat.training.module import DistillModule
 from fat.training.resumable_loader import ResumableLoader, whole
 from fat.training.resume import LAST, RECONSTRUCTION, START, TrainingState
@@ -96,7 +96,7 @@ def fit(
     checkpoints: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 60.0,
     resume: bool = False,
-    compile: bool = False,
+    compile: CompileMode = "none",
     **overrides: Any,
 ) -> FitResult:
     """Train a student to reproduce the logits of its float teacher, in place.
@@ -123,8 +123,9 @@ def fit(
         checkpoint_every: Seconds between checkpoints; each validation saves one, too.
         resume: Resume from the last checkpoint in ``checkpoints``. With the same student, images
             and options, the result is that of an uninterrupted training.
-        compile: Compile the student's training step with :func:`torch.compile`, on GPUs only. The
-            first step then takes minutes.
+        compile: On GPUs, mode of :func:`torch.compile` for the student's forward and backward
+            pass: ``default``, ``reduce-overhead`` (with CUDA graphs), or ``none``. The first step
+            then takes minutes.
         **overrides: Fields of :class:`fat.TrainSpec` to replace, such as ``epochs=3``.
 
     Returns:
@@ -176,7 +177,7 @@ def fit(
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(callbacks=watchers, **options)
     root = trainer.strategy.root_device
-    module = DistillModule(student, spec, compile=compile and root.type != "cpu")
+    module = DistillModule(student, spec, compile="none" if root.type == "cpu" else compile)
     if root != device:
         logger.info("Training on %s (trainer_options); the student returns to %s.", root, device)
     attempts = _Attempts(student, validation, module, trainer, best, device)

@@ -44,14 +44,14 @@ class DistillModule(RestoresRandomStates):
     Args:
         student: Calibrated student, trained in place.
         spec: Loss, optimizer and schedule.
-        compile: Compile the student's forward pass with :func:`torch.compile`.
+        compile: Mode of :func:`torch.compile` for the student's forward pass, or ``none``.
 
     Raises:
         FatError: If ``feature_weight`` is above 0 and the network has no blocks. During training,
             if ``label_weight`` is above 0 and an epoch had no labels.
     """
 
-    def __init__(self, student: Student, spec: TrainSpec, *, compile: bool = False) -> None:
+    def __init__(self, student: Student, spec: TrainSpec, *, compile: str = "none") -> None:
         super().__init__()
         self.student = student
         self.spec = spec
@@ -71,10 +71,10 @@ class DistillModule(RestoresRandomStates):
 
     def on_train_start(self) -> None:
         """Compile the student, which is now on the device of the training."""
-        if self._compile:
-            self._compiled = self.student.compiled()
+        if self._compile != "none":
+            self._compiled = self.student.compiled(self._compile)
             if self._blocks is not None:
-                self._blocks.compile()
+                self._blocks.compile(self._compile)
 
     def training_step(self, batch: AnyBatch, batch_index: int) -> Tensor:
         """Compute the loss of one batch."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from pathlib import Path
 
 import pytest
@@ -156,8 +155,9 @@ def test_a_compiled_step_equals_an_eager_one(
     """torch.compile traces the whole forward pass, in one graph that serves all steps."""
     student = fat.prepare(tiny, images, QuantSpec(thresholds="lsq", granularity="per_tensor"))
     fat.calibrate(student, images)
-    traced = functools.partial(torch.compile, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", traced)
+    # Modes belong to the default backend, which needs a C++ compiler and a minute.
+    traced = torch._dynamo.optimize("aot_eager", nopython=True)
+    monkeypatch.setattr(torch, "compile", lambda function, mode: traced(function))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     forward = student.compiled()

@@ -184,6 +184,18 @@ def test_the_batch_follows_loaded_and_copied_students(pixels: Tensor) -> None:
     assert not torch.equal(twin(pixels), student(pixels))
 
 
+def test_a_batch_first_used_in_inference_mode_trains(pixels: Tensor) -> None:
+    """Lightning validates in inference mode, before training."""
+    student = mixed_student(pixels)
+    with torch.inference_mode():
+        student(pixels)
+        student.quantizer_batch.values()
+        student.project()
+    alone = gradients(student, pixels, together=False)
+    assert_same(gradients(student, pixels, together=True), alone)
+    student.project()
+
+
 def test_another_network_gets_another_batch(pixels: Tensor) -> None:
     student, other = mixed_student(pixels), mixed_student(pixels, seed=1)
     wanted = gradients(other, pixels, together=True)[""]
