@@ -196,10 +196,14 @@ class IntegerLayer:
             Exact float32, or float64 that is exact after rounding to the nearest integer.
         """
         if len(self.weights) > 1:
-            total = torch.zeros((), dtype=torch.float64)
             sizes = [weight.shape[1] for weight in self.weights]
-            for part, weight in zip(torch.split(x, sizes, 1), self.weights, strict=True):
-                total = total + self.layer.compute(part, weight, None)
+            total, *others = (
+                self.layer.compute(part, weight, None)
+                for part, weight in zip(torch.split(x, sizes, 1), self.weights, strict=True)
+            )
+            total = total.double()
+            for sums in others:
+                total += sums
             return total
         (weight,) = self.weights
         x = x.to(weight.dtype)
