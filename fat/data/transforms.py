@@ -90,13 +90,13 @@ class Normalize:
 
         The result is the same on every device, bit for bit.
         """
-        largest, mean, std = self._on(pixels.device)
+        largest, mean, std = self._constants_on(pixels.device)
         scaled = pixels.to(torch.float32, memory_format=torch.contiguous_format)
         if scaled is pixels:  # do not change the caller's tensor
             scaled = scaled.clone()
         return scaled.div_(largest).sub_(mean).div_(std)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _constants_on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Return 255, mean and std on a device, copied there once.
 
         255 is a tensor because CUDA divides by a number as a product with its reciprocal, which

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -201,7 +202,7 @@ def test_generator_refuses_negative_keys() -> None:
 
 
 def test_normalization_after_the_first_batch_in_inference_mode() -> None:
-    normalize = Normalize(replace(PREPROCESSING, mean=(0.1, 0.2, 0.3)))  # of no other test
+    normalize = Normalize(PREPROCESSING)
     pixels = torch.full((1, 3, 2, 2), 51.0)
     with torch.inference_mode():
         wanted = normalize(pixels)
@@ -212,3 +213,12 @@ def test_normalization_after_the_first_batch_in_inference_mode() -> None:
     std = torch.tensor(PREPROCESSING.std).view(1, 3, 1, 1)
     torch.testing.assert_close(pixels.grad, (1 / (255 * std)).expand(1, 3, 2, 2))
     assert torch.equal(pixels.detach(), torch.full((1, 3, 2, 2), 51.0))
+
+
+def test_workers_are_sent_no_tensors_of_the_device() -> None:
+    normalize = Normalize(PREPROCESSING)
+    pixels = torch.full((1, 3, 2, 2), 51, dtype=torch.uint8)
+    wanted = normalize(pixels)
+    sent = pickle.dumps(normalize)
+    assert b"torch" not in sent
+    assert torch.equal(pickle.loads(sent)(pixels), wanted)
