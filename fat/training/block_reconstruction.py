@@ -249,7 +249,8 @@ class _Draws:
         rows = self.images.rows[chosen]
         places = torch.nonzero(rows >= 0).flatten()  # on the CPU, where it waits for nothing
         mine = torch.stack([rows[places], places])
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        on_cuda = self.device.type == "cuda"
+        if on_cuda and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             mine = mine.pin_memory()  # else the copy would wait for the device
         mine = mine.to(self.device, non_blocking=True)
         return mine[0], mine[1]
@@ -307,6 +308,7 @@ def _train(
         optimizer.step()
         quantizers.project()
         bar.update()
+    optimizer.zero_grad()  # the gradients of finished blocks take no memory
 
 
 class _SummedGradients:

@@ -110,7 +110,8 @@ def fit(
             starts anew for each epoch. Labels are used if ``label_weight`` is above 0. With several
             processes, each passes its part of every batch.
         validation: Batches to select the best student. If ``None``, every tenth training batch is
-            set aside (the training batch itself if there is only one).
+            set aside (the training batch itself if there is only one). With several processes,
+            each passes some of the batches, or none.
         spec: Training options.
         callbacks: Additional Lightning callbacks.
         progress: Show a progress bar.
