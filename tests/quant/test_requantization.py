@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from fat.quant import kernels
 from fat.quant.kernels import requantization as operators
 from fat.quant.kernels import requantization_reference as reference
+from tests.quant.triton_driver import inexact_instructions, pretended_driver
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [(2, 5, 4, 3), (3, 16, 7, 7), (1, 1, 1, 1), (4, 6), (2, 3, 5), (0, 4, 2, 2), (2, 40, 1, 1)]
@@ -294,59 +296,56 @@ def test_triton_in_the_interpreter() -> None:
     assert int(found[1]) > 100
 
 
-COMPILE = """
-import re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from fat.quant.kernels import triton_requantization as kernels
+def calls(channels: int, last: bool, offset: int = 0) -> list[Callable[[], Any]]:
+    """Return one call of each Triton kernel, with constants ``offset`` behind aligned addresses."""
+    from fat.quant.kernels import triton_requantization as triton
 
-names = "sums a b input_scale weight_scale out scale zero_point ceilings a_scale a_zero b_scale"
-types = dict.fromkeys((names + " b_zero weight factor").split(), "*fp32") | {"bias": "*i32"}
-types |= dict.fromkeys("n channels inner image k stride".split(), "i32")
-names = "count floor ceiling qmin qmax a_offset b_offset offset q low high"
-types |= dict.fromkeys(names.split(), "fp32")
-cases = []
-for wide in (False, True):
-    for steps in (0, 1, 2):
-        options = {"WIDE": wide, "BIAS": steps > 0, "STEPS": steps, "CEILINGS": steps == 2}
-        cases.append((kernels._accumulators, options, {"sums": "*fp64" if wide else "*fp32"}))
-for kind in (0, 1, 2):
-    options = {"KIND": kind, "PER_IMAGE": kind == 2, "CEILINGS": kind == 1}
-    cases.append((kernels._operands, options, {}))
-for adjust in (0, 1, 2):
-    cases.append((kernels._weight, {"ADJUST": adjust}, {"out": "*fp64"}))
-cases.append((kernels._bias, {}, {"bias": "*fp32", "out": "*i32"}))
-for capability in (80, 90):
-    for kernel, constants, own in cases:
-        constants = constants | {"BLOCK": 1024}
-        names, known = kernel.arg_names, types | own
-        source = ASTSource(
-            fn=kernel,
-            signature={name: known.get(name, "constexpr") for name in names},
-            constexprs={(names.index(name),): value for name, value in constants.items()},
-        )
-        options = {"enable_fp_fusion": False, "num_warps": 4}
-        target = GPUTarget("cuda", capability, 32)
-        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
-        words = set(re.findall(r"\\b[a-z]+[.][a-z0-9.]*f(?:32|64)\\b", ptx))
-        inexact = {word for word in words if re.search("fma|approx|full|ftz", word)}
-        assert not inexact, (kernel, constants, inexact)
-        assert {"div.rn.f32", "div.rn.f64"} & words, (kernel, constants, words)
-        print("compiled")
-"""
+    x = torch.zeros(4, channels, 2, 8)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    numbers = torch.ones(3 * channels + 8)[offset:]
+    one, own = numbers[0], numbers[:channels]
+    bias = torch.zeros(channels + 8, dtype=torch.int32)[offset : offset + channels]
+    found: list[Callable[[], Any]] = []
+    for sums in (x, x.double()):
+        for shift, steps, ceilings in ((None, None, None), (bias, one, None), (bias, own, own)):
+            grid = (one, one, 0.0, 6.0, ceilings, 0, 255)
+            found.append(partial(triton.requantize, sums, shift, one, steps, 1, 1, *grid))
+    grid = (one, one, 0.0, 6.0, None, 0, 255)
+    found += [
+        partial(triton.requantize_real, x, *grid),
+        partial(triton.requantize_sum, x, one, one, 0, x, one, one, 128, 0, *grid),
+        partial(triton.requantize_product, x, one, x, one, 0, *grid),
+        partial(triton.requantize_product, x, one, x[:, :, :1, :1], one, 0, *grid),
+    ]
+    weight = torch.zeros(channels, 64)
+    for adjust in (0, 1, 2):
+        for dtype in (torch.float32, torch.float64):
+            options = (7, adjust, -1.0, 1.0, True, dtype)
+            found.append(partial(triton.integer_weight, weight, weight, own, *options))
+    found.append(partial(triton.integer_bias, own, own, one))
+    return found
 
 
-def test_triton_compiles_to_exact_arithmetic(tmp_path: Path) -> None:
-    """For two generations of GPUs: true division, nothing fused, denormal numbers kept."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("compiled") == 2 * 13
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_to_exact_arithmetic(
+    capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """True division, nothing fused, denormal numbers kept; one kernel serves all shapes."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with pretended_driver(capability) as driver:
+        from fat.quant.kernels import triton_requantization as triton
+
+        for call in calls(64, last=True):
+            assert call() is not None
+        functions = (triton._accumulators, triton._operands, triton._weight, triton._bias)
+        assembly = driver.assembly(*functions)
+        assert len(assembly) == len(driver.launches) == 6 + 4 + 6 + 1
+        for ptx in assembly:
+            assert inexact_instructions(ptx) == set()
+            assert "div.rn.f32" in ptx or "div.rn.f64" in ptx
+        for channels, last, offset in ((64, False, 1), (24, True, 2), (40, False, 4)):
+            for call in calls(channels, last, offset):
+                assert call() is not None
+        assert driver.assembly(*functions) == assembly
+        assert len(driver.launches) == 4 * 17

@@ -26,16 +26,28 @@ __all__ = [
     "requantize_sum",
 ]
 
-MAGIC = tl.constexpr(1.5 * 2**52)  # float64 has no fractions from 2^52 to 2^53
-INT32_MAX = tl.constexpr(2**31 - 1)
 BLOCK = 1024
+FAR = 2**31 - BLOCK
+"""Tensors with more elements need 64-bit places, whose divisions are slow."""
 REAL, SUM, PRODUCT = 0, 1, 2
+# Elements of vectors of all quantizers: of any alignment.
+CONSTANTS = ["bias", "input_scale", "weight_scale", "scale", "zero_point", "ceilings"]
+OPERANDS = ["a_scale", "a_zero", "b_scale", "b_zero", "scale", "zero_point", "ceilings"]
 
 
 @triton.jit
 def _round(v):
     """Round float64 below 2^51 to the nearest integer, half to even; keeps NaN and infinity."""
-    return (v + MAGIC) - MAGIC
+    # 1.5 · 2^52: float64 has no fractions from 2^52 to 2^53.
+    return (v + 6755399441055744.0) - 6755399441055744.0
+
+
+@triton.jit
+def _places(BLOCK: tl.constexpr, FAR: tl.constexpr):
+    program = tl.program_id(0)
+    if FAR:
+        program = program.to(tl.int64)
+    return program * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -59,7 +71,7 @@ def _on_grid(
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "inner"], do_not_specialize_on_alignment=CONSTANTS)
 def _accumulators(
     sums,
     bias,
@@ -82,8 +94,9 @@ def _accumulators(
     STEPS: tl.constexpr,
     CEILINGS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FAR: tl.constexpr,
 ):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    places = _places(BLOCK, FAR)
     mask = places < n
     c = (places // inner) % channels
     a = tl.load(sums + places, mask=mask, other=0.0)
@@ -104,7 +117,9 @@ def _accumulators(
     tl.store(out + places, v, mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["channels", "inner", "image"], do_not_specialize_on_alignment=OPERANDS
+)
 def _operands(
     a,
     a_scale,
@@ -131,8 +146,9 @@ def _operands(
     PER_IMAGE: tl.constexpr,
     CEILINGS: tl.constexpr,
     BLOCK: tl.constexpr,
+    FAR: tl.constexpr,
 ):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    places = _places(BLOCK, FAR)
     mask = places < n
     c = (places // inner) % channels
     step = tl.load(scale)
@@ -163,7 +179,7 @@ def _operands(
     tl.store(out + places, v, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"], do_not_specialize_on_alignment=["scale"])
 def _weight(
     weight,
     factor,
@@ -177,8 +193,9 @@ def _weight(
     high,
     ADJUST: tl.constexpr,
     BLOCK: tl.constexpr,
+    FAR: tl.constexpr,
 ):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    places = _places(BLOCK, FAR)
     mask = places < n
     step = tl.load(scale + places // k * stride, mask=mask, other=1.0)
     w = tl.load(weight + places, mask=mask, other=0.0)
@@ -188,15 +205,17 @@ def _weight(
     tl.store(out + places, v.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["n"], do_not_specialize_on_alignment=["bias", "weight_scale", "input_scale"]
+)
 def _bias(bias, weight_scale, input_scale, out, stride, n, BLOCK: tl.constexpr):
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = places < n
     step = tl.load(weight_scale + places * stride, mask=mask, other=1.0).to(tl.float64)
     step = step * tl.load(input_scale).to(tl.float64)
     v = tl.load(bias + places, mask=mask, other=0.0).to(tl.float64) / step
-    v = tl.where(tl.abs(v) < INT32_MAX, _round(v), v)
-    v = clip(v, -INT32_MAX, INT32_MAX)
+    v = tl.where(tl.abs(v) < 2147483647.0, _round(v), v)
+    v = clip(v, -2147483647.0, 2147483647.0)
     tl.store(out + places, v.to(tl.int32), mask=mask)
 
 
@@ -230,6 +249,7 @@ def requantize(
         STEPS=steps,
         CEILINGS=ceilings is not None,
         BLOCK=BLOCK,
+        FAR=n > FAR,
     )
     return out
 
@@ -290,6 +310,7 @@ def _launch(
         PER_IMAGE=per_image,
         CEILINGS=ceilings is not None,
         BLOCK=BLOCK,
+        FAR=n > FAR,
     )
     return out
 
@@ -317,6 +338,7 @@ def integer_weight(
         *(n, max(n // max(len(weight), 1), 1), float(qmax), low, high),
         ADJUST=adjust,
         BLOCK=BLOCK,
+        FAR=n > FAR,
     )
     return out
 
