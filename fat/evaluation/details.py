@@ -28,6 +28,7 @@ from fat.quant.thresholds import Thresholds
 from fat.utils.batches import AnyBatch, to_device
 from fat.utils.errors import FatError
 from fat.utils.io import write_csv, write_text
+from fat.utils.precision import full_precision
 
 __all__ = [
     "DETAILS",
@@ -231,7 +232,7 @@ def layer_rows(
     was_training = student.training
     student.eval()
     try:
-        with switched(student, on=True):
+        with switched(student, on=True), full_precision(student.device):
             # Weights first: they are small, and spare the histograms of most activations.
             for layer in student.layers():
                 collected.add(

@@ -93,8 +93,8 @@ def export(
         student: Calibrated student, on any device.
         path: The file to write.
         target: Export target, such as :class:`fat.export.onnx.Onnx`.
-        images: Held-out batches, with or without labels. If ``None``, random images are used, and
-            accuracies are ``None``.
+        images: Held-out batches, with or without labels, on any device. If ``None``, random images
+            are used, and accuracies are ``None``.
         metrics: Metrics to store in the file's metadata.
         progress: Label of a progress bar; ``None`` shows none.
         beside_float: Also export the float network temporarily to compare latency and size. If
@@ -186,7 +186,7 @@ def _compare_layers(
 def _example(student: Student, images: Images | None) -> Tensor:
     """Return a batch of at least two images of the network's input size."""
     if images is not None:
-        first = split(next(iter(images)))[0]
+        first = split(next(iter(images)))[0].cpu()
         return first if len(first) > 1 else first.repeat(2, 1, 1, 1)
     preprocessing = student.origin.get("preprocessing")
     if preprocessing is None:
@@ -203,7 +203,7 @@ def _first(images: Images | None, example: Tensor) -> Tensor:
     if images is None:
         return example[:LAYER_IMAGES]
     rows = itertools.chain.from_iterable(split(batch)[0] for batch in images)
-    return torch.stack(list(itertools.islice(rows, LAYER_IMAGES)))
+    return torch.stack(list(itertools.islice(rows, LAYER_IMAGES))).cpu()
 
 
 def _metadata(student: Student, metrics: Mapping[str, Any] | None) -> dict[str, str]:

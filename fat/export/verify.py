@@ -21,7 +21,7 @@ from fat.models.student import Student
 from fat.quant.metrics import logits_sqnr_db
 from fat.quant.quantized_layers import QuantLayer
 from fat.quant.quantizers import ActivationQuantizer
-from fat.utils.batches import Images, as_batches, split
+from fat.utils.batches import Images, as_batches, to_device
 from fat.utils.errors import FatError
 
 __all__ = [
@@ -71,7 +71,7 @@ def compare(
     """Compare a file with its student and the float network on the same images.
 
     Args:
-        student: Calibrated student.
+        student: Calibrated student on the CPU.
         runtime: The opened file.
         images: Held-out batches, with or without labels.
         progress: Label of a progress bar; ``None`` shows none.
@@ -88,20 +88,21 @@ def compare(
     step = float(student.activation_quantizers()[-1].thresholds()[0])
     file, reference, simulation = Comparison(), Comparison(), Comparison()
     count, largest = 0, 0.0
-    for batch in tqdm(as_batches(images), progress, disable=progress is None, leave=False):
-        pixels, labels = split(batch)
-        floats, simulated = student.float_logits(pixels), student(pixels)
-        logits = runtime.run(pixels)[0]
-        if logits.shape != floats.shape:
-            raise FatError(
-                f"The file returns logits {list(logits.shape)} for {len(pixels)} images, its "
-                f"student {list(floats.shape)}."
-            )
-        file.update(logits, floats, labels)
-        reference.update(floats, floats, labels)
-        simulation.update(logits, simulated, labels)
-        largest = max(largest, float((logits - simulated).abs().max()) / step)
-        count += len(pixels)
+    with student.cached_integers():
+        for batch in tqdm(as_batches(images), progress, disable=progress is None, leave=False):
+            pixels, labels = to_device(batch, student.device)
+            floats, simulated = student.float_logits(pixels), student(pixels)
+            logits = runtime.run(pixels)[0]
+            if logits.shape != floats.shape:
+                raise FatError(
+                    f"The file returns logits {list(logits.shape)} for {len(pixels)} images, its "
+                    f"student {list(floats.shape)}."
+                )
+            file.update(logits, floats, labels)
+            reference.update(floats, floats, labels)
+            simulation.update(logits, simulated, labels)
+            largest = max(largest, float((logits - simulated).abs().max()) / step)
+            count += len(pixels)
     float_metrics, simulated_metrics = reference.compute(), simulation.compute()
     return {
         "images": count,
@@ -241,11 +242,12 @@ def most_different(student: Student, runtime: Runtime, images: Images) -> Tensor
         Images [N, 3, H, W].
     """
     worst, largest = None, -1.0
-    for batch in as_batches(images):
-        pixels = split(batch)[0]
-        difference = float((runtime.run(pixels)[0] - student(pixels)).abs().max())
-        if difference > largest:
-            worst, largest = pixels, difference
+    with student.cached_integers():
+        for batch in as_batches(images):
+            pixels = to_device(batch, student.device)[0]
+            difference = float((runtime.run(pixels)[0] - student(pixels)).abs().max())
+            if difference > largest:
+                worst, largest = pixels, difference
     assert worst is not None
     return worst
 

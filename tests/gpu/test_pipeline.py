@@ -350,7 +350,6 @@ class TestEvaluate:
             assert same(found, wanted)
             assert same(filter_changes(student), changes)
 
-    @pytest.mark.xfail(strict=True, reason="layer_rows computes in TF32 where that is allowed")
     def test_layers_of_the_report(self, tiny: nn.Module, images: Tensor) -> None:
         rows = layer_rows(made(tiny, images, "cpu", bits=4), list(images.split(4)))
         with PretendedGpu(tf32=True, reciprocal=True):
