@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,22 +25,41 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        backends = _backends()
-        before = [backend.fp32_precision for backend in backends]
+        settings = _settings()
+        before = [setting.fp32_precision for setting in settings]
+        matmul, cudnn = _earlier_settings()
         try:
             use_full_precision()
             yield
         finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
+            if matmul is not None:
+                torch.set_float32_matmul_precision(matmul)
+            if cudnn is not None:
+                torch.backends.cudnn.allow_tf32 = cudnn
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
 
 
 def use_full_precision() -> None:
     """Turn TF32 off on CUDA in this process."""
-    for backend in _backends():
-        backend.fp32_precision = "ieee"
+    # By its earlier options too: PyTorch raises where one of them is read and contradicts these.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for setting in _settings():
+        setting.fp32_precision = "ieee"
 
 
-def _backends() -> tuple[Any, ...]:
+def _settings() -> tuple[Any, ...]:
     cudnn: Any = torch.backends.cudnn
-    return torch.backends.cuda.matmul, cudnn.conv
+    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+
+
+def _earlier_settings() -> tuple[str | None, bool | None]:
+    """Return PyTorch's earlier options of TF32; ``None`` where they contradict today's."""
+    matmul: str | None = None
+    cudnn: bool | None = None
+    with suppress(RuntimeError):
+        matmul = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        cudnn = torch.backends.cudnn.allow_tf32
+    return matmul, cudnn
