@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from fat.evaluation.metrics import Comparison
+from fat.models.self_test import self_test
 from fat.models.student import Student
 from fat.utils import distributed
 from fat.utils.batches import Images, as_batches, to_device
@@ -200,8 +201,11 @@ def evaluate(
         Accuracies are in percent, or ``None`` if no image is labeled.
 
     Raises:
-        FatError: If the student is not calibrated, or a batch does not hold images.
+        FatError: If the student is not calibrated, its device fails the self-test, or a batch does
+            not hold images.
     """
+    student.check_calibrated()
+    self_test(student)
     device = student.device
     quantized, reference = Comparison().to(device), Comparison().to(device)
     started, count = time.perf_counter(), 0

@@ -9,6 +9,8 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import fat
 from fat.evaluation.layer_analysis import LayerError
 from fat.graph.passes.equalization import EqualizeReport, PairReport
@@ -106,8 +108,12 @@ def write_equalization(path: Path, report: EqualizeReport) -> None:
     )
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of FAT and what it depends on, by package name."""
+def versions(device: torch.device) -> dict[str, str]:
+    """Return the versions of FAT and what it depends on, by package name.
+
+    Args:
+        device: Device of the run, for the implementation of the kernels.
+    """
     packages = ("torch", "torchvision", "timm", "pytorch-lightning", "torchmetrics")
     found = {"python": platform.python_version(), "fat-quant": fat.__version__}
     for package in packages:
@@ -115,7 +121,7 @@ def versions() -> dict[str, str]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return {**found, "kernels": kernels.backend()}
+    return {**found, "kernels": kernels.backend(device)}
 
 
 def summary(spec: QuantSpec, metrics: Mapping[str, Any], training: FitResult | None) -> str:

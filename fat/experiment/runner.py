@@ -190,7 +190,7 @@ def _run(
         "scheme": spec.scheme,
         "init": {"weight": spec.weight_init.name, "activation": spec.activation_init.name},
         "seed": config.seed,
-        "versions": versions(),
+        "versions": versions(student.device),
         "command": command,
         "sweep": sweep,
         "status": "calibrated",

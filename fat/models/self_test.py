@@ -96,7 +96,8 @@ def geometry(layer: QuantLayer) -> str:
 
 
 def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and used else str(device)
 
 
 def _constants(ours: IntegerInterpreter, theirs: IntegerInterpreter) -> Iterator[str]:

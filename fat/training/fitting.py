@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
 
+from fat.models.self_test import self_test
 from fat.models.student import Student
 from fat.training.bias_correction import correct_biases
 from fat.training.block_reconstruction import reconstruct
@@ -135,9 +136,10 @@ def fit(
 
     Raises:
         KeyboardInterrupt: If the user interrupted it before the calibrated student was evaluated.
-        FatError: If the student is not calibrated or has nothing to train, the images cannot be
-            iterated twice, the validation loss is not finite, training keeps giving NaN, or
-            ``checkpoints`` holds a training with other options.
+        FatError: If the student is not calibrated or has nothing to train, its device fails the
+            self-test (:func:`fat.models.self_test.self_test`), the images cannot be iterated twice,
+            the validation loss is not finite, training keeps giving NaN, or ``checkpoints`` holds a
+            training with other options.
 
     Examples:
         >>> import torch, fat
@@ -152,6 +154,7 @@ def fit(
     """
     spec = replace(spec or TrainSpec(), **overrides)
     student.check_calibrated()
+    self_test(student)
     train, validation = _split(images, validation)
     best, guard, started = BestStudent(), NanGuard(spec.nan_patience), TrainingStarted()
     state = TrainingState(checkpoints, student, spec)

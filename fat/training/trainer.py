@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import threading
 import warnings
@@ -60,11 +61,27 @@ def keep_interrupt_handler() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ignore_warnings(*patterns: str) -> Iterator[None]:
-    """Ignore warnings whose messages match one of the regular expressions."""
-    with warnings.catch_warnings():
+    """Ignore warnings whose messages match one of the regular expressions.
+
+    So is Lightning's advice to allow TF32 on GPUs, which FAT turns off on purpose.
+    """
+    with warnings.catch_warnings(), _without_advice():
         for pattern in patterns:
             warnings.filterwarnings("ignore", pattern)
         yield
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    def wanted(record: logging.LogRecord) -> bool:
+        return "set_float32_matmul_precision" not in record.getMessage()
+
+    lightning = logging.getLogger("pytorch_lightning.utilities.rank_zero")
+    lightning.addFilter(wanted)
+    try:
+        yield
+    finally:
+        lightning.removeFilter(wanted)
 
 
 def fused(module: pl.LightningModule, device: torch.device) -> bool | None:
