@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,9 @@ def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
         distributed.gather_batch(torch.full((counts[rank], 2), float(rank)))
         for counts in ((3, 1), (0, 2), (2, 0))
     ]
-    found["several"] = distributed.gather_batches(*mixed(rank, (3, 1)[rank]))
+    with mock.patch("torch.distributed.all_gather", wraps=torch.distributed.all_gather) as gather:
+        found["several"] = distributed.gather_batches(*mixed(rank, (3, 1)[rank]))
+    found["collectives"] = [call.args[1].dtype for call in gather.call_args_list]
     found["several, one without"] = distributed.gather_batches(*mixed(rank, (0, 2)[rank]))
     found["in place"] = torch.full((3,), 1.0 + rank)
     distributed.all_sum_(found["in place"])

@@ -91,6 +91,10 @@ def test_tensors_of_several_dtypes_travel_together(
     assert distributed.gather_batches(*alone) == alone
 
 
+def test_only_the_number_of_rows_is_exchanged_besides_all_tensors_together(both: Found) -> None:
+    assert [found["collectives"] for found in both] == [[torch.int64, torch.uint8]] * 2
+
+
 def test_a_sum_in_place(both: Found) -> None:
     assert [found["in place"].tolist() for found in both] == [[3.0] * 3] * 2
 
