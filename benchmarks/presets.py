@@ -65,6 +65,7 @@ def run_cell(arguments: Sequence[str], directory: Path, threads: int) -> None:
                 sys.executable,
                 "train.py",
                 *arguments,
+                "trainer=cpu",
                 "logger=none",
                 "trainer.progress=false",
                 f"hydra.run.dir={directory}",

@@ -9,7 +9,7 @@ because the cost does not depend on them.
 * ``float fine-tuning`` trains all weights and biases. ReLU6 is not in place: torch would copy its
   input first, which takes the same memory and more time.
 * ``student, W`` trains thresholds, biases and what ``--weights`` names, with the optimizer and the
-  projection of :class:`fat.training.module.DistillModule`. The targets are precomputed.
+  projection of :func:`fat.fit`. The targets are precomputed.
 * ``teacher alone`` is the forward pass that computes such targets, which distillation adds.
 * ``--peers`` adds the training steps of Brevitas and torchao, see qat_peers.py; they train all
   weights.
@@ -53,10 +53,15 @@ from fat.graph.tracing.capture import trace
 from fat.models.float_model import load_float_network
 from fat.quant import kernels
 from fat.training.losses import rmse
-from fat.training.module import DistillModule
+from fat.training.parameter_groups import parameter_groups
 from fat.utils.memory import keep_freed_memory
 
-NETWORKS = {"efficientnet_lite0": "tf_efficientnet_lite0", "mobilenet_v2": "mobilenetv2_100"}
+NETWORKS = {
+    "efficientnet_lite0": "tf_efficientnet_lite0",
+    "mobilenet_v2": "mobilenetv2_100",
+    "resnet50": "resnet50",
+}
+MOBILE = ("efficientnet_lite0", "mobilenet_v2")
 WEIGHTS = ("frozen", "scale", "adaround")
 FLOAT, TEACHER, STUDENT = "float fine-tuning", "teacher alone", "student, "
 HEADINGS = ("network", "step", "median s", "min", "max", "ratio", "peak MB", "ratio")
@@ -93,7 +98,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=list(NETWORKS), choices=NETWORKS)
+    parser.add_argument("--model", nargs="+", default=list(MOBILE), choices=NETWORKS)
     parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
@@ -146,12 +151,21 @@ def machine(options: argparse.Namespace) -> str:
 
 @dataclass
 class Setting:
-    """Inputs shared by all steps of a network."""
+    """Inputs shared by all steps of a network.
+
+    Attributes:
+        network: The float network.
+        folded: The same with folded batch norms; its parameters are trainable.
+        images: [N, 3, H, W] in channels-last format.
+        target: Precomputed logits [N, classes].
+        autocast: Type of autocast in forward passes; ``None`` computes in float32.
+    """
 
     network: nn.Module
     folded: fx.GraphModule
     images: Tensor
     target: Tensor
+    autocast: torch.dtype | None = None
 
 
 def setting(model: str, options: argparse.Namespace) -> Setting:
@@ -160,14 +174,23 @@ def setting(model: str, options: argparse.Namespace) -> Setting:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     network = load_float_network(NETWORKS[model], weights="random").network.to(options.device)
-    images = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
-    images = images.contiguous(memory_format=torch.channels_last)
     folded = trace(network)
     fold_batch_norms(folded)
     folded.to(memory_format=torch.channels_last).requires_grad_(True)
+    autocast = torch.bfloat16 if options.device == "cuda" else None
+    return with_batch(network, folded, options.batch, options.size, autocast)
+
+
+def with_batch(
+    network: nn.Module, folded: fx.GraphModule, batch: int, size: int, autocast: torch.dtype | None
+) -> Setting:
+    """Draw a batch and its target logits on the device of the network."""
+    device = next(folded.parameters()).device
+    images = torch.randn(batch, 3, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        target = folded(images) + torch.randn(options.batch, 1, device=options.device)
-    return Setting(network, folded, images, target)
+        target = folded(images) + torch.randn(batch, 1, device=device)
+    return Setting(network, folded, images, target, autocast)
 
 
 def make_step(name: str, given: Setting) -> Step:
@@ -180,14 +203,26 @@ def make_step(name: str, given: Setting) -> Step:
     student = fat.prepare(given.network, given.images[:2], fat.QuantSpec(weights=weights))
     fat.calibrate(student, given.images)
     if name == TEACHER:
-        return lambda: forward(student.float_logits, given.images)
-    optimizer = DistillModule(student, fat.TrainSpec()).configure_optimizers()
+        return lambda: student.float_logits(given.images)
+    return distilling(student, given)
+
+
+def distilling(student: fat.Student, given: Setting) -> Step:
+    """Return a step that trains a student's parameters as a training does."""
+    spec = fat.TrainSpec()
+    optimizer = Adam(parameter_groups([student], spec), lr=spec.lr, fused=fused(given))
     return training(student, optimizer, given, student.project)
 
 
 def fine_tuning(model: nn.Module, given: Setting) -> Step:
     """Return a step that trains every parameter."""
-    return training(model, Adam(model.parameters(), lr=1e-6), given)
+    optimizer = Adam(model.parameters(), lr=1e-6, fused=fused(given))
+    return training(model, optimizer, given)
+
+
+def fused(given: Setting) -> bool | None:
+    """Return the option of Adam that fat.fit uses: fused kernels on a GPU."""
+    return True if given.images.is_cuda else None
 
 
 def training(
@@ -197,7 +232,7 @@ def training(
 
     def step() -> None:
         optimizer.zero_grad()
-        rmse(given.target, forward(model, given.images)).backward()
+        rmse(given.target, forward(model, given)).backward()
         optimizer.step()
         if project is not None:
             project()
@@ -205,10 +240,11 @@ def training(
     return step
 
 
-def forward(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Compute logits, under bf16 autocast on a GPU."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
-        return model(images).float()
+def forward(model: Callable[[Tensor], Tensor], given: Setting) -> Tensor:
+    """Compute float32 logits of the batch, under autocast if there is any."""
+    kind = given.images.device.type
+    with torch.autocast(kind, given.autocast, enabled=given.autocast is not None):
+        return model(given.images).float()
 
 
 def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:

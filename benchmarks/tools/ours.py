@@ -31,7 +31,7 @@ def main(job: Job) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     conf = Path(fat.__file__).parents[1] / "conf"
     with initialize_config_dir(str(conf), version_base="1.3"):
-        composed = compose("train", overrides=job.fields["overrides"])
+        composed = compose("train", overrides=["trainer=cpu", *job.fields["overrides"]])
     config = parse_run(OmegaConf.to_container(composed))
     set_up(replace(config.trainer, threads=job.threads), config.seed)
     source = load_float_network(**asdict(config.model))

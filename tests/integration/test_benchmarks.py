@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -12,13 +13,17 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.autograd import DeviceType
 
+import fat
 from benchmarks.tests.loading import load_coverage
+from tests.gpu.pretended import PretendedGpu
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 STEP = "--size 32 --batch 2 --repeats 1 --threads 1 --model mobilenet_v2 --weights frozen adaround"
@@ -29,7 +34,7 @@ def run(script: str, *arguments: str, path: Path | None = None) -> subprocess.Co
     folders += [str(FOLDER.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
         [sys.executable, FOLDER / script, *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
@@ -122,19 +127,100 @@ def test_a_cell_that_failed_is_shown_and_tried_again(
     assert not (directory / "metrics.json").exists()
 
 
-def test_the_gpu_benchmark_computes_the_protocol_from_its_steps() -> None:
-    words = "--device cpu --batch 2 --size 32 --repeats 1 --threads 1 --dollars 6"
-    result = run("gpu.py", *words.split(), "--model", "mobilenet_v2")
+def test_the_gpu_benchmark_measures_every_cell(tmp_path: Path) -> None:
+    file = tmp_path / "gpu.json"
+    words = ("--device", "cpu", "--quick", "--full", "--dollars", "6", "--output", str(file))
+    result = run("gpu.py", *words)
     assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    milliseconds = {line[20:42].strip(): float(line[42:52]) for line in lines[3:6]}
-    both = milliseconds["student, adaround"] + milliseconds["teacher alone"]
-    judged = 2 * 50_000 * milliseconds["teacher alone"]
-    minutes = 1e-3 * (250_000 * both + judged) / 60
-    told = re.search(r"computed: ([\d.]+) min, \$([\d.]+)", lines[6])
+    assert "NONE OF THE FIGURES IS ABOUT A GPU" in result.stdout
+    cells = json.loads(file.read_text())["cells"]
+    assert {name: cell["failed"] for name, cell in cells.items() if "failed" in cell} == {}
+    assert set(cells) == set(run("gpu.py", *words, "--list").stdout.splitlines())
+    steps = cells["step mobilenet_v2 2 bf16"]["rows"]
+    assert list(steps) == ["float fine-tuning", "student", "teacher"]
+    assert steps["float fine-tuning"]["ratio"] == 1.0
+    assert steps["student"]["kernels"] > steps["float fine-tuning"]["kernels"]
+    assert steps["teacher"]["GB"] < steps["student"]["GB"]
+    fit = cells["fit mobilenet_v2 2 bf16"]["rows"]["fat.fit"]["ms"]
+    judged = cells["inference mobilenet_v2 2"]["rows"]["fat.evaluate"]["images/s"]
+    calibration = cells["calibrate mobilenet_v2"]["rows"]["percentile"]["ms"]
+    # 8 images for 2 epochs in steps of 2, twice 4 test images, three times 2 validation images.
+    seconds = 1e-3 * (8 * fit + calibration) + 14 / judged
+    told = re.search(r"computed from the cells +([\d.e-]+) min, \$([\d.]+)", result.stdout)
     assert told is not None
-    assert float(told[1]) == pytest.approx(minutes, rel=0.02)
-    assert float(told[2]) == pytest.approx(float(told[1]) / 10, rel=0.01)
+    assert float(told[1]) == pytest.approx(seconds / 60, rel=0.01)
+    assert cells["full mobilenet_v2 2"]["rows"]["each step taken"]["steps"] == 8
+    again = run("gpu.py", *words)
+    assert again.stdout == result.stdout  # everything is in the file
+
+
+class Tiny(nn.Module):
+    """A network with each kind of layer that the measured ones have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def block(before: int, after: int, kernel: int, groups: int = 1) -> nn.Sequential:
+            padding = kernel // 2
+            layer = nn.Conv2d(before, after, kernel, 1, padding, groups=groups, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(after), nn.ReLU6())
+
+        self.stem, self.depthwise, self.point = block(3, 8, 3), block(8, 8, 3, 8), block(8, 8, 1)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(nn.functional.max_pool2d(images, 8))
+        return self.head((x + self.point(self.depthwise(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module benchmarks/gpu.py."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("gpu")
+
+
+@pytest.fixture
+def tiny(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The command, on a tiny network with tiny sizes."""
+    found = SimpleNamespace(network=Tiny().eval())
+    monkeypatch.setattr(gpu, "load_float_network", lambda name, weights: found)
+    monkeypatch.setattr(gpu, "quieten", lambda: None)
+    return ["gpu.py", "--quick", "--full", "--output", str(tmp_path / "gpu.json")]
+
+
+def test_every_cell_on_a_pretended_gpu(
+    gpu: ModuleType,
+    tiny: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @contextlib.contextmanager
+    def profile(activities: list[Any]) -> Iterator[Any]:
+        assert activities == [torch.profiler.ProfilerActivity.CUDA]
+        events = [
+            SimpleNamespace(device_type=kind, count=7, self_device_time_total=2000.0)
+            for kind in (DeviceType.CUDA, DeviceType.CPU)
+        ]
+        yield SimpleNamespace(key_averages=lambda: events)
+
+    monkeypatch.setattr("tools.measuring.profile", profile)
+    # It has no compiler.
+    monkeypatch.setattr(fat.Student, "compiled", lambda student, mode: student.forward)
+    monkeypatch.setattr("sys.argv", [*tiny, "--device", "cuda"])
+    with PretendedGpu():
+        gpu.main()
+    content = json.loads((tmp_path / "gpu.json").read_text())
+    cells = content["cells"]
+    assert {name: cell["failed"] for name, cell in cells.items() if "failed" in cell} == {}
+    assert content["signature"]["device"] == "Pretended GPU"
+    assert "bit for bit" in cells["self-test mobilenet_v2"]["rows"]["self-test"]["note"]
+    rows = cells["step mobilenet_v2 2 bf16"]["rows"]
+    assert {row["launches"] for row in rows.values()} == {7}
+    assert rows["student"]["busy ms"] == 2.0
+    assert rows["teacher"]["peak MB"] is not None
+    assert "NONE OF THE FIGURES" not in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
