@@ -278,12 +278,7 @@ def _launch_forward(
     codes = out if code is None else code  # any pointer: unused without codes
     arguments = (x, out, codes, scale, zero_point, n, float(qmin), float(qmax))
     launch(
-        _forward,
-        triton.cdiv(n, BLOCK),
-        *arguments,
-        CODE=code is not None,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
+        _forward, _blocks(n, BLOCK), *arguments, CODE=code is not None, BLOCK=BLOCK, num_warps=WARPS
     )
 
 
@@ -302,7 +297,7 @@ def fake_quantize_backward(
         _backward,
         scale.numel(),
         *(code, grad, grad_x, scale, zero_point, by_scale, by_zero_point),
-        *(n, triton.cdiv(n, BLOCK_BACKWARD), float(qmin), float(qmax)),
+        *(n, _blocks(n, BLOCK_BACKWARD), float(qmin), float(qmax)),
         BLOCK=BLOCK_BACKWARD,
         num_warps=WARPS_BACKWARD,
     )
@@ -325,7 +320,7 @@ def fake_quantize_weight(
         return None
     out = torch.empty_like(weight, dtype=dtype)
     rows, k, block = _rows(weight, per_channel)
-    blocks = triton.cdiv(k, block)
+    blocks = _blocks(k, block)
     launch(
         _forward_rows,
         rows * blocks,
@@ -361,7 +356,7 @@ def fake_quantize_weight_backward(
         scale.numel(),
         *(weight, laid_out(factor, weight), laid_out(grad, weight)),
         *(grad_factor if adjust else weight, grad_scale, scale),
-        *(scale.stride(0) if per_channel else 0, k, triton.cdiv(k, block)),
+        *(scale.stride(0) if per_channel else 0, k, _blocks(k, block)),
         *(float(qmax), low, high),
         ADJUST=adjust,
         PER_CHANNEL=per_channel,
@@ -375,7 +370,12 @@ def _rows(weight: Tensor, per_channel: bool) -> tuple[int, int, int]:
     """Return the number of rows with a step of their own, their length, and the block size."""
     rows = len(weight) if per_channel else 1
     k = weight.numel() // max(rows, 1)
-    return rows, k, min(BLOCK, max(triton.next_power_of_2(k), 32))
+    return rows, k, min(BLOCK, 1 << max(k - 1, 31).bit_length())
+
+
+def _blocks(count: int, block: int) -> int:
+    """Return the number of blocks; unlike triton.cdiv without 2 µs on the host."""
+    return -(-count // block)
 
 
 def _supported(x: Tensor, scale: Tensor, zero_point: Tensor, *others: Tensor) -> bool:
