@@ -118,12 +118,14 @@ def _dot_like(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
     return (a * b).sum_to_size(like.shape)
 
 
-class _FakeQuantizeRows(Function):
+class _TorchFakeQuantize(Function):
     """Fake quantization with any broadcastable scale, in torch operations that run in any dtype.
 
-    For scales per channel, and for float64. Saves only its input and output: the next convolution
-    and the previous activation save these anyway. torch's learnable fake-quantize kernels compute
-    the same but convert each element to int64 and back, which is ten times slower on a CPU.
+    For scales per channel, for float64, and for CPUs without a C compiler, on which computing the
+    code of one byte takes longer than a float step. Saves only its input and output: the next
+    convolution and the previous activation save these anyway. torch's learnable fake-quantize
+    kernels compute the same but convert each element to int64 and back, which is ten times slower
+    on a CPU.
     """
 
     @staticmethod
@@ -229,14 +231,11 @@ def fake_quantize(
         >>> fake_quantize(torch.tensor([-9.0, 0.2, 0.3, 9.0]), step, zero, -7, 7).tolist()
         [-3.5, 0.0, 0.5, 3.5]
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    if not scale.dim() and (half or x.dtype == torch.float32):
+    if not scale.dim() and x.dtype in (torch.float32, torch.bfloat16, torch.float16):
         count = kernels.lanes(x.device)
         scale, zero_point = (t.float().expand(count) for t in (scale, zero_point))
         return fake_quantize_lanes(x, scale, zero_point, qmin, qmax, inplace=inplace)
-    wide = x.float() if half else x
-    result: Tensor = _FakeQuantizeRows.apply(wide, scale, zero_point, qmin, qmax)
-    return result.to(x.dtype)
+    return _in_torch_operations(x, scale, zero_point, qmin, qmax)
 
 
 def fake_quantize_lanes(
@@ -260,11 +259,23 @@ def fake_quantize_lanes(
     if torch.is_grad_enabled() and (
         x.requires_grad or scale.requires_grad or zero_point.requires_grad
     ):
+        plain_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if plain_cpu and kernels.backend() == "torch":
+            return _in_torch_operations(x, scale[0], zero_point[0], qmin, qmax)
         inplace = inplace and x.requires_grad and not x.is_leaf
         result = _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, inplace)
     else:
         result = kernels.fake_quantize(x, scale, zero_point, qmin, qmax)
     return result
+
+
+def _in_torch_operations(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    wide = x.float() if half else x  # half precision cannot resolve 255 steps
+    result: Tensor = _TorchFakeQuantize.apply(wide, scale, zero_point, qmin, qmax)
+    return result.to(x.dtype)
 
 
 class Adjust(IntEnum):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fat.quant import kernels
 from fat.quant.config import Grid
 from fat.quant.functional import (
     INT32_MAX,
@@ -57,7 +58,7 @@ def draw(seed: int, shape: tuple[int, ...], grid: Grid, scale: float, per_channe
 
 def rounding_of_a_byte(x: Tensor, scale: Tensor, grad: Tensor) -> float:
     """Return the error of the scale's gradient by keeping one byte per element."""
-    one_byte = not scale.dim() and x.dtype == torch.float32
+    one_byte = not scale.dim() and x.dtype == torch.float32 and kernels.backend() == "compiled"
     return float(grad.abs().sum()) / 504 if one_byte else 0.0
 
 
@@ -191,7 +192,7 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(
     assert found[0] is not None
     np.testing.assert_array_equal(found[0].float().numpy(), wanted[1])
     size = float(grad.abs().float().sum())
-    byte = 0.0 if per_channel else size / 504
+    byte = 0.0 if per_channel or kernels.backend() == "torch" else size / 504
     for own, reference, room in zip(found[1:], wanted[2:], (byte, 0.0), strict=True):
         assert own is not None
         reach = room + 1e-5 * size * grid.qmax * (1.0 if room else 0.1)
@@ -269,6 +270,9 @@ def test_torch_compile_traces_forward_and_backward(inplace: bool, per_channel: b
     found = run(torch.compile(step, fullgraph=True, backend="aot_eager"))
     torch._dynamo.reset()
     assert len(found) == len(wanted) == 6
+    if kernels.backend() == "torch":  # torch operations keep floats, operators one byte
+        torch.testing.assert_close(found.pop(3), wanted.pop(3))  # the zero point's
+        torch.testing.assert_close(found.pop(2), wanted.pop(2), rtol=0.0, atol=x.numel() / 100)
     for own, other in zip(found, wanted, strict=True):
         assert torch.equal(own, other)
 

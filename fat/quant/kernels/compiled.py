@@ -70,6 +70,7 @@ FLAGS = (
 SWITCH = "FAT_KERNELS"
 """Environment variable; ``off`` disables the kernels of all devices."""
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 POINTER, FLOAT, INT, LONG = ctypes.c_void_p, ctypes.c_float, ctypes.c_int, ctypes.c_int64
 GRID = (POINTER, POINTER, INT, INT)  # step, zero point, bounds of the integers
 ROWS = (POINTER, LONG, LONG, LONG, FLOAT, INT, FLOAT, FLOAT)
@@ -105,31 +106,36 @@ def fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> Tensor | None:
     """Compute :func:`fat.quant.kernels.reference.fake_quantize` in one pass."""
-    if not (usable(x) and _scalars(scale, zero_point)):
+    if not _supported(x, scale, zero_point):
         return None
-    out = torch.empty_like(x)
+    out = torch.empty_like(x, dtype=torch.float32)
     grid = (scale, zero_point, qmin, qmax)
-    call("fat_forward", x, out, x.numel(), *grid, torch.get_num_threads())
-    return out
+    call("fat_forward", _float32(x, out), out, x.numel(), *grid, torch.get_num_threads())
+    return out.to(x.dtype)
 
 
 def fake_quantize_code(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor] | None:
     """Compute :func:`fat.quant.kernels.reference.fake_quantize_code` in one pass."""
-    if not (usable(x) and _scalars(scale, zero_point)):
+    if not _supported(x, scale, zero_point):
         return None
-    out = torch.empty_like(x)
-    return out, _forward_code(x, out, scale, zero_point, qmin, qmax)
+    out = torch.empty_like(x, dtype=torch.float32)
+    code = _forward_code(_float32(x, out), out, scale, zero_point, qmin, qmax)
+    return out.to(x.dtype), code
 
 
 def fake_quantize_code_(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> Tensor | None:
     """Compute :func:`fat.quant.kernels.reference.fake_quantize_code_` in one pass."""
-    if not (usable(x) and _scalars(scale, zero_point)):
+    if not _supported(x, scale, zero_point):
         return None
-    return _forward_code(x, x, scale, zero_point, qmin, qmax)
+    out = _float32(x, torch.empty_like(x, dtype=torch.int8))
+    code = _forward_code(out, out, scale, zero_point, qmin, qmax)
+    if out is not x:
+        x.copy_(out)
+    return code
 
 
 def _forward_code(x: Tensor, out: Tensor, *grid: Any) -> Tensor:
@@ -142,16 +148,16 @@ def fake_quantize_backward(
     code: Tensor, grad: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Compute :func:`fat.quant.kernels.reference.fake_quantize_backward` in one pass."""
-    supported = available() and grad.dtype == torch.float32 and _same_layout(code)
-    if not (supported and _scalars(scale, zero_point)):
+    if not _supported(grad, scale, zero_point):
         return None
-    grad = laid_out(grad, code)
-    grad_x = torch.empty_like(grad)
+    code = laid_out(code, torch.empty_like(code))
+    grad_x = torch.empty_like(code, dtype=torch.float32)
     sums = torch.empty(-(-grad.numel() // BLOCK), 2, dtype=torch.float64)
     by_scale, by_zero_point = _lanes_like(scale), _lanes_like(scale)
-    arguments = (code, grad, grad_x, sums, grad.numel(), scale, zero_point, qmin, qmax)
-    call("fat_backward_code", *arguments, by_scale, by_zero_point, torch.get_num_threads())
-    return grad_x, by_scale, by_zero_point
+    arguments = (code, _float32(grad, code), grad_x, sums, grad.numel())
+    results = (by_scale, by_zero_point, torch.get_num_threads())
+    call("fat_backward_code", *arguments, scale, zero_point, qmin, qmax, *results)
+    return grad_x.to(grad.dtype), by_scale, by_zero_point
 
 
 def fake_quantize_weight(
@@ -229,6 +235,19 @@ def fake_quantize_weight_backward(
     if not per_channel:
         rows = first_lane(rows.sum(), scale.numel())
     return grad_factor, rows
+
+
+def _supported(x: Tensor, scale: Tensor, zero_point: Tensor) -> bool:
+    """Return True if the kernels can compute an activation, perhaps on a float32 copy."""
+    return x.dtype in FLOATS and _scalars(scale, zero_point) and available()
+
+
+def _float32(x: Tensor, like: Tensor) -> Tensor:
+    """Return ``x`` in float32 with the strides of ``like``, which fills a block of memory.
+
+    A copy only for half precision, and where ``x`` has gaps.
+    """
+    return laid_out(x, like).to(torch.float32)
 
 
 def _same_layout(*tensors: Tensor) -> bool:
