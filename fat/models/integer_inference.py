@@ -338,9 +338,7 @@ def is_fully_quantized(
     quantizers: Iterable[ActivationQuantizer], layers: Iterable[QuantLayer]
 ) -> bool:
     """Return whether all quantizers are enabled and none is being calibrated."""
-    return all(x.enabled and not x.observing for x in quantizers) and all(
-        x.weight_quantizer.enabled for x in layers
-    )
+    return QuantizerBatch(quantizers, layers).all_enabled()
 
 
 def run_integers(network: fx.GraphModule, images: Tensor) -> Tensor:
@@ -379,7 +377,10 @@ class IntegerInterpreter(fx.Interpreter):
         exact_bounds: bool | None = None,
     ) -> None:
         super().__init__(network)
-        modules = [module_of(network, node) for node in network.graph.nodes]
+        # Looking up a module by its name takes as long as launching a kernel.
+        self._modules = {node: module_of(network, node) for node in network.graph.nodes}
+        self._preserving: dict[fx.Node, bool] = {}
+        modules = self._modules.values()
         activations = [module for module in modules if isinstance(module, ActivationQuantizer)]
         layers = [module for module in modules if isinstance(module, QuantLayer)]
         quantizers = quantizers or QuantizerBatch(activations, layers)
@@ -402,7 +403,7 @@ class IntegerInterpreter(fx.Interpreter):
         if n.op == "placeholder" or n.op == "get_attr":
             return super().run_node(n)
         given = [self.env[arg] if isinstance(arg, fx.Node) else arg for arg in n.args]
-        module = module_of(self.module, n)  # type: ignore[arg-type]
+        module = self._modules[n]
         if isinstance(module, ActivationQuantizer):
             return self.quantize(n, module, given[0])
         first = given[0] if given else None
@@ -411,7 +412,7 @@ class IntegerInterpreter(fx.Interpreter):
         if isinstance(first, IntegerTensor):
             if isinstance(module, QuantLayer):
                 return _layer(self.layers[module], first)
-            if is_value_preserving(self.module, n):  # type: ignore[arg-type]
+            if self._preserves_values(n):
                 return _moved(self._call(n, lambda value: _values(value)), first)
             if is_global_average_pool(n, module, first.values.shape):
                 return _pooled(n, first)
@@ -423,6 +424,12 @@ class IntegerInterpreter(fx.Interpreter):
     def quantize(self, node: fx.Node, quantizer: ActivationQuantizer, x: Any) -> IntegerTensor:
         """Return the integers of one activation."""
         return requantize(x, self.grids[quantizer])
+
+    def _preserves_values(self, node: fx.Node) -> bool:
+        if node not in self._preserving:
+            network = cast(fx.GraphModule, self.module)
+            self._preserving[node] = is_value_preserving(network, node)
+        return self._preserving[node]
 
     def _call(self, node: fx.Node, unpack: Any) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: unpack(self.env[arg]))

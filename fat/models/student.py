@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fat.graph.passes.batch_norm_folding import FoldReport
 from fat.graph.passes.equalization import EqualizeReport
 from fat.graph.passes.quantizer_insertion import QUANTIZERS, InsertReport
-from fat.models.integer_inference import IntegerInterpreter, is_fully_quantized
+from fat.models.integer_inference import IntegerInterpreter
 from fat.models.logits_cache import TeacherLogitsCache
 from fat.quant.batched import QuantizerBatch
 from fat.quant.config import QuantSpec
@@ -109,9 +109,7 @@ class Student(nn.Module):
         """
         self.check_calibrated()
         images = images.contiguous(memory_format=torch.channels_last)
-        if not torch.is_grad_enabled() and is_fully_quantized(
-            self.activation_quantizers(), self.layers()
-        ):
+        if not torch.is_grad_enabled() and self.quantizer_batch.all_enabled():
             return self._integers().run(images)
         with self.quantizer_batch.computed():
             logits: Tensor = self.network(images)

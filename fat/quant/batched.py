@@ -58,6 +58,12 @@ class QuantizerBatch:
         self._plan: tuple[Any, _Plan] | None = None
         self._all: tuple[Any, list[_Group]] | None = None
 
+    def all_enabled(self) -> bool:
+        """Return True if all quantizers are enabled and none is being calibrated."""
+        return all(x.enabled and not x.observing for x in self._quantizers) and all(
+            x.weight_quantizer.enabled for x in self._layers
+        )
+
     @contextmanager
     def computed(self) -> Iterator[None]:
         """Compute all values, and hand them to the modules within this context.

@@ -208,18 +208,22 @@ def test_sums_and_products(shape: tuple[int, ...], kind: str, layout: str, secon
     assert torch.equal(result, torch.from_numpy(wanted))
 
 
-@pytest.mark.skipif(kernels.backend() != "compiled", reason="needs a C compiler")
 def test_the_kernels_take_common_layouts() -> None:
     """Convolutions return channels-last tensors; a gate has one value per image and channel."""
     x = integers((2, 3, 4, 5), "channels_last", 0)
     gate = integers((2, 3, 1, 1), "contiguous", 1)
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     numbers = grid("unsigned channels", 3)
+    calls: dict[str, tuple[Any, ...]] = {
+        "requantize": (x, None, one, None, 1, 1),
+        "requantize_real": (x,),
+        "requantize_sum": (x, one, zero, 0, x.contiguous(), one, zero, 0, 0),
+        "requantize_product": (x, one, gate, one, 0),
+    }
     found = [
-        operators._compiled(x, None, one, None, 1, 1, *numbers),
-        operators._compiled_real(x, *numbers),
-        operators._compiled_sum(x, one, zero, 0, x.contiguous(), one, zero, 0, 0, *numbers),
-        operators._compiled_product(x, one, gate, one, 0, *numbers),
+        function(*arguments, *numbers)
+        for name, arguments in calls.items()
+        for function in implementations(name)
     ]
     for result in found:
         assert result is not None
@@ -228,10 +232,11 @@ def test_the_kernels_take_common_layouts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("per_channel", [True, False])
-def test_integer_weights(per_channel: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_integer_weights(layout: str, per_channel: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(5, 3, 3, 3, generator=generator)
-    factor = torch.rand(5, 3, 3, 3, generator=generator) * 2.4 - 1.2
+    weight = LAYOUTS[layout](torch.randn(5, 3, 3, 3, generator=generator))
+    factor = LAYOUTS[layout](torch.rand(5, 3, 3, 3, generator=generator) * 2.4 - 1.2)
     scale = torch.rand(5, generator=generator) * 0.1 + 0.01 if per_channel else torch.tensor(0.03)
     step = scale.reshape(-1, 1, 1, 1) if per_channel else scale
     for adjust, bounds, moved in (
@@ -244,6 +249,7 @@ def test_integer_weights(per_channel: bool, dtype: torch.dtype) -> None:
             found = function(*arguments)
             assert found is not None
             assert found.dtype == dtype
+            assert found.stride() == weight.stride()
             assert torch.equal(found, (moved / step).round().clamp(-7, 7).to(dtype))
 
 

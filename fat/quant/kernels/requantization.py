@@ -66,6 +66,8 @@ def layout(x: Tensor, dim: int, ceilings: Tensor | None) -> tuple[int, int, int,
         Number of elements, of channels, of elements in a row of one channel, and of elements of one
         image; ``None`` if the tensor is not dense or has channels in two dimensions.
     """
+    if not x.dim():
+        return None
     dim %= x.dim()
     if ceilings is not None and dim != 1:
         return None
@@ -76,8 +78,9 @@ def layout(x: Tensor, dim: int, ceilings: Tensor | None) -> tuple[int, int, int,
     else:
         return None
     channels = x.shape[dim]
-    image = x.numel() // max(len(x), 1)
-    return x.numel(), max(channels, 1), max(inner, 1), max(image, 1)
+    n = x.numel()
+    image = n // max(x.shape[0], 1)
+    return n, max(channels, 1), max(inner, 1), max(image, 1)
 
 
 def second_operand(a: Tensor, b: Tensor) -> tuple[Tensor, int] | None:

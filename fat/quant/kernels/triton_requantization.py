@@ -327,7 +327,8 @@ def integer_weight(
     dtype: torch.dtype,
 ) -> Tensor | None:
     """Compute :func:`fat.quant.kernels.requantization_reference.integer_weight` in one kernel."""
-    if layout(weight, 0, None) is None or weight.dtype != torch.float32:
+    dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
+    if not dense or weight.dtype != torch.float32:
         return None
     out = torch.empty_like(weight, dtype=dtype)
     n, stride = weight.numel(), scale.stride(0) if per_channel else 0
