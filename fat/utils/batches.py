@@ -61,10 +61,12 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
 def to_device(batch: AnyBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Split a batch into images and labels on a device, see :func:`split`.
 
-    Copies from pinned memory do not wait for the device.
+    Copies from pinned memory do not wait for the device. Copies to the CPU do: otherwise PyTorch
+    returns tensors whose values have not arrived.
     """
     images, labels = split(batch)
-    return images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    free = device.type != "cpu"
+    return images.to(device, non_blocking=free), labels.to(device, non_blocking=free)
 
 
 def as_batches(images: Images) -> Iterable[AnyBatch]:

@@ -9,11 +9,27 @@ import torch
 
 from fat.training.resumable_loader import whole
 from fat.utils import distributed
-from fat.utils.batches import as_batches, counted, passes, split
+from fat.utils.batches import as_batches, counted, passes, split, to_device
 from fat.utils.errors import FatError
 
 IMAGES = torch.arange(2.0 * 3 * 4 * 4).reshape(2, 3, 4, 4)
 LABELS = torch.tensor([5, 7])
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False), ("mps", False)])
+def test_only_copies_to_a_device_do_not_wait(
+    monkeypatch: pytest.MonkeyPatch, device: str, waits: bool
+) -> None:
+    """A copy to the CPU that does not wait is a tensor without its values."""
+    copies = []
+
+    def record(x: torch.Tensor, target: torch.device, non_blocking: bool = False) -> torch.Tensor:
+        copies.append((target.type, not non_blocking))
+        return x
+
+    monkeypatch.setattr(torch.Tensor, "to", record)
+    to_device((IMAGES, LABELS), torch.device(device))
+    assert copies[-2:] == [(device, waits)] * 2
 
 
 @pytest.mark.parametrize("make", [tuple, list])
