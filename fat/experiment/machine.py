@@ -88,7 +88,7 @@ def resolve(config: C, stored: RunConfig | None = None) -> C:
 
 
 def describe(config: RunConfig | EvaluateConfig) -> str:
-    """Return in words where a resolved config runs.
+    """Return in words where a resolved config runs; evaluation has no choice of precision.
 
     Examples:
         >>> from fat.experiment.config import DataConfig, ModelConfig
@@ -104,11 +104,13 @@ def describe(config: RunConfig | EvaluateConfig) -> str:
         where = f"{name} (cuda:{torch.cuda.current_device()})"
         where = where if processes == 1 else f"{processes} GPUs ({name})"
     workers = usable_workers() if config.data.workers is None else config.data.workers
-    each = " each" if processes > 1 else ""
-    return (
-        f"{where}, {config.trainer.precision}, batches of {config.data.batch_size}, "
-        f"{workers} worker{'' if workers == 1 else 's'}{each}"
-    )
+    parts = [
+        where,
+        *([config.trainer.precision] if isinstance(config, RunConfig) else []),
+        f"batches of {config.data.batch_size}",
+        f"{workers} worker{'' if workers == 1 else 's'}{' each' if processes > 1 else ''}",
+    ]
+    return ", ".join(parts)
 
 
 def _has_bf16() -> bool:

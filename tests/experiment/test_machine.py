@@ -148,3 +148,5 @@ def test_evaluation_chooses_too() -> None:
     options = EvaluateConfig(data=DataConfig(source="photos"))
     assert chosen(resolve(options)) == ("cpu", "32-true", 16)
     assert device_of(options.trainer) == torch.device("cpu")
+    options = replace(options, data=replace(options.data, workers=1))
+    assert describe(resolve(options)) == "the CPU, batches of 16, 1 worker"
