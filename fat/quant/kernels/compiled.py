@@ -160,39 +160,18 @@ def fake_quantize_backward(
     return grad_x.to(grad.dtype), by_scale, by_zero_point
 
 
-def fake_quantize_weight(
-    weight: Tensor,
-    factor: Tensor,
-    scale: Tensor,
-    qmax: int,
-    adjust: int,
-    low: float,
-    high: float,
-    per_channel: bool,
-    dtype: torch.dtype,
-) -> Tensor | None:
+def fake_quantize_weight(*arguments: Any) -> Tensor | None:
     """Compute :func:`fat.quant.kernels.reference.fake_quantize_weight` in one pass."""
-    grid = (qmax, adjust, low, high, per_channel, dtype)
-    return _forward_rows(weight, factor, scale, *grid, integers=False)
+    return _forward_rows(False, *arguments)
 
 
-def integer_weight(
-    weight: Tensor,
-    factor: Tensor,
-    scale: Tensor,
-    qmax: int,
-    adjust: int,
-    low: float,
-    high: float,
-    per_channel: bool,
-    dtype: torch.dtype,
-) -> Tensor | None:
+def integer_weight(*arguments: Any) -> Tensor | None:
     """Compute :func:`fat.quant.kernels.requantization_reference.integer_weight` in one pass."""
-    grid = (qmax, adjust, low, high, per_channel, dtype)
-    return _forward_rows(weight, factor, scale, *grid, integers=True)
+    return _forward_rows(True, *arguments)
 
 
 def _forward_rows(
+    integers: bool,
     weight: Tensor,
     factor: Tensor,
     scale: Tensor,
@@ -202,8 +181,6 @@ def _forward_rows(
     high: float,
     per_channel: bool,
     dtype: torch.dtype,
-    *,
-    integers: bool,
 ) -> Tensor | None:
     if not (usable(weight, factor) and _scalars(scale)):
         return None
