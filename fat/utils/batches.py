@@ -49,13 +49,13 @@ def split(batch: AnyBatch) -> tuple[Tensor, Tensor]:
         )
     labels = parts[1] if len(parts) > 1 else None
     if labels is None:
-        labels = torch.full((len(images),), -1)
+        labels = torch.full((len(images),), -1, device=images.device)
     if not isinstance(labels, Tensor):
         raise FatError(
             f"The labels of a batch are {type(labels).__name__}; they must be an int64 tensor [N], "
             "or left out."
         )
-    return images, labels.to(images.device)
+    return images, labels.to(images.device, non_blocking=True)
 
 
 def to_device(batch: AnyBatch, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ def gpu() -> Iterator[PretendedGpu]:
         yield pretended
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Sums of threads would depend on their number, and the networks here are tiny."""
     threads = torch.get_num_threads()

@@ -19,7 +19,7 @@ FAT = str(Path(fat.__file__).parent)
 ROOT = str(Path(fat.__file__).parents[1])
 
 
-@dataclass
+@dataclass(eq=False)  # sections are compared by identity
 class Counts:
     """What a device did in a section of a program, by operation or by line of source.
 

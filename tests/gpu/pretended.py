@@ -38,7 +38,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.gpu.counting import Counts, kernels, source_line, traffic
 
@@ -63,6 +62,10 @@ READS_ALWAYS = {
     "unique_dim",
 }
 """Operations whose result, or its shape, the host has to wait for."""
+
+PRODUCTS = {"addmm", "baddbmm", "bmm", "convolution", "convolution_backward", "mm"}
+"""Operations that sum up products."""
+HALF = (torch.bfloat16, torch.float16)
 
 SCALARS_TOO = {"fill_", "index_put", "index_put_", "masked_fill", "masked_fill_"}
 """Operations, besides those by element, that take a 0-dim tensor of a CPU."""
@@ -251,6 +254,30 @@ def on_cpu(value: Any) -> Any:
         ),
         value,
     )
+
+
+def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to the leaves of lists, tuples and dicts; torch's takes far longer."""
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([tree_map(function, x) for x in value])
+    if kind is dict:
+        return {key: tree_map(function, x) for key, x in value.items()}
+    if isinstance(value, tuple):  # named, as torch's results are
+        return torch.utils._pytree.tree_map(function, value)
+    return function(value)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors within lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for x in value:
+            yield from tensors(x)
+    elif isinstance(value, dict):
+        for x in value.values():
+            yield from tensors(x)
 
 
 def _inner(value: Any) -> Any:
@@ -528,6 +555,8 @@ class PretendedGpu:
             (torch._C, "Generator", _Generator),
             (torch._C._nn, "_parse_to", self._parse_to),
             (torch.utils, "swap_tensors", _swap),
+            (torch._C, "_group_tensors_by_device_and_dtype", self._grouped),
+            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda x, on: _is_cuda(on)),
             (Tensor, "pin_memory", lambda x, device=None: self._pin(x)),
             (Tensor, "is_pinned", lambda x, device=None: self.is_pinned(x)),
             (torch.autograd, "_engine_run_backward", self._backward),
@@ -544,6 +573,7 @@ class PretendedGpu:
             patches.append((optimizer.Optimizer, health, answer(None)))
         self._engine = torch.autograd.graph._engine_run_backward
         self._parse = torch._C._nn._parse_to
+        self._group = torch._C._group_tensors_by_device_and_dtype
         return patches
 
     def _seed(self, value: int) -> None:
@@ -555,6 +585,15 @@ class PretendedGpu:
             args = (args[0].device, args[0].dtype, *args[1:])
         found = self._parse(*args, **kwargs)
         return (CUDA if _is_cuda(found[0]) else found[0], *found[1:])
+
+    def _grouped(self, *args: Any) -> Any:
+        def device_of(lists: Any, told: torch.device) -> torch.device:
+            return CUDA if any(isinstance(x, PretendedTensor) for x in lists[0]) else told
+
+        return {
+            (device_of(group[0], told), dtype): group
+            for (told, dtype), group in self._group(*args).items()
+        }
 
     def _backward(self, *args: Any, **kwargs: Any) -> Any:
         # The function mode is off inside the call of Tensor.backward, which it has seen.
@@ -713,7 +752,7 @@ class PretendedGpu:
         if func.namespace == "prim":
             return func(*tree_map(_inner, args), **kwargs)
         name = func._schema.name.split("::")[1]
-        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        leaves = [*tensors(args), *tensors(kwargs)]
         ours = [x for x in leaves if isinstance(x, PretendedTensor)]
         kwargs = dict(kwargs)
         wanted = kwargs.get("device")
@@ -804,6 +843,12 @@ class PretendedGpu:
     def _compute(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         if self.tf32:
             args = self._round_inputs(name, args)
+        half = next((x.dtype for x in args if isinstance(x, Tensor) and x.dtype in HALF), None)
+        if name in PRODUCTS and half is not None:
+            # Sums in float32, rounded once, as tensor cores do; a CPU would take much longer, too.
+            wide = tree_map(lambda x: x.float() if isinstance(x, Tensor) else x, (args, kwargs))
+            result = func(*wide[0], **wide[1])
+            return tree_map(lambda x: x.to(half) if isinstance(x, Tensor) else x, result)
         if name == "_fused_adam_":
             return _adam(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None:

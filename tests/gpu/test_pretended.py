@@ -151,7 +151,8 @@ class TestAutocast:
         with torch.autocast("cuda", dtype=torch.bfloat16):
             product = a.to("cuda") @ b.to("cuda")
             assert (a @ b).dtype == torch.float32  # autocast of CUDA leaves the CPU alone
-        assert torch.equal(product.cpu(), a.bfloat16() @ b.bfloat16())
+        # Products of rounded values, summed up in float32 and rounded once.
+        assert torch.equal(product.cpu(), (a.bfloat16().float() @ b.bfloat16().float()).bfloat16())
 
     def test_float64_is_left(self, gpu: PretendedGpu) -> None:
         x = torch.ones(2, 2, device="cuda", dtype=torch.float64)
@@ -351,6 +352,15 @@ class TestLibraries:
             optimizer.step()
         assert counts.launched == counts.of("_foreach_") == 1
         assert counts.host_reads == 0
+
+    def test_gradients_are_clipped_without_a_host_read(self, gpu: PretendedGpu) -> None:
+        layer = nn.Linear(3, 2).to("cuda")
+        layer(torch.ones(1, 3, device="cuda")).square().sum().backward()
+        with gpu.counting() as counts:
+            norm = nn.utils.clip_grad_norm_(layer.parameters(), 0.1)
+        assert norm.device == CUDA
+        assert counts.host_reads == 0
+        assert counts.of("_foreach_norm") == counts.of("_foreach_mul_") == 1
 
     def test_subclass_survives_clone_and_detach(self, gpu: PretendedGpu) -> None:
         x = torch.ones(3, device="cuda", requires_grad=True)
