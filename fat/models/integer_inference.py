@@ -214,8 +214,10 @@ class IntegerLayer:
         # A convolution might use an algorithm that is not exact on integers.
         assert isinstance(self.layer, QuantConv2d)
         down, across = self.layer.stride
-        pixels = x[:, :, ::down, ::across].permute(0, 2, 3, 1)
-        return F.linear(pixels, weight.flatten(1)).permute(0, 3, 1, 2)
+        x, rows = x[:, :, ::down, ::across], weight.flatten(1)
+        if x.is_contiguous(memory_format=torch.channels_last):  # each form without a copy
+            return F.linear(x.permute(0, 2, 3, 1), rows).permute(0, 3, 1, 2)
+        return torch.matmul(rows, x.flatten(2)).reshape(len(x), -1, *x.shape[2:])
 
 
 def is_matrix_product(layer: QuantLayer) -> bool:

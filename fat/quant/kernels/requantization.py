@@ -100,9 +100,7 @@ def _call(name: str, like: Tensor, size: tuple[int, ...], grid: Any, *arguments:
     """Run a kernel in C on ``arguments``; return its result in the layout of ``like``."""
     out = torch.empty_like(like, dtype=torch.float32)
     bounds = out.new_empty(2 * size[1])  # the kernel's constants of each channel
-    scale, zero_point, floor, ceiling, ceilings, qmin, qmax = grid
-    found = (scale, zero_point, floor, ceiling, ceilings, qmin, qmax)
-    compiled.call(name, *arguments, out, bounds, *size, torch.get_num_threads(), *found)
+    compiled.call(name, *arguments, out, bounds, *size, torch.get_num_threads(), *grid)
     return out
 
 
