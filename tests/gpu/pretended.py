@@ -455,6 +455,9 @@ class PretendedGpu:
             raise RuntimeError("There is a pretended GPU already.")
         for owner, name, value in self._patches():
             self._stack.enter_context(mock.patch.object(owner, name, value))
+        backends: Any = torch.backends
+        for backend in (backends.cudnn.conv, backends.cuda.matmul):  # programs switch TF32 off
+            self._stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
         future = torch.__future__
         # module.to() keeps the identity of parameters, as it does on a real device.
         self._stack.callback(
