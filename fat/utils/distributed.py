@@ -176,7 +176,9 @@ def gather_batches(*tensors: Tensor) -> tuple[Tensor, ...]:
     before, after = sum(counts[: rank()]), sum(counts[rank() + 1 :])
     result = []
     for x, column in zip(tensors, torch.split(rows, widths, dim=1), strict=True):
-        everything = column.contiguous().view(x.dtype).reshape(len(rows), *x.shape[1:])
+        # A copy, because a view of a wider dtype has to start at a multiple of its size.
+        copied = column.clone(memory_format=torch.contiguous_format)
+        everything = copied.view(x.dtype).reshape(len(rows), *x.shape[1:])
         parts = torch.split(everything, [before, len(x), after])
         result.append(torch.cat([parts[0], x, parts[2]]))
     return tuple(result)

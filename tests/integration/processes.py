@@ -79,6 +79,7 @@ def everything(folder: Path, network: nn.Module, batches: list[Tensor]) -> str:
     with mock.patch("torch.distributed.all_gather", wraps=torch.distributed.all_gather) as gather:
         found["several"] = distributed.gather_batches(*mixed(rank, (3, 1)[rank]))
     found["collectives"] = [call.args[1].dtype for call in gather.call_args_list]
+    found["several, one row"] = distributed.gather_batches(*mixed(rank, (1, 0)[rank]))
     found["several, one without"] = distributed.gather_batches(*mixed(rank, (0, 2)[rank]))
     found["in place"] = torch.full((3,), 1.0 + rank)
     distributed.all_sum_(found["in place"])

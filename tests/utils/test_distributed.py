@@ -76,7 +76,8 @@ def test_rows_of_unequal_numbers_become_one_batch(both: Found) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "counts"), [("several", (3, 1)), ("several, one without", (0, 2))]
+    ("name", "counts"),
+    [("several", (3, 1)), ("several, one without", (0, 2)), ("several, one row", (1, 0))],
 )
 def test_tensors_of_several_dtypes_travel_together(
     both: Found, name: str, counts: tuple[int, int]
