@@ -344,3 +344,38 @@ def test_a_step_must_be_shared_evenly_among_processes(
         data.train_dataloader()
     # Evaluation images are distributed for any batch size.
     assert sum(len(labels) for _, labels in data.test_dataloader()) > 0
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "workers"),
+    [(1, 1, 0), (2, 1, 1), (8, 1, 7), (64, 1, 8), (64, 8, 7), (16, 8, 1), (8, 8, 0), (4, 8, 0)],
+)
+def test_processes_of_a_machine_divide_its_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, workers: int
+) -> None:
+    monkeypatch.setattr(datamodule.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert datamodule.usable_workers() == workers
+    assert FatDataModule.photos(PREPROCESSING).workers == workers
+    assert FatDataModule.photos(PREPROCESSING, workers=3).workers == 3
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_of_evaluation_end_where_starting_them_is_cheap(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(datamodule.multiprocessing, "get_start_method", lambda: method)
+    data = FatDataModule.photos(PREPROCESSING, workers=1)
+    assert data.train_dataloader().persistent_workers
+    for loader in (data.val_dataloader(), data.test_dataloader(), data.calibration_dataloader()):
+        assert loader.persistent_workers == (method == "spawn")
+    assert not FatDataModule.photos(PREPROCESSING, workers=0).train_dataloader().persistent_workers
+
+
+def test_batches_for_a_gpu_are_pinned_and_fetched_further_ahead() -> None:
+    data = FatDataModule.photos(PREPROCESSING, workers=1)
+    on_cpu, on_gpu = data.train_dataloader().to("cpu"), data.train_dataloader().to("cuda")
+    assert (on_cpu.pin_memory, on_cpu.prefetch_factor) == (False, 2)
+    assert (on_gpu.pin_memory, on_gpu.prefetch_factor) == (True, 4)
+    alone = FatDataModule.photos(PREPROCESSING, workers=0).train_dataloader().to("cuda")
+    assert (alone.pin_memory, alone.prefetch_factor) == (True, None)
