@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 import fat
 from fat import FatError, QuantSpec, Student
-from fat.evaluation.evaluator import accuracy_drop
+from fat.evaluation.evaluator import Disagreements, accuracy_drop
+from tests.gpu.pretended import PretendedGpu
 
 
 @pytest.fixture
@@ -132,3 +133,43 @@ def test_accuracy_drop() -> None:
     assert accuracy_drop(75.0, 74.5) == 0.5
     assert accuracy_drop(None, 3.0) is None
     assert accuracy_drop(3.0, None) is None
+
+
+def test_images_of_several_sizes_are_ranked_together() -> None:
+    """The most confident are kept, whatever the sizes; ties keep their order."""
+    collected = Disagreements(keep=3)
+    for size, confidence in ((4, [2.0, 5.0]), (6, [3.0, 5.0]), (4, [1.0, 4.0])):
+        reference = torch.tensor([[value, 0.0] for value in confidence])
+        logits = torch.tensor([[0.0, 1.0]]).repeat(2, 1)
+        pixels = torch.full((2, 3, size, size), float(size))
+        collected.update(pixels, logits, reference, torch.tensor([7, 8]))
+    assert (collected.images, collected.differing) == (6, 6)
+    assert [(entry.position, entry.label) for entry in collected.kept] == [(1, 8), (3, 8), (5, 8)]
+    assert [entry.image.shape[1] for entry in collected.kept] == [4, 6, 4]
+
+
+def test_a_gpu_is_read_once_for_all_batches(
+    student: Student, images: Tensor, labels: Tensor
+) -> None:
+    """The results are those of the CPU."""
+
+    def evaluated(batches: list[tuple[Tensor, Tensor]]) -> tuple[dict[str, Any], list[Any]]:
+        differing = Disagreements(keep=4)
+        result = fat.evaluate(student, batches, differing=differing)
+        del result["seconds"]
+        kept = [(x.position, x.label, x.confidence, x.logits.tolist()) for x in differing.kept]
+        return result, [differing.images, differing.differing, *kept]
+
+    batches = list(zip(images.split(4), labels.split(4), strict=True))
+    wanted = evaluated(batches)
+    assert len(wanted[1]) == 6
+    with PretendedGpu() as gpu:
+        student.to("cuda")
+        evaluated(batches[:1])  # with the self-test
+        reads = []
+        for count in (2, 4):
+            with gpu.counting() as counts:
+                found = evaluated(batches[:count])
+            reads.append(counts.reads.total())
+        assert found == wanted
+        assert reads[0] == reads[1]
