@@ -395,6 +395,11 @@ def test_self_test_says_what_it_compared_once(
     self_test(student)
     assert caplog.messages == []  # the CPU is what others are compared with
     student.to("cuda")
+    quantizer = student.activation_quantizers()[1]
+    quantizer.enabled = False
+    self_test(student)  # nothing to test yet
+    assert caplog.messages == []
+    quantizer.enabled = True
     self_test(student)
     self_test(copy.deepcopy(student))
     count = len({geometry(layer) for layer in student.layers()})
