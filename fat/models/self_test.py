@@ -139,7 +139,7 @@ def _layer(
 ) -> Iterator[str]:
     """Compare accumulators and requantized integers of random integers."""
     layer, (grid, other) = theirs.layer, grids
-    device, zero = grid.scale.device, int(other.zero_point)
+    device, zero = grid.scale.device, int(other.zero_point.nan_to_num())
     x = torch.randint(other.qmin, other.qmax + 1, _shape(layer), generator=generator) - zero
     x = x.float().contiguous(
         memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format

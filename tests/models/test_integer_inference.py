@@ -475,3 +475,13 @@ def test_self_test_finds_wrong_thresholds(
     monkeypatch.setattr(IntegerGrid, "of", classmethod(wrong))
     with pytest.raises(FatError, match="the thresholds of 'input' differ"):
         self_test(student.to("cuda"))
+
+
+@pytest.mark.usefixtures("fresh")
+@torch.no_grad()
+def test_self_test_takes_students_that_diverged(student: Student, gpu: PretendedGpu) -> None:
+    """Their evaluation says so."""
+    for thresholds in student.thresholds():
+        assert thresholds.alpha is not None
+        thresholds.alpha.fill_(torch.nan)
+    self_test(student.to("cuda"))
