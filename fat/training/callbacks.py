@@ -16,7 +16,6 @@ from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from fat.models.student import Student
 from fat.training.loggers import log_histograms
@@ -262,7 +261,8 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 def _all_finite(pl_module: pl.LightningModule) -> Tensor:
     """Return a 0-dim tensor that is true if all parameters are finite."""
     with torch.no_grad():
-        return get_total_norm(list(pl_module.parameters()), math.inf).isfinite()
+        largest = torch._foreach_norm(list(pl_module.parameters()), math.inf)
+        return torch.stack(largest).isfinite().all()
 
 
 class PeriodicCheckpoint(pl.Callback):

@@ -1,30 +1,21 @@
-"""Training on a pretended GPU: checks that are read later, other devices, and whole runs."""
+"""Training on a pretended GPU: checks that are read later, other devices, and fine-tuning."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
 import fat
 from fat import FatError, Student
-from fat.experiment.config import EvaluateConfig, RunConfig, parse
-from fat.experiment.evaluate import evaluate_run
-from fat.experiment.run_directory import read_metrics
-from fat.experiment.runner import run
 from fat.models.float_model import load_float_network
 from fat.training.config import FinetuneSpec
 from fat.training.finetuning import finetune
 from tests.gpu.pretended import PretendedGpu
-
-ROOT = Path(__file__).parents[2]
 
 
 class Net(nn.Module):
@@ -125,40 +116,3 @@ def test_a_network_is_fine_tuned_where_it_is(gpu: PretendedGpu, label: int) -> N
         return
     with pytest.raises(FatError, match=f"has the label {label}; allowed are 0 to 2"):
         finetune(source, batches, batches[:1], FinetuneSpec(epochs=1), **options)
-
-
-def composed(name: str, *words: str) -> Any:
-    small = ("data.workers=0", "trainer.progress=false")
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        found = compose(name, overrides=[*words, *small])
-    return parse(RunConfig if name == "train" else EvaluateConfig, found)  # type: ignore[type-var]
-
-
-def test_a_run_uses_the_gpu_by_itself(
-    gpu: PretendedGpu, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = tmp_path / "run"
-    words = ["model.name=test_efficientnet", "model.weights=random", "data.image_size=32"]
-    words += [f"data.{split}_images=16" for split in ("calibration", "validation", "test")]
-    words += [
-        "data.train_images=128",
-        "optim.epochs=1",
-        "logger=none",
-        "optim.reconstruction.steps=1",
-    ]
-    words += ["optim.reconstruction.images=8", "optim.reconstruction.batch_size=4"]
-    with caplog.at_level("INFO"):
-        run(composed("train", *words), folder)
-    line = "Running on Pretended GPU (cuda:0), bf16-mixed, batches of 64, 0 workers."
-    assert line in caplog.messages
-    assert any(message.startswith("Self-test on Pretended GPU") for message in caplog.messages)
-    stored = yaml.safe_load((folder / "config.yaml").read_text())
-    assert stored["trainer"]["accelerator"] == "gpu"
-    assert (stored["trainer"]["precision"], stored["data"]["batch_size"]) == ("bf16-mixed", 64)
-    metrics = read_metrics(folder)
-    assert metrics is not None
-    assert (metrics["status"], metrics["training"]["steps"]) == ("finished", 2)
-    rows = (folder / "history.csv").read_text().splitlines()
-    assert [row.partition(",")[0] for row in rows if "train/loss" in row] == ["1", "2"]
-    again = evaluate_run(composed("evaluate", f"run={folder}"))
-    assert again["quantized"] == metrics["trained"]
