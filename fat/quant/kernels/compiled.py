@@ -278,8 +278,8 @@ def _library() -> ctypes.CDLL | None:
     except (OSError, FatError, subprocess.SubprocessError) as error:
         lines = str(error).strip().splitlines()
         logger.info(
-            "No compiled kernels (%s). Using torch operations instead: same results, but about a "
-            "third more time for a training step.",
+            "No compiled kernels (%s). Using torch operations instead: same results, but about "
+            "40 %% more time for a training step.",
             lines[0][:200] if lines else type(error).__name__,
         )
         return None
