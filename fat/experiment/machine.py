@@ -57,12 +57,13 @@ def check_devices(trainer: TrainerConfig) -> None:
 def resolve(config: C, stored: RunConfig | None = None) -> C:
     """Return the options with a value for each that is left to the machine.
 
-    These are ``trainer.accelerator``, ``trainer.precision`` and ``data.batch_size``.
+    These are ``trainer.accelerator``, ``trainer.precision``, ``data.batch_size`` and
+    ``data.workers``.
 
     Args:
         config: The options of the command.
-        stored: The options of the run that is resumed, which keeps its precision and batch size on
-            any machine.
+        stored: The options of the run that is resumed, which keeps its precision, batch size and
+            workers on any machine.
     """
     accelerator = accelerator_of(config.trainer)
     precision, batch_size = config.trainer.precision, config.data.batch_size
@@ -76,6 +77,11 @@ def resolve(config: C, stored: RunConfig | None = None) -> C:
         whole = BATCH_SIZE if accelerator == "cpu" else GPU_BATCH_SIZE
         processes = distributed.size()
         batch_size = -(-whole // processes) * processes  # a multiple, see FatDataModule
+    workers = config.data.workers
+    if workers is None and stored is not None:
+        workers = stored.data.workers
+    if workers is None:
+        workers = usable_workers()
     return replace(
         config,
         trainer=replace(
@@ -83,7 +89,7 @@ def resolve(config: C, stored: RunConfig | None = None) -> C:
             accelerator="cpu" if accelerator == "cpu" else "gpu",
             precision=precision,
         ),
-        data=replace(config.data, batch_size=batch_size),
+        data=replace(config.data, batch_size=batch_size, workers=workers),
     )
 
 
@@ -103,7 +109,7 @@ def describe(config: RunConfig | EvaluateConfig) -> str:
         name = torch.cuda.get_device_name(device)
         where = f"{name} (cuda:{torch.cuda.current_device()})"
         where = where if processes == 1 else f"{processes} GPUs ({name})"
-    workers = usable_workers() if config.data.workers is None else config.data.workers
+    workers = config.data.workers
     parts = [
         where,
         *([config.trainer.precision] if isinstance(config, RunConfig) else []),

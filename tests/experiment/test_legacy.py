@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,8 @@ def test_composed_options_are_the_same(name: str) -> None:
     assert to_config(parse(schema, OmegaConf.create(earlier))) == to_config(as_then)
     now = leaves(to_config(composed(name=name)))
     assert {key for key in ours if now[key] != ours[key]} == then.keys()
-    assert to_config(resolve(as_then)) == to_config(as_then)
+    everything = replace(as_then, data=replace(as_then.data, workers=2))
+    assert to_config(resolve(everything)) == to_config(everything)
 
 
 @pytest.mark.parametrize("name", ["run", *INTERRUPTED])

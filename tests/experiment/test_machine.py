@@ -108,6 +108,18 @@ def test_a_resumed_run_keeps_its_precision_and_batch_size(
     assert chosen(again) == ("gpu", "bf16-mixed", 64)
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_workers_are_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = replace(config(), data=DataConfig(source="photos"))
+    monkeypatch.setattr(machine, "usable_workers", lambda: 5)
+    stored = resolve(options)
+    assert stored.data.workers == 5
+    assert describe(stored) == "the CPU, 32-true, batches of 16, 5 workers"
+    monkeypatch.setattr(machine, "usable_workers", lambda: 1)
+    assert resolve(options, stored).data.workers == 5
+    assert resolve(config(), stored).data.workers == 3  # as typed
+
+
 @pytest.mark.usefixtures("gpus")
 def test_more_devices_than_gpus_are_refused(tmp_path: Path) -> None:
     check_devices(config(devices=2).trainer)
