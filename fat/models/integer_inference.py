@@ -394,7 +394,10 @@ class IntegerInterpreter(fx.Interpreter):
 
     def run(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Compute logits [N, classes] of normalized images [N, 3, H, W]."""
-        with torch.no_grad(), full_precision(images.device):
+        # Without oneDNN, such as on Apple silicon, NNPACK computes convolutions of large batches on
+        # the CPU by Winograd's algorithm and FFT, which are not exact on integers.
+        exact = torch.backends.nnpack.flags(enabled=False)
+        with torch.no_grad(), full_precision(images.device), exact:
             logits: Tensor = super().run(images)
         return logits
 

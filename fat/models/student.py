@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -134,11 +135,11 @@ class Student(nn.Module):
     def _integers(self) -> IntegerInterpreter:
         if not self._keeps_integers:
             return IntegerInterpreter(self.network, self.quantizer_batch)
-        if self._kept_integers is None:
-            self._kept_integers = IntegerInterpreter(
-                self.network, self.quantizer_batch, exact_bounds=True
-            )
-        return self._kept_integers
+        kept = self._kept_integers
+        if kept is None:
+            kept = IntegerInterpreter(self.network, self.quantizer_batch, exact_bounds=True)
+            self._kept_integers = kept
+        return copy.copy(kept)  # it holds the values of one pass, and threads may run several
 
     def compiled(self, mode: str = "default") -> Callable[[Tensor], Tensor]:
         """Return :meth:`forward` compiled by :func:`torch.compile`, for training on a GPU.

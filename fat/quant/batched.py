@@ -73,14 +73,14 @@ class QuantizerBatch:
         """
         steps, biases = self._current_plan().compute()
         results: list[tuple[Any, Any]] = [*steps, *biases]
-        before = [owner._computed for owner, _ in results]
         try:
             for owner, result in results:
                 owner._computed = result
             yield
         finally:
-            for (owner, _), earlier in zip(results, before, strict=True):
-                owner._computed = earlier
+            # Not the earlier values: if threads overlap, they would be another thread's, and stay.
+            for owner, _ in results:
+                owner._computed = None
 
     def values(self) -> dict[Thresholds, tuple[Tensor, Tensor]]:
         """Return :meth:`fat.quant.thresholds.Thresholds.lanes` of every enabled quantizer."""

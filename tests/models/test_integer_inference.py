@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,30 @@ def test_means_over_many_pixels_are_exact() -> None:
     assert torch.equal(logits, interpreter.run(images))
 
 
+class Deep(nn.Module):
+    """Accumulators so large that errors of a convolution change many of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).relu()).flatten(1)
+
+
+@pytest.mark.skipif(not torch.backends.nnpack.is_available(), reason="needs NNPACK")
+@torch.no_grad()
+def test_without_onednn_accumulators_stay_exact() -> None:
+    images = torch.rand(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    student = fat.prepare(Deep().eval(), images)
+    fat.calibrate(student, images)
+    wanted = student(images)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert torch.equal(student(images), wanted)
+        assert torch._C._get_nnpack_enabled()  # type: ignore[attr-defined]
+
+
 # --- integers that are computed once -------------------------------------------------------------
 
 
@@ -335,6 +360,20 @@ def test_cached_integers_end_with_the_context(
         with one.cached_integers():
             assert torch.equal(one(images), after)
     assert len(built) == 6
+
+
+@torch.no_grad()
+def test_threads_share_cached_integers(student: Student, images: Tensor) -> None:
+    batches = list(torch.cat([images] * 4).split(2))
+    wanted = [student(batch) for batch in batches]
+
+    def logits(batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            return student(batch)
+
+    with student.cached_integers(), ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(logits, batches))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 @torch.no_grad()

@@ -142,6 +142,17 @@ def test_hooks_see_the_same_thresholds_inside_and_outside(pixels: Tensor) -> Non
     assert all(layer._computed is None for layer in student.layers())
 
 
+def test_overlapping_threads_leave_nothing_behind(pixels: Tensor) -> None:
+    student = mixed_student(pixels)
+    first, second = student.quantizer_batch.computed(), student.quantizer_batch.computed()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert all(one._computed is None for one in student.thresholds())
+    assert all(layer._computed is None for layer in student.layers())
+
+
 def test_a_failed_forward_pass_leaves_nothing_behind(pixels: Tensor) -> None:
     student = mixed_student(pixels)
     with pytest.raises(RuntimeError):
