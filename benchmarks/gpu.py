@@ -685,11 +685,11 @@ def attempt(cell: Cell, bench: Bench) -> dict[str, Any]:
     """Measure a cell; a failure becomes its result."""
     started = time.monotonic()
     try:
+        bench.device.release()
         with full_precision(bench.device.torch):
             result: dict[str, Any] = {"rows": cell.measure(bench)}
     except Exception as error:
         result = {"failed": f"{type(error).__name__}: {first_line(error)}"}
-    bench.device.release()
     return result | {"seconds": round(time.monotonic() - started, 1)}
 
 

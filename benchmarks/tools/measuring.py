@@ -109,7 +109,11 @@ def profiled(call: Call, device: Device) -> tuple[int, float]:
         call()
         device.wait()
     wanted = DeviceType.CUDA if device.is_gpu else DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == wanted]
+    events = [
+        event
+        for event in profiler.key_averages()
+        if event.device_type == wanted and not event.is_user_annotation  # ranges of kernels
+    ]
     microseconds = sum(
         event.self_device_time_total if device.is_gpu else event.self_cpu_time_total
         for event in events

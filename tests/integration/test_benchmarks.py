@@ -200,8 +200,14 @@ def test_every_cell_on_a_pretended_gpu(
     def profile(activities: list[Any]) -> Iterator[Any]:
         assert activities == [torch.profiler.ProfilerActivity.CUDA]
         events = [
-            SimpleNamespace(device_type=kind, count=7, self_device_time_total=2000.0)
+            SimpleNamespace(
+                device_type=kind,
+                is_user_annotation=annotation,
+                count=7,
+                self_device_time_total=2000.0,
+            )
             for kind in (DeviceType.CUDA, DeviceType.CPU)
+            for annotation in (False, True)
         ]
         yield SimpleNamespace(key_averages=lambda: events)
 
