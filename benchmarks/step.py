@@ -19,33 +19,33 @@ first round is a warm-up. The ratio is the median of each round's ratio to float
 that a temporarily slow machine cancels out. On a busy machine, compare the CPU seconds of one
 thread: ``--threads 1 --cpu-time``.
 
-Memory (Linux only): each step runs in its own process, which loads the networks and the batch and
-then takes three steps. The result is the peak of its resident memory above the memory before the
-first step: activations, gradients, optimizer state, temporaries and overhead of the allocator, but
-not the networks. MB are 10^6 bytes.
+Memory: the peak of the bytes that torch has allocated in the first three steps, above those before
+them: activations, gradients, optimizer state and temporaries, but not the networks. On a CPU they
+are torch's profiler's. (The resident memory of a process also depends on how glibc's heap is
+fragmented before.) MB are 10^6 bytes.
 
-On a GPU, forward passes run under bf16 autocast, and the memory is that of torch's allocator.
+On a GPU, forward passes run under bf16 autocast.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
+import itertools
+import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from qat_peers import PEERS
 from torch import Tensor, fx, nn
 from torch.optim import Adam, Optimizer
+from torch.profiler import ProfilerActivity, profile
 
 import fat
 from fat.graph.passes.batch_norm_folding import fold_batch_norms
@@ -67,7 +67,7 @@ FLOAT, TEACHER, STUDENT = "float fine-tuning", "teacher alone", "student, "
 HEADINGS = ("network", "step", "median s", "min", "max", "ratio", "peak MB", "ratio")
 FORM = "{:20}{:21}{:>9}{:>9}{:>9}{:>8}{:>9}{:>8}"
 STEPS_FOR_MEMORY = 3
-CLEAR_REFS = Path("/proc/self/clear_refs")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would report its start and end
 
 Step = Callable[[], object]
 
@@ -273,41 +273,31 @@ def measure_time(model: str, rows: dict[str, Row], options: argparse.Namespace) 
 
 
 def measure_memory(model: str, rows: dict[str, Row], options: argparse.Namespace) -> None:
-    """Measure the peak memory in a new process for each step."""
+    """Measure the peak memory of each step."""
+    given = setting(model, options)
     for name, row in rows.items():
-        if row.failure:
-            continue
-        with noted(name, row), ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-            row.peak = fresh.submit(peak_memory, model, name, options).result()
+        if not row.failure:
+            with noted(name, row):
+                row.peak = peak_memory(make_step(name, given), options.device)
 
 
-def peak_memory(model: str, name: str, options: argparse.Namespace) -> int | None:
-    """Return the peak memory of three steps in bytes, above that before the first."""
-    step = make_step(name, setting(model, options))
+def peak_memory(step: Step, device: str) -> int:
+    """Return the largest number of bytes allocated in the first steps, above those before."""
     gc.collect()
-    if options.device == "cuda":
+    if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    elif CLEAR_REFS.exists():
-        ctypes.CDLL(None).malloc_trim(0)  # memory freed by loading must not count
-        if not options.plain_malloc:
-            keep_freed_memory()
-        CLEAR_REFS.write_text("5")  # reset the peak, see proc(5)
-        before = resident("VmRSS")
-    else:
-        return None
-    for _ in range(STEPS_FOR_MEMORY):
-        step()
-    wait(options.device)
-    peak = torch.cuda.max_memory_allocated() if options.device == "cuda" else resident("VmHWM")
-    return peak - before
-
-
-def resident(what: str) -> int:
-    """Return a line of /proc/self/status in bytes: ``VmRSS`` (current) or ``VmHWM`` (peak)."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (value,) = (line.split()[1] for line in status if line.startswith(f"{what}:"))
-    return int(value) * 1024
+        for _ in range(STEPS_FOR_MEMORY):
+            step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        for _ in range(STEPS_FOR_MEMORY):
+            step()
+    assert profiler.profiler is not None
+    events = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
 def wait(device: str) -> None:
@@ -343,7 +333,7 @@ def line(model: str, name: str, row: Row, base: Row) -> str:
         ratios = (ours / floats for ours, floats in zip(row.seconds, base.seconds, strict=True))
         cells[3] = f"{statistics.median(ratios):.2f}x"
     if row.peak is not None and base.peak:
-        cells[4:] = [f"{row.peak / 1e6:.0f}", f"{row.peak / base.peak:.2f}x"]
+        cells[4:] = [f"{row.peak / 1e6:.1f}", f"{row.peak / base.peak:.2f}x"]
     return FORM.format(model, name, *cells)
 
 
