@@ -65,7 +65,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from feeding import photographs, preprocessing
-from step import FLOAT, NETWORKS, Setting, distilling, fine_tuning, forward, machine_name
+from step import FLOAT, NETWORKS, Setting, distilling, fine_tuning, forward, machine_name, networks
 from step import with_batch as draw_batch
 from tools.measuring import Call, Device, Row, Rows, Turns, cost, ratio, take_turns
 from torch import Tensor, fx, nn
@@ -76,9 +76,6 @@ from fat.data.datamodule import FatDataModule
 from fat.data.dataset import ImageDataset
 from fat.data.sources.folder import FolderSource
 from fat.data.transforms import DeviceCropTransform, RandomCropTransform
-from fat.graph.passes.batch_norm_folding import fold_batch_norms
-from fat.graph.tracing.capture import trace
-from fat.models.float_model import load_float_network
 from fat.models.self_test import self_test
 from fat.training.block_reconstruction import reconstruct
 from fat.utils.errors import first_line
@@ -188,12 +185,7 @@ class Bench:
 
     def _network(self, model: str) -> tuple[nn.Module, fx.GraphModule]:
         """Return a network, and its folded copy with trainable parameters."""
-        network = load_float_network(NETWORKS[model], weights="random").network
-        network.to(self.device.torch)
-        folded = trace(network)
-        fold_batch_norms(folded)
-        folded.to(memory_format=torch.channels_last).requires_grad_(True)
-        return network, folded
+        return networks(model, self.options.device)
 
     def _calibrate(self, model: str) -> fat.Student:
         images = next(iter(self.drawn(8, 8)))

@@ -173,12 +173,18 @@ def setting(model: str, options: argparse.Namespace) -> Setting:
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    network = load_float_network(NETWORKS[model], weights="random").network.to(options.device)
+    network, folded = networks(model, options.device)
+    autocast = torch.bfloat16 if options.device == "cuda" else None
+    return with_batch(network, folded, options.batch, options.size, autocast)
+
+
+def networks(model: str, device: str) -> tuple[nn.Module, fx.GraphModule]:
+    """Return a network with random weights, and its folded copy with trainable parameters."""
+    network = load_float_network(NETWORKS[model], weights="random").network.to(device)
     folded = trace(network)
     fold_batch_norms(folded)
     folded.to(memory_format=torch.channels_last).requires_grad_(True)
-    autocast = torch.bfloat16 if options.device == "cuda" else None
-    return with_batch(network, folded, options.batch, options.size, autocast)
+    return network, folded
 
 
 def with_batch(

@@ -182,7 +182,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def tiny(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """The command, on a tiny network with tiny sizes."""
     found = SimpleNamespace(network=Tiny().eval())
-    monkeypatch.setattr(gpu, "load_float_network", lambda name, weights: found)
+    monkeypatch.setattr("step.load_float_network", lambda name, weights: found)
     monkeypatch.setattr(gpu, "quieten", lambda: None)
     return ["gpu.py", "--quick", "--full", "--output", str(tmp_path / "gpu.json")]
 
