@@ -686,7 +686,8 @@ class PretendedGpu:
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and _is_cuda(wanted):
             if isinstance(first, PretendedTensor):
                 return self._move(Tensor.to, first, (), {"dtype": kwargs.get("dtype")})
-            return self.upload(func(*args, **{**kwargs, "device": None}))
+            leaf = kwargs.pop("requires_grad", False)
+            return self.upload(func(*args, **{**kwargs, "device": None})).requires_grad_(leaf)
         if func is Tensor.new_tensor and isinstance(first, PretendedTensor):
             made = torch.tensor(*args[1:], **{"dtype": first.dtype, **kwargs, "device": None})
             return made if wanted is not None and not _is_cuda(wanted) else self.upload(made)

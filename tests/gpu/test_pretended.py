@@ -34,6 +34,7 @@ class TestDevice:
             assert x.tolist() == [1, 1, 1]
             assert x.cpu().device.type == "cpu"
         assert torch.zeros_like(x, device="cpu").device.type == "cpu"
+        assert torch.tensor(1.0, device="cuda", requires_grad=True).is_leaf
 
     def test_devices_do_not_mix(self, gpu: PretendedGpu) -> None:
         x, weight = torch.ones(2, 3, device="cuda"), torch.ones(3, 3)

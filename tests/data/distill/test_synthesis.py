@@ -209,14 +209,6 @@ def test_smoothness_and_classes_do_what_they_say(trained: nn.Module) -> None:
     assert confidence(pixels(trained, replace(spec, class_weight=1.0))) > confidence(plain) + 0.1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu(trained: nn.Module) -> None:
-    (there,) = run(trained, LONG, device="cuda")
-    assert not there.images.is_cuda
-    assert there.error < 0.25 * there.error_before
-    assert not next(trained.parameters()).is_cuda
-
-
 # ---------------------------------------------------------------- the pieces
 
 
