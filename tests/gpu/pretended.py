@@ -261,7 +261,7 @@ def tree_map(function: Callable[[Any], Any], value: Any) -> Any:
     kind = type(value)
     if kind is tuple or kind is list:
         return kind([tree_map(function, x) for x in value])
-    if kind is dict:
+    if isinstance(value, dict):
         return {key: tree_map(function, x) for key, x in value.items()}
     if isinstance(value, tuple):  # named, as torch's results are
         return torch.utils._pytree.tree_map(function, value)
