@@ -455,9 +455,7 @@ class PretendedGpu:
             raise RuntimeError("There is a pretended GPU already.")
         for owner, name, value in self._patches():
             self._stack.enter_context(mock.patch.object(owner, name, value))
-        backends: Any = torch.backends
-        for backend in (backends.cudnn.conv, backends.cuda.matmul):  # programs switch TF32 off
-            self._stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+        self._stack.callback(_restore_tf32, *_tf32_settings())
         future = torch.__future__
         # module.to() keeps the identity of parameters, as it does on a real device.
         self._stack.callback(
@@ -910,6 +908,24 @@ def _swap(first: Tensor, second: Tensor) -> None:
     first.__class__, second.__class__ = second.__class__, first.__class__
     first.__dict__, second.__dict__ = second.__dict__, first.__dict__
     torch._C._swap_tensor_impl(first, second)
+
+
+def _tf32_backends() -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+
+
+def _tf32_settings() -> tuple[str, bool, list[str]]:
+    own = [backend.fp32_precision for backend in _tf32_backends()]
+    return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, own
+
+
+def _restore_tf32(matmul: str, cudnn: bool, own: list[str]) -> None:
+    """Undo what a program set; PyTorch's earlier and today's options must not contradict."""
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = cudnn
+    for backend, precision in zip(_tf32_backends(), own, strict=True):
+        backend.fp32_precision = precision
 
 
 def _is_number(x: Any) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from fat.utils.precision import use_full_precision
 from tests.gpu.counting import memory
 from tests.gpu.pretended import CUDA, PretendedGpu, PretendedTensor
 
@@ -119,6 +120,7 @@ class TestDevice:
         def failing() -> None:
             with PretendedGpu():
                 kept.append(torch.ones(3, device="cuda"))
+                use_full_precision()
                 raise ZeroDivisionError
 
         kept: list[Tensor] = []
@@ -128,6 +130,8 @@ class TestDevice:
         assert (torch.Generator, Tensor.pin_memory) == (generator, pin)
         assert not torch.__future__.get_swap_module_params_on_conversion()
         assert type(torch.ones(3) + 1) is Tensor
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
         with pytest.raises(RuntimeError, match="after its with block"):
             kept[0] + 1
 
