@@ -32,7 +32,7 @@ Cells:
   forward pass that computes targets. ``float32`` is without TF32, as in ``fat.fit``.
 * ``fit``: the training step of ``fat.fit`` with Lightning, the teacher and the check for NaN,
   beside the same step in a plain loop. ``compile``: the same with the modes of ``trainer.compile``.
-* ``inference``: integer inference, with integer weights computed for each batch or kept, and
+* ``inference``: integer inference, with integer weights computed for each batch or cached, and
   ``fat.evaluate``, which includes the teacher and the metrics.
 * ``calibrate``, ``reconstruct`` (a step of a block, mean over all blocks), ``feeding`` (JPEG files
   of ImageNet's average size, decoded by worker processes and delivered on the device).
@@ -110,7 +110,7 @@ class Sizes:
 
     Attributes:
         side: Side of the images, pixels.
-        turns: How calls take turns.
+        turns: Calls and rounds of a measurement.
         copied: Bytes of the array that is copied.
         product: Side of the matrices that are multiplied.
         fit: Timed steps of ``fat.fit``.
@@ -172,7 +172,7 @@ class Cell:
 
 
 class Bench:
-    """What all cells share: options, the device, networks, and the results so far."""
+    """Options, device, networks and results so far, which all cells use."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -399,8 +399,8 @@ def inference(bench: Bench, model: str, batch: int) -> Rows:
     }
     rows = bench.compared(exact | calls, batch)
     with student.cached_integers():
-        kept = bench.compared(exact | {"student, kept integers": calls[STUDENT]}, batch)
-    rows["student, kept integers"] = kept["student, kept integers"]
+        cached = bench.compared(exact | {"student, cached integers": calls[STUDENT]}, batch)
+    rows["student, cached integers"] = cached["student, cached integers"]
     count = 2 * bench.sizes.turns.several
     fat.evaluate(student, [given.images])
     bench.device.wait()
@@ -514,8 +514,8 @@ def protocol(bench: Bench, model: str, batch: int) -> Rows:
     if step is None or evaluated is None:
         return {}
     seconds = 1e-3 * step * sizes.epochs * math.ceil(sizes.trained / batch)
-    judged = 2 * sizes.evaluated + (1 + sizes.epochs) * sizes.selecting
-    seconds += judged / evaluated + 1e-3 * (prepared or 0.0)
+    images = 2 * sizes.evaluated + (1 + sizes.epochs) * sizes.selecting
+    seconds += images / evaluated + 1e-3 * (prepared or 0.0)
     return {"computed from the cells": price(bench, seconds)}
 
 
@@ -594,17 +594,20 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     """The command's options."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=NETWORKS)
-    parser.add_argument("--batch", type=int, nargs="+", help="64 128 256 by default")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no cell that ends later")
-    parser.add_argument("--full", action="store_true", help="also each step of the protocol")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--list", action="store_true", help="print the cells and stop")
-    parser.add_argument("--output", type=Path, help="benchmarks/results/gpu.json by default")
-    parser.add_argument("--dollars", type=float, default=2.5, help="price of an hour of the device")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the script")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=NETWORKS, help="default: all")
+    add("--batch", type=int, nargs="+", help="images per step; default: 64 128 256")
+    add("--minutes", type=float, default=9.0, help="start no cell that ends later; default: 9")
+    add("--full", action="store_true", help="also each step of the protocol")
+    add("--fresh", action="store_true", help="replace all results of the file")
+    add("--list", action="store_true", help="print the names of the cells and stop")
+    add("--output", type=Path, help="default: benchmarks/results/gpu.json")
+    add("--dollars", type=float, default=2.5, help="price of an hour of the device; default: 2.50")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="default: cuda")
+    add("--quick", action="store_true", help="tiny sizes, to try the script")
     options = parser.parse_args()
     options.model = options.model or (["mobilenet_v2"] if options.quick else list(NETWORKS))
     options.batch = options.batch or ([2] if options.quick else [64, 128, 256])

@@ -98,21 +98,18 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command's options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", default=list(MOBILE), choices=NETWORKS)
-    parser.add_argument("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; 0 skips the time")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument("--threads", type=int, help="torch's own choice by default")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--peers", action="store_true", help="also Brevitas and torchao")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="CPU seconds instead of wall-clock time"
-    )
-    parser.add_argument(
-        "--plain-malloc", action="store_true", help="keep glibc's default allocator settings"
-    )
+    add = parser.add_argument
+    add("--model", nargs="+", default=list(MOBILE), choices=NETWORKS, help="default: the first two")
+    add("--weights", nargs="+", default=list(WEIGHTS), choices=WEIGHTS, help="default: all")
+    add("--batch", type=int, default=16, help="images per step; default: 16")
+    add("--size", type=int, default=224, help="side of the images in pixels; default: 224")
+    add("--repeats", type=int, default=7, help="rounds; default: 7; 0 does not measure time")
+    add("--no-memory", dest="memory", action="store_false", help="do not measure memory")
+    add("--threads", type=int, help="torch threads; default: torch's choice")
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="default: cpu")
+    add("--peers", action="store_true", help="also Brevitas and torchao (extra peers)")
+    add("--cpu-time", action="store_true", help="CPU seconds instead of wall-clock time")
+    add("--plain-malloc", action="store_true", help="keep glibc's default allocator settings")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave the option out.")

@@ -123,7 +123,7 @@ def profiled(call: Call, device: Device) -> tuple[int, float]:
 
 @dataclass(frozen=True)
 class Turns:
-    """How calls take turns.
+    """Numbers of calls and rounds in which several functions are timed in turns.
 
     Attributes:
         several: Calls between two waits for the device.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fat.evaluation.metrics import Comparison
+from fat.evaluation.metrics import BEFORE_UPDATE, Comparison
 from fat.models.self_test import self_test
 from fat.models.student import Student
 from fat.utils import distributed
@@ -225,7 +226,10 @@ def evaluate(
                 count += len(pixels)
     finally:
         student.train(was_training)
-    float_metrics, metrics = reference.compute(), quantized.compute()
+    with warnings.catch_warnings():
+        # A process may have no batch: there are fewer of them than processes.
+        warnings.filterwarnings("ignore", BEFORE_UPDATE)
+        float_metrics, metrics = reference.compute(), quantized.compute()
     return {
         "images": int(distributed.all_sum(torch.tensor(count))),
         "float": {"top1": float_metrics["top1"], "top5": float_metrics["top5"]},

@@ -12,7 +12,11 @@ from torchmetrics import Metric
 from fat.quant.metrics import sqnr_db
 from fat.utils import distributed
 
-__all__ = ["Comparison"]
+__all__ = ["BEFORE_UPDATE", "Comparison"]
+
+
+BEFORE_UPDATE = ".*method of metric Comparison was called before the ``update`` method.*"
+"""torchmetrics' warning about a process that computes the metrics and has no batch of its own."""
 
 
 def _root(mean_square: float) -> float | None:

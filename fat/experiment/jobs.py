@@ -202,12 +202,12 @@ def _config_of_run(
         OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
     typed = [word.lstrip("+~").partition("=")[0] for word in given]
     if "trainer" not in typed and "trainer.accelerator" not in typed:
-        _use_what_is_there(merged)
+        _use_cpu_without_gpu(merged)
     metrics = read_metrics(directory)
     return parse(RunConfig, merged), None if metrics is None else metrics["command"]
 
 
-def _use_what_is_there(merged: DictConfig) -> None:
+def _use_cpu_without_gpu(merged: DictConfig) -> None:
     """Replace a GPU that this machine lacks by the CPU, which gives the same network."""
     import torch
 

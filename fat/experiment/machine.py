@@ -31,8 +31,8 @@ def device_of(trainer: TrainerConfig) -> torch.device:
         return torch.device("cpu")
     if not found:
         raise FatError(
-            f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here. "
-            "Type trainer=cpu."
+            f"trainer.accelerator={trainer.accelerator}, but torch finds no GPU here: "
+            f"{_why_no_gpu()}. Type trainer=cpu to run without one."
         )
     return torch.device("cuda")
 
@@ -121,3 +121,16 @@ def describe(config: RunConfig | EvaluateConfig) -> str:
 
 def _has_bf16() -> bool:
     return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"torch {torch.__version__} is a build for CPUs. Install one for GPUs, see "
+            "https://pytorch.org/get-started/locally/"
+        )
+    wanted = f"CUDA {torch.version.cuda}" if torch.version.cuda else f"ROCm {torch.version.hip}"
+    return (
+        f"torch {torch.__version__} is a build for {wanted}, whose driver is missing or too old, "
+        "or CUDA_VISIBLE_DEVICES hides the GPUs (nvidia-smi lists them)"
+    )

@@ -274,8 +274,7 @@ def open_run(config: EvaluateConfig) -> FinishedRun:
         )
     data = make_data(data_config, _target_of_run(student.origin), seed)
     device = device_of(config.trainer)
-    if device.type != "cpu":
-        logger.info("Running on %s.", describe(config))
+    logger.info("Running on %s.", describe(config))
     return FinishedRun(directory, stored, student.to(device), data, data_config, device)
 
 

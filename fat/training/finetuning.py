@@ -28,6 +28,7 @@ from fat.training.callbacks import PeriodicCheckpoint, ProgressBar
 from fat.training.config import FinetuneSpec
 from fat.training.resumable_loader import whole
 from fat.training.trainer import (
+    UNUSED_GPU,
     RestoresRandomStates,
     fused,
     ignore_warnings,
@@ -329,7 +330,8 @@ def finetune(
     if options["enable_progress_bar"]:
         callbacks.append(ProgressBar())
     last = checkpoint if checkpoint is not None and checkpoint.is_file() else None
-    trainer = pl.Trainer(callbacks=callbacks, **options)
+    with ignore_warnings(UNUSED_GPU):
+        trainer = pl.Trainer(callbacks=callbacks, **options)
     expected = (".*in eval mode at the start of training.*", ".*LeafSpec.*")
     try:
         # Dropout draws from the global random states; the caller's are restored.

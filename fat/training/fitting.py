@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import RandomSampler
 
+from fat.evaluation.metrics import BEFORE_UPDATE
 from fat.models.self_test import self_test
 from fat.models.student import Student
 from fat.training.bias_correction import correct_biases
@@ -25,6 +26,7 @@ from fat.training.module import DistillModule
 from fat.training.resumable_loader import ResumableLoader, whole
 from fat.training.resume import LAST, RECONSTRUCTION, START, TrainingState
 from fat.training.trainer import (
+    UNUSED_GPU,
     ignore_warnings,
     keep_interrupt_handler,
     trainer_options_with_defaults,
@@ -51,6 +53,8 @@ EXPECTED = (
     ".*Checkpoint directory .* exists and is not empty.*",
     # A training that was interrupted at its very end has nothing left to validate.
     ".*could not find the monitored key.*",
+    # A process may have no validation batch.
+    BEFORE_UPDATE,
     # Logged values are already reduced over processes.
     ".*sync_dist=True.*",
     # History has every step, and loggers every LOG_EVERY-th over all epochs.
@@ -181,7 +185,8 @@ def fit(
         watchers.append(_best_checkpoint(state.folder))
         watchers.append(PeriodicCheckpoint(state.folder / LAST, checkpoint_every, guard.check))
     pl.seed_everything(seed, verbose=False)
-    trainer = pl.Trainer(callbacks=watchers, **options)
+    with ignore_warnings(UNUSED_GPU):
+        trainer = pl.Trainer(callbacks=watchers, **options)
     root = trainer.strategy.root_device
     module = DistillModule(student, spec, compile="none" if root.type == "cpu" else compile)
     if root != device:

@@ -16,12 +16,17 @@ import torch
 from fat.utils.random import set_random_states
 
 __all__ = [
+    "UNUSED_GPU",
     "RestoresRandomStates",
     "fused",
     "ignore_warnings",
     "keep_interrupt_handler",
     "trainer_options_with_defaults",
 ]
+
+
+UNUSED_GPU = "GPU available but not used.*"
+"""Lightning's advice to pass ``accelerator="gpu"``. The device is that of the network."""
 
 
 def trainer_options_with_defaults(

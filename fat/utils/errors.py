@@ -20,6 +20,10 @@ __all__ = [
 ]
 
 
+SYNONYMS = {"cuda": "gpu"}
+"""Words of other libraries that resemble a wrong name (``cpu``), and the names that they mean."""
+
+
 class FatError(Exception):
     """An error that the user can fix. The commands print its message without a traceback."""
 
@@ -53,8 +57,13 @@ def nearest(given: str, allowed: Iterable[str], count: int = 3) -> list[str]:
     Examples:
         >>> nearest("mobilnet_v2", ["mobilenet_v2", "mobilenet_v1", "resnet18"])
         ['mobilenet_v2', 'mobilenet_v1']
+        >>> nearest("cuda", ["cpu", "gpu"])
+        ['gpu']
     """
-    return difflib.get_close_matches(given, list(allowed), n=count, cutoff=0.5)
+    names = list(allowed)
+    if SYNONYMS.get(given) in names:
+        return [SYNONYMS[given]]
+    return difflib.get_close_matches(given, names, n=count, cutoff=0.5)
 
 
 def unknown_name(

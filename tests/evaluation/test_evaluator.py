@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -173,3 +174,15 @@ def test_a_gpu_is_read_once_for_all_batches(
             reads.append(counts.reads.total())
         assert found == wanted
         assert reads[0] == reads[1]
+
+
+def test_a_process_without_batches_gets_no_warning(student: Student) -> None:
+    class Nothing:
+        def __iter__(self) -> Any:
+            return iter(())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics = fat.evaluate(student, Nothing())
+    assert metrics["images"] == 0
+    assert metrics["quantized"]["agreement"] is None

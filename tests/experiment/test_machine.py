@@ -62,6 +62,16 @@ def test_without_a_gpu_everything_is_as_on_a_cpu() -> None:
         resolve(config(accelerator="gpu"))
 
 
+@pytest.mark.usefixtures("no_gpu")
+def test_the_message_without_a_gpu_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(FatError, match=r"is a build for CUDA 13\.0, whose driver is missing"):
+        resolve(config(accelerator="gpu"))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(FatError, match=r"is a build for CPUs\. Install one for GPUs"):
+        resolve(config(accelerator="gpu"))
+
+
 @pytest.mark.usefixtures("gpus")
 def test_a_gpu_is_used_in_bf16_with_larger_batches() -> None:
     assert chosen(resolve(config())) == ("gpu", "bf16-mixed", 64)

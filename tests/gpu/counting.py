@@ -21,7 +21,7 @@ ROOT = str(Path(fat.__file__).parents[1])
 
 @dataclass(eq=False)  # sections are compared by identity
 class Counts:
-    """What a device did in a section of a program, by operation or by line of source.
+    """Kernels, bytes and waits of a device in a section, by operation or by line of source.
 
     Attributes:
         kernels: Launched kernels by (operation, line).

@@ -455,7 +455,7 @@ OPERATORS = list(arguments("contiguous", torch.float32, 1))
 def test_operators_are_what_their_schemas_and_fakes_declare(
     name: str, layout: str, dtype: torch.dtype, lanes: int, alone: bool
 ) -> None:
-    """Which arguments change, and shapes, dtypes and strides of the results."""
+    """Modified arguments, and shapes, dtypes and strides of the results."""
     operator = getattr(torch.ops.fat, name).default
     assert operator is getattr(kernels, name)
     with torch_alone() if alone else nullcontext():

@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -757,3 +758,18 @@ def test_gradient_clipping_changes_the_course(
     )
     assert len(norms) == 4
     assert norms == pytest.approx([1e-3] * 4, rel=1e-2)
+
+
+def test_an_unused_gpu_is_not_recommended(
+    tiny: nn.Module, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = prepared(tiny, images)
+    cuda = "pytorch_lightning.trainer.setup.CUDAAccelerator.is_available"
+    monkeypatch.setattr(cuda, lambda: True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pl.Trainer(accelerator="cpu", logger=False)
+        assert "GPU available but not used" in str(caught[0].message)
+        caught.clear()
+        fat.fit(student, [images], epochs=1, **QUIET)
+    assert not [one for one in caught if "not used" in str(one.message)]

@@ -42,7 +42,7 @@ def data() -> tuple[nn.Module, list[Tensor]]:
 
 @pytest.fixture(scope="module")
 def both(data: tuple[nn.Module, list[Tensor]], tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """What each of two processes found."""
+    """The findings of each of two processes."""
     folder = tmp_path_factory.mktemp("processes")
     answer = distributed.launch(everything, (folder, *data), 2, "cpu")
     assert answer == "result of 0"
