@@ -35,7 +35,7 @@ Examples
       a sweep from conf/sweep
   {train} resume=DIR
       resume an interrupted run
-  {train} data=imagenet trainer=ddp trainer.devices=8
+  {train} data=imagenet trainer=ddp trainer.devices=8 data.batch_size=256
       several GPUs
 
 What to change first

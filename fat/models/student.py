@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -177,6 +177,17 @@ class Student(nn.Module):
         """State that all thresholds are set."""
         self.is_calibrated.fill_(True)
         self._known_calibrated = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        dtype = fn(torch.zeros((), device=self.device)).dtype  # of to(), half(), double(), …
+        if dtype != torch.float32:
+            raise FatError(
+                f"A student has to stay float32, because {dtype} would change its thresholds. To "
+                "train in half precision on a GPU, type "
+                "fat.fit(..., trainer_options={'precision': 'bf16-mixed'})."
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -29,6 +29,14 @@ def test_an_uncalibrated_student_does_not_run(tiny: nn.Module, images: Tensor) -
     assert student(images).shape == (16, 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_a_student_stays_float32(student: Student, images: Tensor, dtype: torch.dtype) -> None:
+    before = student(images)
+    with pytest.raises(FatError, match=f"has to stay float32, because {dtype} would change"):
+        student.to(dtype)
+    assert torch.equal(student.to("cpu", torch.float32)(images), before)
+
+
 def test_teacher_is_frozen_and_not_in_the_state(student: Student, images: Tensor) -> None:
     assert not list(student.teacher.parameters())
     assert not [name for name in student.state_dict() if name.startswith("teacher")]
