@@ -12,7 +12,14 @@ from fat.experiment.config import EvaluateConfig, RunConfig, TrainerConfig
 from fat.utils import distributed
 from fat.utils.errors import FatError
 
-__all__ = ["accelerator_of", "check_devices", "describe", "device_of", "resolve"]
+__all__ = [
+    "accelerator_of",
+    "check_batch_size",
+    "check_devices",
+    "describe",
+    "device_of",
+    "resolve",
+]
 
 C = TypeVar("C", RunConfig, EvaluateConfig)
 
@@ -51,6 +58,16 @@ def check_devices(trainer: TrainerConfig) -> None:
         raise FatError(
             f"trainer.devices is {trainer.devices}, but torch finds {there} GPU(s) here. Type "
             f"trainer.devices={there}, or trainer.accelerator=cpu for processes on the CPU."
+        )
+
+
+def check_batch_size(config: RunConfig) -> None:
+    """Raise a FatError if the processes of ``trainer.devices`` cannot divide a training step."""
+    size, devices = config.data.batch_size, config.trainer.devices
+    if config.optim.trains and size is not None and size % devices:
+        raise FatError(
+            f"data.batch_size is {size}, the images per step over all {devices} processes: it must "
+            f"be a multiple of {devices}, as data.batch_size={-(-size // devices) * devices} is."
         )
 
 

@@ -33,7 +33,14 @@ from fat.experiment.build import (
     own_classes,
 )
 from fat.experiment.config import RunConfig, TrainerConfig
-from fat.experiment.machine import accelerator_of, check_devices, describe, device_of, resolve
+from fat.experiment.machine import (
+    accelerator_of,
+    check_batch_size,
+    check_devices,
+    describe,
+    device_of,
+    resolve,
+)
 from fat.experiment.mixed_bits import check_layers, check_network, mixed_spec
 from fat.experiment.run_directory import (
     CHECKPOINTS,
@@ -121,6 +128,7 @@ def run(
     accelerator = accelerator_of(trainer)
     if not distributed.started_outside():
         check_devices(trainer)
+        check_batch_size(config)
     if distributed.started_outside():
         distributed.check_devices(trainer.devices)
         distributed.join(accelerator)

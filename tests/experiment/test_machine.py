@@ -20,7 +20,7 @@ from fat.experiment.config import (
     parse_run,
 )
 from fat.experiment.jobs import _config_of_run
-from fat.experiment.machine import check_devices, describe, device_of, resolve
+from fat.experiment.machine import check_batch_size, check_devices, describe, device_of, resolve
 from fat.experiment.run_directory import METRICS, resumable_config, stored_config
 from fat.experiment.runner import run
 from fat.utils.errors import FatError
@@ -141,6 +141,20 @@ def test_more_devices_than_gpus_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FatError, match=wanted):
         run(config(devices=8), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_step_that_the_processes_cannot_divide_is_refused_before_they_start(
+    tmp_path: Path,
+) -> None:
+    uneven = config(devices=3, accelerator="cpu")
+    uneven = replace(uneven, data=replace(uneven.data, batch_size=16))
+    wanted = "data.batch_size is 16, .* 3 processes: it must be a multiple of 3, .*batch_size=18"
+    with pytest.raises(FatError, match=wanted):
+        run(uneven, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    check_batch_size(replace(uneven, data=replace(uneven.data, batch_size=18)))
+    check_batch_size(replace(uneven, data=replace(uneven.data, batch_size=None)))
+    check_batch_size(replace(uneven, optim=replace(uneven.optim, epochs=0)))
 
 
 def test_options_of_a_new_run_are_not_those_of_an_interrupted_one(tmp_path: Path) -> None:
