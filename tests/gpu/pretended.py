@@ -557,7 +557,7 @@ class PretendedGpu:
             (torch._C._nn, "_parse_to", self._parse_to),
             (torch.utils, "swap_tensors", _swap),
             (torch._C, "_group_tensors_by_device_and_dtype", self._grouped),
-            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda x, on: _is_cuda(on)),
+            (torch.nn.utils.clip_grad, "_has_foreach_support", lambda x, device: _is_cuda(device)),
             (Tensor, "pin_memory", lambda x, device=None: self._pin(x)),
             (Tensor, "is_pinned", lambda x, device=None: self.is_pinned(x)),
             (torch.autograd, "_engine_run_backward", self._backward),
