@@ -13,23 +13,24 @@ __all__ = ["full_precision", "use_full_precision"]
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 operations in IEEE float32: without autocast, and on CUDA without TF32.
+    """Compute float32 operations in IEEE float32: without autocast, TF32 or bf16.
 
-    cuDNN's convolutions use TF32 by default, which rounds their inputs to ten fraction bits. The
+    cuDNN's convolutions use TF32 by default, which rounds their inputs to ten fraction bits, and
+    ``torch.set_float32_matmul_precision`` allows it or bf16 in matrix products, on CPUs too. The
     logits of the float network, calibration and all evaluation have to be those of float32.
 
     Args:
         device: Device of the operations.
     """
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
+        settings = _settings(device)
+        if not settings:
             yield
             return
-        settings = _settings()
         before = [setting.fp32_precision for setting in settings]
         matmul, cudnn = _earlier_settings()
         try:
-            use_full_precision()
+            use_full_precision(device)
             yield
         finally:
             if matmul is not None:
@@ -40,18 +41,23 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 setting.fp32_precision = precision
 
 
-def use_full_precision() -> None:
-    """Turn TF32 off on CUDA in this process."""
-    # By its earlier options too: PyTorch raises where one of them is read and contradicts these.
+def use_full_precision(device: torch.device) -> None:
+    """Turn TF32 and bf16 off for float32 operations on a kind of device, in this process."""
+    # By the earlier options too: PyTorch raises where one of them is read and contradicts these.
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    for setting in _settings():
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+    for setting in _settings(device):
         setting.fp32_precision = "ieee"
 
 
-def _settings() -> tuple[Any, ...]:
-    cudnn: Any = torch.backends.cudnn
-    return torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn
+def _settings(device: torch.device) -> tuple[Any, ...]:
+    backends: Any = torch.backends
+    if device.type == "cuda":
+        return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+    if device.type == "cpu":
+        return backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
+    return ()
 
 
 def _earlier_settings() -> tuple[str | None, bool | None]:

@@ -73,6 +73,18 @@ def test_an_error_inside_restores_them() -> None:
     assert state() == before
 
 
+def test_bf16_is_off_inside_on_a_cpu() -> None:
+    settings = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    torch.set_float32_matmul_precision("medium")
+    before = [setting.fp32_precision for setting in settings]
+    assert before[0] == "bf16"
+    with full_precision(torch.device("cpu")):
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert [setting.fp32_precision for setting in settings] == before
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
 def test_autocast_is_off_inside() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
