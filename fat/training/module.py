@@ -70,7 +70,8 @@ class DistillModule(RestoresRandomStates):
     allow_zero_length_dataloader_with_multiple_devices = True
 
     def on_train_start(self) -> None:
-        """Compile the student, which is now on the device of the training."""
+        """Restore random states, and compile the student, which is on its training device now."""
+        super().on_train_start()
         if self._compile != "none":
             self._compiled = self.student.compiled(self._compile)
             if self._blocks is not None:
