@@ -14,6 +14,7 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from fat.quant import kernels
+from fat.quant.kernels.reference import INT32_MAX, quantize_bias
 
 __all__ = [
     "INT32_MAX",
@@ -29,8 +30,6 @@ __all__ = [
     "quantize_bias",
     "round_ste",
 ]
-
-INT32_MAX = 2**31 - 1
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
@@ -390,23 +389,6 @@ def adjust_weight(
 def _per_filter(scale: Tensor, weight: Tensor) -> Tensor:
     """Reshape steps [C] to broadcast over the filters of ``weight``; 0-dim stays 0-dim."""
     return scale.reshape(-1, *[1] * (weight.dim() - 1)) if scale.dim() else scale
-
-
-def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
-    """Return the int32 integers of a bias: clip(round(b / (s_w·s_x)), ±(2^31−1)).
-
-    Computed in float64, since float32 cannot hold 31 bits.
-
-    Args:
-        bias: float32 [C].
-        scale: s_w·s_x, float64 [C] or 0-dim, positive.
-
-    Examples:
-        >>> quantize_bias(torch.tensor([0.5, -2.5]), torch.tensor(1.0)).tolist()
-        [0, -2]
-    """
-    q = torch.div(bias.double(), scale.double()).round_().clamp_(-INT32_MAX, INT32_MAX)
-    return q.to(torch.int32)
 
 
 class _FakeQuantizeBias(Function):

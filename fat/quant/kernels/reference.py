@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "INT32_MAX",
     "fake_quantize",
     "fake_quantize_backward",
     "fake_quantize_code",
@@ -22,8 +23,10 @@ __all__ = [
     "fake_quantize_weight_backward",
     "first_lane",
     "laid_out",
+    "quantize_bias",
 ]
 
+INT32_MAX = 2**31 - 1
 FINE = 252.0
 """Units of the code per step: a rounding error of half a step has the code ±126."""
 OUTSIDE = 127
@@ -142,6 +145,23 @@ def fake_quantize_weight_backward(
     passes = (factor >= low) & (factor <= high)
     by_factor = torch.where(inside, grad, 0.0).mul_(weight if adjust == 1 else step)
     return by_factor.masked_fill_(~passes, 0.0), grad_scale
+
+
+def quantize_bias(bias: Tensor, scale: Tensor) -> Tensor:
+    """Return the int32 integers of a bias: clip(round(b / (s_w·s_x)), ±(2^31−1)).
+
+    Computed in float64, since float32 cannot hold 31 bits.
+
+    Args:
+        bias: float32 [C].
+        scale: s_w·s_x, float64 [C] or 0-dim, positive.
+
+    Examples:
+        >>> quantize_bias(torch.tensor([0.5, -2.5]), torch.tensor(1.0)).tolist()
+        [0, -2]
+    """
+    q = torch.div(bias.double(), scale.double()).round_().clamp_(-INT32_MAX, INT32_MAX)
+    return q.to(torch.int32)
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

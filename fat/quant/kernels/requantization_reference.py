@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fat.quant.kernels import operators
+from fat.quant.kernels.reference import quantize_bias
 
 __all__ = [
     "accumulate",
@@ -30,8 +31,6 @@ __all__ = [
     "requantize_real",
     "requantize_sum",
 ]
-
-INT32_MAX = 2**31 - 1
 
 
 def integer_weight(weight: Tensor, factor: Tensor, scale: Tensor, *options: Any) -> Tensor:
@@ -46,9 +45,7 @@ def integer_weight(weight: Tensor, factor: Tensor, scale: Tensor, *options: Any)
 
 def integer_bias(bias: Tensor, weight_scale: Tensor, input_scale: Tensor) -> Tensor:
     """Return clip(round(bias / (weight_scale · input_scale)), ±(2^31−1)), int32, from float64."""
-    step = weight_scale.double() * input_scale.double()
-    q = torch.div(bias.double(), step).round_().clamp_(-INT32_MAX, INT32_MAX)
-    return q.to(torch.int32)
+    return quantize_bias(bias, weight_scale.double() * input_scale.double())
 
 
 def requantize(
