@@ -326,7 +326,8 @@ def set_up(trainer: TrainerConfig, seed: int) -> None:
     """Set the threads, seeds, log levels and precision of the process."""
     if device_of(trainer).type == "cpu":
         keep_freed_memory()
-    use_full_precision(device_of(trainer))
+    else:
+        use_full_precision()
     if trainer.threads is not None:
         torch.set_num_threads(trainer.threads)
     pl.seed_everything(seed, verbose=False)

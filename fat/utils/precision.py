@@ -23,14 +23,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
         device: Device of the operations.
     """
     with torch.autocast(device.type, enabled=False):
-        settings = _settings(device)
-        if not settings:
-            yield
-            return
+        settings = _settings()
         before = [setting.fp32_precision for setting in settings]
         matmul, cudnn = _earlier_settings()
         try:
-            use_full_precision(device)
+            use_full_precision()
             yield
         finally:
             if matmul is not None:
@@ -41,23 +38,21 @@ def full_precision(device: torch.device) -> Iterator[None]:
                 setting.fp32_precision = precision
 
 
-def use_full_precision(device: torch.device) -> None:
-    """Turn TF32 and bf16 off for float32 operations on a kind of device, in this process."""
+def use_full_precision() -> None:
+    """Turn TF32 and bf16 off for float32 operations in this process."""
     # By the earlier options too: PyTorch raises where one of them is read and contradicts these.
+    # They are options of all devices together, and so are all of these set and restored.
     torch.set_float32_matmul_precision("highest")
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
-    for setting in _settings(device):
+    torch.backends.cudnn.allow_tf32 = False
+    for setting in _settings():
         setting.fp32_precision = "ieee"
 
 
-def _settings(device: torch.device) -> tuple[Any, ...]:
-    backends: Any = torch.backends
-    if device.type == "cuda":
-        return backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
-    if device.type == "cpu":
-        return backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn
-    return ()
+def _settings() -> tuple[Any, ...]:
+    cuda: Any = torch.backends.cuda
+    cudnn: Any = torch.backends.cudnn
+    cpu: Any = torch.backends.mkldnn
+    return cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn
 
 
 def _earlier_settings() -> tuple[str | None, bool | None]:

@@ -120,7 +120,7 @@ class TestDevice:
         def failing() -> None:
             with PretendedGpu():
                 kept.append(torch.ones(3, device="cuda"))
-                use_full_precision(CUDA)
+                use_full_precision()
                 raise ZeroDivisionError
 
         kept: list[Tensor] = []

@@ -85,6 +85,15 @@ def test_bf16_is_off_inside_on_a_cpu() -> None:
     assert torch.get_float32_matmul_precision() == "medium"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_options_of_other_devices_are_as_before_outside(device: str) -> None:
+    settings = (*SETTINGS, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    with full_precision(torch.device(device)):
+        pass
+    assert [setting.fp32_precision for setting in settings] == before
+
+
 def test_autocast_is_off_inside() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
